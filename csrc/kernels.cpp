@@ -1,0 +1,125 @@
+// The CPU side of each operator: hands its arguments to Rust.
+
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "infold/csrc/host.h"
+#include "infold/csrc/packed.h"
+#include "infold/src/bridge.rs.h"
+
+namespace infold {
+namespace {
+
+using at::ScalarType;
+using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+/// The tensor, or an undefined one.
+const Tensor& or_undefined(const OptionalTensor& tensor) {
+  static const Tensor undefined;
+  return tensor.has_value() ? *tensor : undefined;
+}
+
+int32_t number(ScalarType dtype) { return static_cast<int32_t>(dtype); }
+
+/// Calls Rust with a place for results, rethrows its error, returns its one result.
+template <class Call>
+Tensor run(Call&& rust) {
+  Outputs outputs;
+  check(rust(outputs));
+  return outputs.at(0);
+}
+
+template <class Call>
+Packed run_pack(Call&& rust) {
+  Outputs outputs;
+  check(rust(outputs));
+  return {outputs.at(0), outputs.at(1), outputs.at(2), outputs.at(3)};
+}
+
+Tensor linear(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+              const OptionalTensor& scales, const OptionalTensor& bias, int64_t codec, int64_t layout, int64_t out_features,
+              int64_t in_features, ScalarType /*weight_dtype*/, bool exact) {
+  const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
+  return run([&](Outputs& out) { return fused_linear(x, weight, or_undefined(bias), exact, out); });
+}
+
+Tensor linear_dx(const Tensor& gradient, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                 const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t out_features, int64_t in_features,
+                 ScalarType /*weight_dtype*/, bool exact) {
+  const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
+  return run([&](Outputs& out) { return fused_linear_dx(gradient, weight, exact, out); });
+}
+
+Tensor linear_ds(const Tensor& gradient, const Tensor& x, const Tensor& payload, const Tensor& directory,
+                 const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout, int64_t out_features,
+                 int64_t in_features, ScalarType /*weight_dtype*/) {
+  const Weight weight{payload, directory, tables, or_undefined({}), codec, layout, out_features, in_features};
+  const Tensor ds = run([&](Outputs& out) { return fused_linear_ds(gradient, x, weight, out); });
+  TORCH_CHECK_VALUE(ds.sizes() == scale_shape, "scale_shape: expected ", ds.sizes(), ", got ", scale_shape);
+  return ds;
+}
+
+Tensor embedding(const Tensor& indices, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                 const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t num_embeddings, int64_t embedding_dim,
+                 ScalarType weight_dtype) {
+  const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, num_embeddings, embedding_dim};
+  return run([&](Outputs& out) { return fused_embedding(indices, weight, number(weight_dtype), out); });
+}
+
+Tensor embedding_ds(const Tensor& gradient, const Tensor& indices, const Tensor& payload, const Tensor& directory,
+                    const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout, int64_t num_embeddings,
+                    int64_t embedding_dim, ScalarType /*weight_dtype*/) {
+  const Weight weight{payload, directory, tables, or_undefined({}), codec, layout, num_embeddings, embedding_dim};
+  const Tensor ds = run([&](Outputs& out) { return fused_embedding_ds(gradient, indices, weight, out); });
+  TORCH_CHECK_VALUE(ds.sizes() == scale_shape, "scale_shape: expected ", ds.sizes(), ", got ", scale_shape);
+  return ds;
+}
+
+Tensor dense(const Tensor& payload, const Tensor& directory, const Tensor& tables, const OptionalTensor& scales,
+             int64_t codec, int64_t layout, int64_t out_features, int64_t in_features, ScalarType weight_dtype) {
+  const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
+  return run([&](Outputs& out) { return unpack(weight, number(weight_dtype), out); });
+}
+
+Packed lossless(const Tensor& weight) {
+  return run_pack([&](Outputs& out) { return pack_lossless(weight, out); });
+}
+
+Packed ecsq(const Tensor& weight, std::optional<double> bits, std::optional<double> max_error) {
+  constexpr double none = std::numeric_limits<double>::quiet_NaN();
+  return run_pack([&](Outputs& out) { return pack_ecsq(weight, bits.value_or(none), max_error.value_or(none), out); });
+}
+
+Packed int8(const Tensor& weight) {
+  return run_pack([&](Outputs& out) { return pack_int8(weight, out); });
+}
+
+Packed int4(const Tensor& weight, int64_t group_size) {
+  return run_pack([&](Outputs& out) { return pack_int4(weight, group_size, out); });
+}
+
+std::vector<int64_t> inspect(const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                             const OptionalTensor& scales, bool verify) {
+  rust::Vec<int64_t> fields;
+  check(inspect_packed(payload, directory, tables, or_undefined(scales), verify, fields));
+  return {fields.begin(), fields.end()};
+}
+
+TORCH_LIBRARY_IMPL(infold, CPU, m) {
+  m.impl("fused_linear", linear);
+  m.impl("fused_linear_dx", linear_dx);
+  m.impl("fused_linear_ds", linear_ds);
+  m.impl("fused_embedding", embedding);
+  m.impl("fused_embedding_ds", embedding_ds);
+  m.impl("unpack", dense);
+  m.impl("pack_lossless", lossless);
+  m.impl("pack_ecsq", ecsq);
+  m.impl("pack_int8", int8);
+  m.impl("pack_int4", int4);
+  m.impl("inspect_packed", inspect);
+}
+
+}  // namespace
+}  // namespace infold

@@ -1,0 +1,66 @@
+// Shapes and dtypes without data, batch sizes symbolic.
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "infold/csrc/packed.h"
+
+namespace infold {
+namespace {
+
+using at::ScalarType;
+
+/// `like`'s leading sizes and another last one.
+c10::SymDimVector with_last(const Tensor& like, int64_t expected, int64_t last, const char* what) {
+  TORCH_CHECK_VALUE(like.dim() > 0, what, ": expected a last dimension of ", expected, ", got a scalar");
+  const auto sizes = like.sym_sizes();
+  TORCH_SYM_CHECK(sizes.back().sym_eq(expected), what, ": expected a last dimension of ", expected, ", got ", sizes.back());
+  c10::SymDimVector out(sizes.begin(), sizes.end());
+  out.back() = last;
+  return out;
+}
+
+/// float64 for float64, else float32: what the kernels sum in.
+ScalarType compute_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor linear(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+              int64_t, int64_t, int64_t out_features, int64_t in_features, ScalarType, bool) {
+  return x.new_empty_symint(with_last(x, in_features, out_features, "x"));
+}
+
+Tensor linear_dx(const Tensor& gradient, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+                 int64_t out_features, int64_t in_features, ScalarType, bool) {
+  return gradient.new_empty_symint(with_last(gradient, out_features, in_features, "gradient"));
+}
+
+Tensor linear_ds(const Tensor& gradient, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                 at::IntArrayRef scale_shape, int64_t, int64_t, int64_t, int64_t, ScalarType) {
+  return gradient.new_empty(scale_shape, gradient.options().dtype(compute_dtype(gradient)));
+}
+
+Tensor embedding(const Tensor& indices, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+                 int64_t, int64_t embedding_dim, ScalarType weight_dtype) {
+  const auto sizes = indices.sym_sizes();
+  c10::SymDimVector out(sizes.begin(), sizes.end());
+  out.emplace_back(embedding_dim);
+  return indices.new_empty_symint(out, indices.options().dtype(weight_dtype));
+}
+
+Tensor unpack(const Tensor& payload, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+              int64_t out_features, int64_t in_features, ScalarType weight_dtype) {
+  return payload.new_empty({out_features, in_features}, payload.options().dtype(weight_dtype));
+}
+
+TORCH_LIBRARY_IMPL(infold, Meta, m) {
+  m.impl("fused_linear", linear);
+  m.impl("fused_linear_dx", linear_dx);
+  m.impl("fused_linear_ds", linear_ds);
+  m.impl("fused_embedding", embedding);
+  m.impl("fused_embedding_ds", linear_ds);
+  m.impl("unpack", unpack);
+}
+
+}  // namespace
+}  // namespace infold

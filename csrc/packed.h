@@ -1,0 +1,65 @@
+// The operators on packed weights as the dispatcher knows them. Each takes the weight's tensors (payload, directory,
+// tables, scales) and, last, the integers that shapes depend on.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+
+namespace infold {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct FusedLinearOp {
+  static constexpr const char* name = "infold::fused_linear";
+  using Signature = Tensor(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                           const OptionalTensor& scales, const OptionalTensor& bias, int64_t codec, int64_t layout,
+                           int64_t out_features, int64_t in_features, at::ScalarType weight_dtype, bool exact);
+};
+
+struct FusedLinearDxOp {
+  static constexpr const char* name = "infold::fused_linear_dx";
+  using Signature = Tensor(const Tensor& gradient, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                           const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t out_features,
+                           int64_t in_features, at::ScalarType weight_dtype, bool exact);
+};
+
+struct FusedLinearDsOp {
+  static constexpr const char* name = "infold::fused_linear_ds";
+  using Signature = Tensor(const Tensor& gradient, const Tensor& x, const Tensor& payload, const Tensor& directory,
+                           const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout,
+                           int64_t out_features, int64_t in_features, at::ScalarType weight_dtype);
+};
+
+struct FusedEmbeddingOp {
+  static constexpr const char* name = "infold::fused_embedding";
+  using Signature = Tensor(const Tensor& indices, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                           const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t num_embeddings,
+                           int64_t embedding_dim, at::ScalarType weight_dtype);
+};
+
+struct FusedEmbeddingDsOp {
+  static constexpr const char* name = "infold::fused_embedding_ds";
+  using Signature = Tensor(const Tensor& gradient, const Tensor& indices, const Tensor& payload, const Tensor& directory,
+                           const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout,
+                           int64_t num_embeddings, int64_t embedding_dim, at::ScalarType weight_dtype);
+};
+
+struct UnpackOp {
+  static constexpr const char* name = "infold::unpack";
+  using Signature = Tensor(const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                           const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t out_features,
+                           int64_t in_features, at::ScalarType weight_dtype);
+};
+
+/// The dispatcher's handle of an operator, looked up once.
+template <class Op>
+const c10::TypedOperatorHandle<typename Op::Signature>& op() {
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, "").template typed<typename Op::Signature>();
+  return handle;
+}
+
+}  // namespace infold

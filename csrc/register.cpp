@@ -1,0 +1,45 @@
+// Every schema of the library, in one place. `docs/operators.md` describes them.
+
+#include <torch/library.h>
+
+#include <string>
+
+#include "infold/src/bridge.rs.h"
+
+TORCH_LIBRARY(infold, m) {
+  const std::vector<at::Tag> compute = {at::Tag::pt2_compliant_tag};
+  // Compute: functional, differentiable, shapes known from integers alone.
+  m.def(
+      "fused_linear(Tensor x, Tensor payload, Tensor directory, Tensor tables, Tensor? scales, Tensor? bias, int codec, "
+      "int layout, int out_features, int in_features, ScalarType weight_dtype, bool exact=False) -> Tensor",
+      compute);
+  m.def(
+      "fused_linear_dx(Tensor gradient, Tensor payload, Tensor directory, Tensor tables, Tensor? scales, int codec, "
+      "int layout, int out_features, int in_features, ScalarType weight_dtype, bool exact=False) -> Tensor",
+      compute);
+  m.def(
+      "fused_linear_ds(Tensor gradient, Tensor x, Tensor payload, Tensor directory, Tensor tables, int[] scale_shape, "
+      "int codec, int layout, int out_features, int in_features, ScalarType weight_dtype) -> Tensor",
+      compute);
+  m.def(
+      "fused_embedding(Tensor indices, Tensor payload, Tensor directory, Tensor tables, Tensor? scales, int codec, "
+      "int layout, int num_embeddings, int embedding_dim, ScalarType weight_dtype) -> Tensor",
+      compute);
+  m.def(
+      "fused_embedding_ds(Tensor gradient, Tensor indices, Tensor payload, Tensor directory, Tensor tables, "
+      "int[] scale_shape, int codec, int layout, int num_embeddings, int embedding_dim, ScalarType weight_dtype) -> Tensor",
+      compute);
+  m.def(
+      "unpack(Tensor payload, Tensor directory, Tensor tables, Tensor? scales, int codec, int layout, int out_features, "
+      "int in_features, ScalarType weight_dtype) -> Tensor",
+      compute);
+  // Encode: sizes depend on the data. Results are (payload, directory, tables, scales).
+  m.def("pack_lossless(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("pack_ecsq(Tensor weight, float? bits=None, float? max_error=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("pack_int8(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("pack_int4(Tensor weight, int group_size=128) -> (Tensor, Tensor, Tensor, Tensor)");
+  // (version, codec, layout, ScalarType of the dense weight, out_features, in_features, quantizer, predictor, rows and
+  // columns of the scales)
+  m.def("inspect_packed(Tensor payload, Tensor directory, Tensor tables, Tensor? scales=None, bool verify=False) -> int[]");
+  m.def("build_info() -> str", [] { return std::string(infold::build_info()); });
+}

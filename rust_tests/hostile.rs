@@ -1,0 +1,148 @@
+//! Bytes that nobody packed: an error or wrong numbers, never a crash, a hang or a huge allocation.
+
+mod support;
+
+use infold::codec::{EcsqTarget, Packed, PackedWeight, Weights, pack_ecsq, pack_int4, pack_lossless};
+use infold::linear::{Input, embedding, forward, input_gradient, scale_gradient};
+use infold::parallel::Serial;
+use proptest::prelude::*;
+use support::*;
+
+fn victims() -> Vec<Packed> {
+    let mut random = Random(21);
+    let mut values = random.normals(90 * 140, 0.1);
+    values[500] = 1e6;
+    let smooth: Vec<f32> = (0..90 * 140).map(|i| (i as f32 / 400.0).sin()).collect();
+    let packed = [
+        pack_lossless(Weights::Bf16(&to_bf16(&values)), 90, 140, &Serial),
+        pack_lossless(Weights::F16(&to_f16(&values)), 90, 140, &Serial),
+        pack_lossless(Weights::F32(&values), 90, 140, &Serial),
+        pack_ecsq(Weights::F32(&values), 90, 140, EcsqTarget::Bits(4.0), &Serial),
+        pack_ecsq(Weights::F32(&smooth), 90, 140, EcsqTarget::Error(0.002), &Serial),
+        pack_int4(Weights::F32(&values), 90, 140, 64, &Serial),
+    ];
+    packed.into_iter().collect::<Result<_, _>>().unwrap()
+}
+
+/// Whatever the bytes, every reader returns.
+fn read_everything(payload: &[u8], directory: &[i32], tables: &[u8]) {
+    let Ok(weight) = PackedWeight::new(payload, directory, tables) else {
+        return;
+    };
+    let geometry = weight.geometry();
+    if geometry.elements() > 1 << 20 {
+        return;
+    }
+    let _ = weight.verify(None);
+    let scales = vec![1.0f32; weight.header.scale_grid.count(geometry)];
+    let _ = weight.unpack(&scales, &mut vec![0.0f32; geometry.elements()], &Serial);
+    let x = vec![1.0f32; 2 * geometry.cols];
+    let mut y = vec![0.0f32; 2 * geometry.rows];
+    let _ = forward(&weight, &scales, Input { values: &x, rows: 2 }, None, &mut y, &Serial);
+    let mut dx = vec![0.0f32; 2 * geometry.cols];
+    let g = Input { values: &y[..], rows: 2 };
+    let _ = input_gradient(&weight, &scales, g, &mut dx, &Serial);
+    let _ = scale_gradient(&weight, g, Input { values: &x, rows: 2 }, &mut scales.clone(), &Serial);
+    let _ = embedding(&weight, &scales, &[0, 5], &mut dx[..], &Serial);
+}
+
+#[test]
+fn every_truncation_is_survived() {
+    for packed in victims() {
+        for cut in 0..packed.tables.len() {
+            assert!(PackedWeight::new(&packed.payload, &packed.directory, &packed.tables[..cut]).is_err());
+        }
+        for cut in (0..packed.payload.len()).step_by(97) {
+            let payload = &packed.payload[..cut];
+            assert!(PackedWeight::new(payload, &packed.directory, &packed.tables).unwrap().verify(None).is_err());
+            read_everything(payload, &packed.directory, &packed.tables);
+        }
+        for cut in 0..packed.directory.len() {
+            assert!(PackedWeight::new(&packed.payload, &packed.directory[..cut], &packed.tables).is_err());
+        }
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    for packed in victims() {
+        for bit in 0..8 * packed.tables.len() {
+            let mut tables = packed.tables.clone();
+            tables[bit / 8] ^= 1 << (bit % 8);
+            assert!(PackedWeight::new(&packed.payload, &packed.directory, &tables).is_err(), "bit {bit}");
+        }
+        for bit in (0..8 * packed.payload.len()).step_by(1009) {
+            let mut payload = packed.payload.clone();
+            payload[bit / 8] ^= 1 << (bit % 8);
+            let weight = PackedWeight::new(&payload, &packed.directory, &packed.tables).unwrap();
+            assert!(weight.verify(Some(&packed.scales)).is_err(), "bit {bit}");
+            read_everything(&payload, &packed.directory, &packed.tables);
+        }
+        for word in 0..packed.directory.len() {
+            let mut directory = packed.directory.clone();
+            directory[word] ^= 1 << (word % 31);
+            let weight = PackedWeight::new(&packed.payload, &directory, &packed.tables).unwrap();
+            assert!(weight.verify(None).is_err());
+            read_everything(&packed.payload, &directory, &packed.tables);
+        }
+        if let Some(first) = packed.scales.first() {
+            let mut scales = packed.scales.clone();
+            scales[0] = f32::from_bits(first.to_bits() ^ 1 << 20);
+            let error = open(&packed).verify(Some(&scales)).unwrap_err();
+            assert!(error.to_string().starts_with("infold/corrupt: field `scales_checksum`"), "{error}");
+        }
+    }
+}
+
+/// Changes header bytes and mends the checksum, so that the parser's own checks have to hold.
+#[test]
+fn a_forged_header_is_survived() {
+    for packed in victims() {
+        for at in 0..packed.tables.len() {
+            for value in [0, 1, 2, 3, 4, 7, 8, 9, 31, 127, 128, 255] {
+                let mut tables = packed.tables.clone();
+                tables[at] = value;
+                tables[44..48].fill(0);
+                let checksum = crc32fast::hash(&tables);
+                tables[44..48].copy_from_slice(&checksum.to_le_bytes());
+                read_everything(&packed.payload, &packed.directory, &tables);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_newer_version_is_refused_by_name() {
+    let mut tables = victims()[0].tables.clone();
+    tables[4] = 2;
+    let error = PackedWeight::new(&[], &[], &tables).err().unwrap();
+    assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at most 1, got 2");
+}
+
+proptest! {
+    #[test]
+    fn random_bytes_are_survived(
+        payload in prop::collection::vec(any::<u8>(), 0..4000),
+        directory in prop::collection::vec(any::<i32>(), 0..8),
+        tables in prop::collection::vec(any::<u8>(), 0..300),
+    ) {
+        read_everything(&payload, &directory, &tables);
+    }
+
+    #[test]
+    fn random_payloads_under_a_good_header_are_survived(
+        which in 0usize..6,
+        seed: u64,
+        payload in prop::collection::vec(any::<u8>(), 0..30_000),
+    ) {
+        thread_local! { static VICTIMS: Vec<Packed> = victims(); }
+        VICTIMS.with(|victims| {
+            let packed = &victims[which];
+            read_everything(&payload, &packed.directory, &packed.tables);
+            let mut random = Random(seed);
+            let directory: Vec<i32> = packed.directory.iter().map(|_| (random.next() % 8000) as i32).collect();
+            read_everything(&payload, &directory, &packed.tables);
+            read_everything(&packed.payload, &directory, &packed.tables);
+        });
+    }
+}

@@ -1,0 +1,70 @@
+//! What a product allocates, counted at the allocator.
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use infold::codec::{EcsqTarget, Weights, pack_ecsq, pack_int4, pack_lossless};
+use infold::linear::{Input, forward};
+use infold::parallel::{Pool, Serial, Threads};
+use support::*;
+
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let live = LIVE.fetch_add(layout.size(), Relaxed) + layout.size();
+        PEAK.fetch_max(live, Relaxed);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// The promise of the fused product: 64 KB a thread beyond its output, however large the weight.
+#[test]
+fn a_forward_takes_64_kilobytes_a_thread_and_gives_them_back() {
+    let (rows, cols) = (640, 1000);
+    let mut random = Random(31);
+    let values = random.normals(rows * cols, 0.1);
+    let weights = [
+        pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap(),
+        pack_lossless(Weights::F32(&values), rows, cols, &Serial).unwrap(),
+        pack_ecsq(Weights::F32(&values), rows, cols, EcsqTarget::Bits(4.0), &Serial).unwrap(),
+        pack_int4(Weights::F32(&values), rows, cols, 64, &Serial).unwrap(),
+    ];
+    // Counted by the allocator alone, so the decoder's 10 KB on the stack are taken off.
+    const HEAP: usize = (64 - 11) << 10;
+    for packed in &weights {
+        for (batch, threads) in [(1, 1), (64, 1), (1000, 1), (200, 2)] {
+            let x = vec![1.0f32; batch * cols];
+            let mut out = vec![0.0f32; batch * rows];
+            let pool: &dyn Pool = if threads == 1 { &Serial } else { &Threads(2) };
+            let mut extra = 0;
+            for _ in 0..3 {
+                let before = LIVE.load(Relaxed);
+                PEAK.store(before, Relaxed);
+                let weight = open(packed);
+                forward(&weight, &packed.scales, Input { values: &x, rows: batch }, None, &mut out, pool).unwrap();
+                drop(weight);
+                extra = PEAK.load(Relaxed) - before;
+                assert_eq!(LIVE.load(Relaxed), before, "something leaked");
+            }
+            let thread_handles = if threads == 1 { 0 } else { 4 << 10 };
+            assert!(extra <= threads * HEAP + thread_handles, "{:?} batch {batch}: {extra} bytes", packed.header.dtype);
+        }
+    }
+}

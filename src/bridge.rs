@@ -1,0 +1,232 @@
+//! The only place that knows C++. Catches panics, turns errors into a status that C++ rethrows.
+#![allow(unsafe_code)] // foreign calls; each block says why it holds
+
+use std::any::Any;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Mutex;
+
+use crate::ops;
+use crate::parallel::Pool;
+use crate::{Error, Result};
+
+#[cxx::bridge(namespace = "infold")]
+mod ffi {
+    /// How a call ended: 0 well, 1 with a wrong argument (Python's ValueError), 2 otherwise.
+    struct Status {
+        kind: u8,
+        message: String,
+    }
+
+    /// A packed weight as the operators take it. `scales` may be undefined.
+    struct Weight<'a> {
+        payload: &'a Tensor,
+        directory: &'a Tensor,
+        tables: &'a Tensor,
+        scales: &'a Tensor,
+        codec: i64,
+        layout: i64,
+        out_features: i64,
+        in_features: i64,
+    }
+
+    unsafe extern "C++" {
+        include!("infold/csrc/host.h");
+
+        #[namespace = "at"]
+        type Tensor;
+        /// Where a call puts its results.
+        type Outputs;
+
+        fn push_output(outputs: Pin<&mut Outputs>, tensor: &Tensor);
+        fn parallel_for(items: usize, body: &Body);
+    }
+
+    extern "Rust" {
+        type Body<'a>;
+        unsafe fn run_body<'a>(body: &Body<'a>, start: usize, end: usize);
+
+        // bias and every tensor called optional may be undefined; dtypes are PyTorch's ScalarType numbers.
+        fn fused_linear(x: &Tensor, weight: &Weight, bias: &Tensor, exact: bool, out: Pin<&mut Outputs>) -> Status;
+        fn fused_linear_dx(gradient: &Tensor, weight: &Weight, exact: bool, out: Pin<&mut Outputs>) -> Status;
+        fn fused_linear_ds(gradient: &Tensor, x: &Tensor, weight: &Weight, out: Pin<&mut Outputs>) -> Status;
+        fn fused_embedding(indices: &Tensor, weight: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status;
+        fn fused_embedding_ds(gradient: &Tensor, indices: &Tensor, weight: &Weight, out: Pin<&mut Outputs>) -> Status;
+        fn unpack(weight: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status;
+        fn pack_lossless(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
+        /// A target that is not asked for is NaN.
+        fn pack_ecsq(weight: &Tensor, bits: f64, max_error: f64, out: Pin<&mut Outputs>) -> Status;
+        fn pack_int8(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
+        fn pack_int4(weight: &Tensor, group_size: i64, out: Pin<&mut Outputs>) -> Status;
+        fn inspect_packed(
+            payload: &Tensor,
+            directory: &Tensor,
+            tables: &Tensor,
+            scales: &Tensor,
+            verify: bool,
+            fields: &mut Vec<i64>,
+        ) -> Status;
+        fn build_info() -> String;
+    }
+}
+
+use ffi::{Outputs, Status, Tensor, Weight};
+
+/// PyTorch's intra-op threads, so that `torch.set_num_threads` governs.
+struct TorchPool;
+
+/// A loop body on its way through C++, and the panic it may bring back.
+pub struct Body<'a> {
+    run: &'a (dyn Fn(Range<usize>) + Sync),
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl Pool for TorchPool {
+    fn for_ranges(&self, items: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
+        let body = Body { run: body, panic: Mutex::new(None) };
+        ffi::parallel_for(items, &body);
+        let panic = body.panic.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(panic) = panic {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+/// Called by C++ on each thread; a panic must not cross it.
+fn run_body(body: &Body, start: usize, end: usize) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (body.run)(start..end))) {
+        *body.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(panic);
+    }
+}
+
+/// Runs `body` and hands its tensors over.
+fn call(out: Pin<&mut Outputs>, body: impl FnOnce(&TorchPool) -> Result<Vec<tch::Tensor>>) -> Status {
+    let mut out = out;
+    status(|| {
+        for tensor in body(&TorchPool)? {
+            // SAFETY: tch's pointer is to a C++ at::Tensor that lives until `tensor` is dropped, after the push.
+            let tensor = unsafe { &*tensor.as_ptr().cast::<Tensor>() };
+            ffi::push_output(out.as_mut(), tensor);
+        }
+        Ok(())
+    })
+}
+
+fn status(body: impl FnOnce() -> Result<()>) -> Status {
+    let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(Error::Panic(text.unwrap_or_else(|| "a panic without a message".into())))
+    });
+    match result {
+        Ok(()) => Status { kind: 0, message: String::new() },
+        Err(error) => Status { kind: if error.is_argument() { 1 } else { 2 }, message: error.to_string() },
+    }
+}
+
+/// Shares a C++ tensor with Rust; None where it is undefined.
+fn share(tensor: &Tensor) -> Option<tch::Tensor> {
+    let pointer = std::ptr::from_ref(tensor).cast_mut().cast();
+    // SAFETY: the pointer is to a live at::Tensor, and the call only copies its handle.
+    let tensor = unsafe { tch::Tensor::clone_from_ptr(pointer) };
+    tensor.defined().then_some(tensor)
+}
+
+fn need(tensor: &Tensor, what: &'static str) -> Result<tch::Tensor> {
+    share(tensor).ok_or_else(|| Error::argument(what, "a tensor", "an undefined one"))
+}
+
+fn weight(weight: &Weight) -> Result<ops::Weight> {
+    Ok(ops::Weight {
+        payload: need(weight.payload, "payload")?,
+        directory: need(weight.directory, "directory")?,
+        tables: need(weight.tables, "tables")?,
+        scales: share(weight.scales),
+        codec: weight.codec,
+        layout: weight.layout,
+        out_features: weight.out_features,
+        in_features: weight.in_features,
+    })
+}
+
+fn fused_linear(x: &Tensor, w: &Weight, bias: &Tensor, exact: bool, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let y = ops::linear::forward(&need(x, "x")?, &weight(w)?, share(bias).as_ref(), exact, pool)?;
+        Ok(vec![y])
+    })
+}
+
+fn fused_linear_dx(gradient: &Tensor, w: &Weight, exact: bool, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| Ok(vec![ops::linear::input_gradient(&need(gradient, "gradient")?, &weight(w)?, exact, pool)?]))
+}
+
+fn fused_linear_ds(gradient: &Tensor, x: &Tensor, w: &Weight, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let ds = ops::linear::scale_gradient(&need(gradient, "gradient")?, &need(x, "x")?, &weight(w)?, pool)?;
+        Ok(vec![ds])
+    })
+}
+
+fn fused_embedding(indices: &Tensor, w: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| Ok(vec![ops::embedding::forward(&need(indices, "indices")?, &weight(w)?, dtype, pool)?]))
+}
+
+fn fused_embedding_ds(gradient: &Tensor, indices: &Tensor, w: &Weight, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let (gradient, indices) = (need(gradient, "gradient")?, need(indices, "indices")?);
+        Ok(vec![ops::embedding::scale_gradient(&gradient, &indices, &weight(w)?, pool)?])
+    })
+}
+
+fn unpack(w: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| Ok(vec![ops::unpack(&weight(w)?, dtype, pool)?]))
+}
+
+fn pack_lossless(dense: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| ops::pack::lossless(&need(dense, "weight")?, pool))
+}
+
+fn pack_ecsq(dense: &Tensor, bits: f64, max_error: f64, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| ops::pack::ecsq(&need(dense, "weight")?, bits, max_error, pool))
+}
+
+fn pack_int8(dense: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| ops::pack::int8(&need(dense, "weight")?, pool))
+}
+
+fn pack_int4(dense: &Tensor, group_size: i64, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| ops::pack::int4(&need(dense, "weight")?, group_size, pool))
+}
+
+fn inspect_packed(
+    payload: &Tensor,
+    directory: &Tensor,
+    tables: &Tensor,
+    scales: &Tensor,
+    verify: bool,
+    fields: &mut Vec<i64>,
+) -> Status {
+    status(|| {
+        let (payload, directory, tables) =
+            (need(payload, "payload")?, need(directory, "directory")?, need(tables, "tables")?);
+        *fields = ops::pack::inspect(&payload, &directory, &tables, share(scales).as_ref(), verify)?;
+        Ok(())
+    })
+}
+
+/// What this library was built with, as JSON.
+fn build_info() -> String {
+    let quoted = |names: &[&str]| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
+    let kernels: Vec<&str> = crate::cuda::fatbins().iter().map(|fatbin| fatbin.name).collect();
+    format!(
+        r#"{{"version": {:?}, "format_version": {}, "cuda": {}, "cuda_architectures": [{}], "cuda_kernels": [{}], "cuda_bytes": {}, "cpu": {:?}}}"#,
+        env!("CARGO_PKG_VERSION"),
+        crate::codec::FORMAT_VERSION,
+        !kernels.is_empty(),
+        quoted(crate::cuda::architectures()),
+        quoted(&kernels),
+        crate::cuda::fatbins().iter().map(|fatbin| fatbin.bytes.len()).sum::<usize>(),
+        crate::linear::instruction_set(),
+    )
+}

@@ -1,0 +1,231 @@
+//! From a weight to its integer code and back, and from a code to its planes.
+//!
+//! | element | code | planes (symbol first) |
+//! | --- | --- | --- |
+//! | bf16 | its 16 bits | exponent; sign and mantissa |
+//! | f16 | its 16 bits | high byte; low byte |
+//! | f32 | its 32 bits | exponent; sign and 7 bits of mantissa; two low bytes |
+//! | level | a signed integer q | q >> r; its r low bits |
+
+use half::{bf16, f16};
+
+/// The dtype of the dense weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Dtype {
+    F32 = 0,
+    F16 = 1,
+    Bf16 = 2,
+}
+
+impl Dtype {
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        [Self::F32, Self::F16, Self::Bf16]
+            .into_iter()
+            .find(|&d| d as u8 == byte)
+    }
+
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// What a code means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    /// The bit pattern of a float.
+    Bits(Dtype),
+    /// A quantisation level, its `low_bits` low bits in a plane of their own.
+    Level { low_bits: u32 },
+}
+
+impl Element {
+    /// Number of planes.
+    pub fn planes(self) -> usize {
+        match self {
+            Self::Bits(dtype) => dtype.bytes(),
+            Self::Level { low_bits } => 1 + usize::from(low_bits > 0),
+        }
+    }
+
+    /// Width of a plane of plain bits, None for one that needs a model.
+    pub fn plane_width(self, plane: usize) -> Option<u32> {
+        match self {
+            Self::Bits(_) => Some(8),
+            Self::Level { low_bits } if plane == 1 => Some(low_bits),
+            Self::Level { .. } => None,
+        }
+    }
+
+    /// The value of `code` in plane `plane`.
+    pub fn split(self, code: u32, plane: usize) -> i32 {
+        let byte = match (self, plane) {
+            (Self::Bits(Dtype::Bf16), 0) => code >> 7,
+            (Self::Bits(Dtype::Bf16), _) => code >> 8 & 0x80 | code & 0x7f,
+            (Self::Bits(Dtype::F32), 0) => code >> 23,
+            (Self::Bits(Dtype::F32), 1) => code >> 24 & 0x80 | code >> 16 & 0x7f,
+            (Self::Bits(dtype), plane) => code >> (8 * (dtype.bytes() - 1 - plane)),
+            (Self::Level { low_bits }, 0) => return code as i32 >> low_bits,
+            (Self::Level { low_bits }, _) => code & ((1 << low_bits) - 1),
+        };
+        i32::from(byte as u8)
+    }
+
+    /// The bits that the value of plane `plane` contributes to its code; the inverse of [`Element::split`].
+    pub fn place(self, value: i32, plane: usize) -> u32 {
+        let value = value as u32;
+        match (self, plane) {
+            (Self::Bits(Dtype::Bf16), 0) => (value & 0xff) << 7,
+            (Self::Bits(Dtype::Bf16), _) => (value & 0x80) << 8 | value & 0x7f,
+            (Self::Bits(Dtype::F32), 0) => (value & 0xff) << 23,
+            (Self::Bits(Dtype::F32), 1) => (value & 0x80) << 24 | (value & 0x7f) << 16,
+            (Self::Bits(dtype), plane) => (value & 0xff) << (8 * (dtype.bytes() - 1 - plane)),
+            (Self::Level { low_bits }, 0) => value << low_bits,
+            (Self::Level { .. }, _) => value,
+        }
+    }
+}
+
+/// Arithmetic that the kernels run in: f32, or f64 where gradients are checked.
+pub trait Real:
+    Scalar
+    + Default
+    + std::ops::Add<Output = Self>
+    + std::ops::AddAssign
+    + std::ops::Mul<Output = Self>
+{
+    /// `self · a + b`, rounded once.
+    fn fused_multiply_add(self, a: Self, b: Self) -> Self;
+    fn to_f64(self) -> f64;
+}
+
+/// A float type that a weight or an output may have.
+pub trait Scalar: Copy + Send + Sync + 'static {
+    fn from_f32(value: f32) -> Self;
+    fn from_f64(value: f64) -> Self;
+    fn from_real<T: Real>(value: T) -> Self {
+        Self::from_f64(value.to_f64())
+    }
+    /// Reinterprets a lossless code whose dtype is this very type; None if it is another.
+    fn from_bits(code: u32, dtype: Dtype) -> Option<Self>;
+}
+
+macro_rules! real {
+    ($type:ty, $bits:expr) => {
+        impl Scalar for $type {
+            fn from_f32(value: f32) -> Self {
+                value as $type
+            }
+            fn from_f64(value: f64) -> Self {
+                value as $type
+            }
+            fn from_bits(code: u32, dtype: Dtype) -> Option<Self> {
+                $bits(code, dtype)
+            }
+        }
+        impl Real for $type {
+            #[inline(always)]
+            fn fused_multiply_add(self, a: Self, b: Self) -> Self {
+                self.mul_add(a, b)
+            }
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+        }
+    };
+}
+real!(f32, |code, dtype| (dtype == Dtype::F32).then(|| f32::from_bits(code)));
+real!(f64, |_, _| None);
+
+macro_rules! half {
+    ($type:ty, $dtype:expr) => {
+        impl Scalar for $type {
+            fn from_f32(value: f32) -> Self {
+                <$type>::from_f32(value)
+            }
+            fn from_f64(value: f64) -> Self {
+                // By way of f32, as PyTorch does.
+                <$type>::from_f32(value as f32)
+            }
+            fn from_bits(code: u32, dtype: Dtype) -> Option<Self> {
+                (dtype == $dtype).then(|| <$type>::from_bits(code as u16))
+            }
+        }
+    };
+}
+half!(f16, Dtype::F16);
+half!(bf16, Dtype::Bf16);
+
+/// The float that the bits `code` of `dtype` stand for.
+#[inline(always)]
+pub fn bits_to_f32(code: u32, dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::F32 => f32::from_bits(code),
+        Dtype::F16 => f16::from_bits(code as u16).to_f32(),
+        Dtype::Bf16 => f32::from_bits(code << 16),
+    }
+}
+
+/// A dense weight, row-major.
+#[derive(Clone, Copy)]
+pub enum Weights<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl Weights<'_> {
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::F32(_) => Dtype::F32,
+            Self::F16(_) => Dtype::F16,
+            Self::Bf16(_) => Dtype::Bf16,
+        }
+    }
+
+    pub fn elements(self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::F16(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// The bit patterns of the elements from `start` on.
+    pub fn bits(self, start: usize, out: &mut [u32]) {
+        let range = start..start + out.len();
+        match self {
+            Self::F32(values) => {
+                let pairs = out.iter_mut().zip(&values[range]);
+                pairs.for_each(|(out, v)| *out = v.to_bits());
+            }
+            Self::F16(values) => {
+                let pairs = out.iter_mut().zip(&values[range]);
+                pairs.for_each(|(out, v)| *out = u32::from(v.to_bits()));
+            }
+            Self::Bf16(values) => {
+                let pairs = out.iter_mut().zip(&values[range]);
+                pairs.for_each(|(out, v)| *out = u32::from(v.to_bits()));
+            }
+        }
+    }
+
+    /// The values of the elements from `start` on.
+    pub fn values(self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match self {
+            Self::F32(values) => out.copy_from_slice(&values[range]),
+            Self::F16(values) => {
+                let pairs = out.iter_mut().zip(&values[range]);
+                pairs.for_each(|(out, v)| *out = v.to_f32());
+            }
+            Self::Bf16(values) => {
+                let pairs = out.iter_mut().zip(&values[range]);
+                pairs.for_each(|(out, v)| *out = v.to_f32());
+            }
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The packed weight: what is stored, how it is made, how it is read. Specified in `docs/format.md`.
+//!
+//! ```text
+//! weight ── element.rs / quantize.rs ──► one integer code per weight
+//!        ── element.rs ──► planes of at most 256 symbols
+//!        ── symbols.rs ──► per plane: one value, plain bits, or rANS with a 12-bit model
+//!        ── encode.rs, rans.rs, predict.rs ──► one stream per tile of rows
+//! ```
+//! `decode.rs` goes the other way, a block of 64 columns by 32 rows at a time, and is the oracle for every faster path.
+//! Nothing here is `unsafe` or trusts a byte that it reads: wrong bytes give wrong numbers or an error.
+
+mod decode;
+mod element;
+mod encode;
+mod format;
+mod geometry;
+mod predict;
+mod quantize;
+mod rans;
+mod symbols;
+
+pub use decode::{PackedWeight, TileDecoder};
+pub use element::{Dtype, Element, Real, Scalar, Weights};
+pub use encode::{Packed, pack_lossless};
+pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer, ScaleGrid};
+pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES};
+pub use predict::Predictor;
+pub use quantize::{EcsqTarget, pack_ecsq, pack_int4, pack_int8};

@@ -1,0 +1,434 @@
+//! Quantisers: entropy-coded scalar quantisation (ECSQ) at any rate or error, int8 per row, int4 per group.
+//!
+//! ECSQ is a uniform step with entropy-coded levels: within 0.25 bit of the rate-distortion bound at high rate (Gish and
+//! Pierce 1968), at any fractional rate, with no calibration data.
+
+use half::bf16;
+
+use super::element::{Element, Weights};
+use super::encode::{Codes, Description, Packed, check_shape, encode, pack_lossless};
+use super::format::{Plane, Quantizer, ScaleGrid};
+use super::geometry::Geometry;
+use super::symbols::{Coding, Histogram, Plan, plan};
+use crate::parallel::{Pool, map};
+use crate::{Error, Result};
+
+/// What an ECSQ weight has to meet.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum EcsqTarget {
+    /// Bits a weight, everything counted.
+    Bits(f64),
+    /// Relative Frobenius error.
+    Error(f64),
+}
+
+/// A quantised weight that saves less than 3% is stored lossless instead.
+const WORTHWHILE: f64 = 0.97;
+/// Levels beyond this are escapes; the histogram holds the rest.
+const WINDOW: i32 = 4096;
+/// f32 holds every integer up to here.
+const MAX_LEVEL: f32 = (1 << 24) as f32;
+/// Statistics are summed over this many shares of the rows, whatever the threads, so that results do not depend on them.
+const SHARES: usize = 16;
+/// What a lane's coder state costs beyond the information in it, and what else a tile costs, in bits.
+const LANE_BITS: f64 = 24.0;
+const TILE_BITS: f64 = 64.0 + 32.0 + 12.0;
+/// Header and plane descriptions, in bits.
+const HEADER_BITS: f64 = 8.0 * 64.0;
+/// Fixed costs beyond this share of the rate are not charged to it: a tiny weight would pay for its header in quality.
+const FIXED_SHARE: f64 = 0.05;
+/// The search aims this far below its target and is content within as much again, in bits a weight or octaves of error.
+const SLACK: f64 = 0.0015;
+const SEARCH_STEPS: usize = 24;
+
+/// A weight and the scales that turn it into levels.
+struct Levels<'a> {
+    weights: Weights<'a>,
+    geometry: Geometry,
+    grid: ScaleGrid,
+    scales: Vec<f32>,
+    max: f32,
+}
+
+impl Levels<'_> {
+    /// Calls `visit` with each scale of `row` and the weights under it.
+    fn for_groups(&self, row: usize, mut visit: impl FnMut(f32, &[f32])) {
+        let mut values = vec![0.0; self.geometry.cols];
+        self.weights.values(row * self.geometry.cols, &mut values);
+        let size = self.grid.group_cols(self.geometry).max(1);
+        for (group, values) in values.chunks(size).enumerate() {
+            visit(self.scales[self.grid.index(row, group, self.geometry)], values);
+        }
+    }
+
+    fn level(&self, value: f32, scale: f32) -> f32 {
+        (value / scale).round_ties_even().clamp(-self.max, self.max)
+    }
+}
+
+impl Codes for Levels<'_> {
+    fn row(&self, row: usize, out: &mut [u32]) {
+        let mut out = out.iter_mut();
+        self.for_groups(row, |scale, values| {
+            for (value, out) in values.iter().zip(&mut out) {
+                *out = self.level(*value, scale) as i32 as u32;
+            }
+        });
+    }
+}
+
+/// Sums over a weight at given scales.
+struct Statistics {
+    levels: Histogram,
+    /// Σ s² and Σ s·w of each level: their quotient is the level's centroid in steps.
+    weight: Vec<f64>,
+    moment: Vec<f64>,
+    /// Σ (w − s·q)².
+    distortion: f64,
+}
+
+impl Statistics {
+    fn new() -> Self {
+        let size = 2 * WINDOW as usize + 1;
+        Self {
+            levels: Histogram {
+                lo: -WINDOW,
+                counts: vec![0; size],
+                outside: 0,
+            },
+            weight: vec![0.0; size],
+            moment: vec![0.0; size],
+            distortion: 0.0,
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        fn sum<T: Copy + std::ops::AddAssign>(to: &mut [T], from: &[T]) {
+            to.iter_mut().zip(from).for_each(|(to, from)| *to += *from);
+        }
+        sum(&mut self.levels.counts, &other.levels.counts);
+        sum(&mut self.weight, &other.weight);
+        sum(&mut self.moment, &other.moment);
+        self.levels.outside += other.levels.outside;
+        self.distortion += other.distortion;
+    }
+
+    fn measure(levels: &Levels, pool: &dyn Pool) -> Self {
+        let mut total = Self::new();
+        for share in shares(levels.geometry.rows, pool, |rows| {
+            let mut sums = Self::new();
+            for row in rows {
+                levels.for_groups(row, |scale, values| {
+                    for &value in values {
+                        let level = levels.level(value, scale);
+                        let error = f64::from(value) - f64::from(scale) * f64::from(level);
+                        sums.distortion += error * error;
+                        if level.abs() <= WINDOW as f32 {
+                            let index = (level as i32 + WINDOW) as usize;
+                            sums.levels.counts[index] += 1;
+                            sums.weight[index] += f64::from(scale) * f64::from(scale);
+                            sums.moment[index] += f64::from(scale) * f64::from(value);
+                        } else {
+                            sums.levels.outside += 1;
+                        }
+                    }
+                });
+            }
+            sums
+        }) {
+            total.add(&share);
+        }
+        total
+    }
+
+    /// The cheapest split of the levels into symbols and plain low bits: (low bits, plan, bits for the whole weight).
+    fn plan(&self) -> (u32, Plan, f64) {
+        let elements = self.levels.total() as f64;
+        let mut best: Option<(u32, Plan, f64)> = None;
+        for low_bits in 0..=8 {
+            let plan = plan(&self.levels.without_low_bits(low_bits), Some(8));
+            let bits = plan.bits + f64::from(low_bits) * elements;
+            if best.as_ref().is_none_or(|(_, _, least)| bits < *least) {
+                best = Some((low_bits, plan, bits));
+            }
+        }
+        // Nine candidates, the first of which always enters.
+        best.unwrap_or_else(|| (0, plan(&self.levels, None), 0.0))
+    }
+
+    /// How far each symbol's centroid lies from its integer, in 1/256 of a step, and Σ (w − s·r(q))² with them.
+    fn centroids(&self, coding: &Coding, low_bits: u32) -> (Vec<i8>, f64) {
+        let (Coding::Modelled(model), 0) = (coding, low_bits) else {
+            return (Vec::new(), self.distortion);
+        };
+        let mut distortion = self.distortion;
+        let centroids = (0..model.values()).map(|symbol| {
+            let level = model.lo + symbol as i32;
+            let index = (level + WINDOW) as usize;
+            let (weight, moment) = (self.weight[index], self.moment[index]);
+            if weight == 0.0 {
+                return 0;
+            }
+            let offset = moment / weight - f64::from(level);
+            let stored = (256.0 * offset).round().clamp(-128.0, 127.0);
+            distortion -= weight * (2.0 * offset - stored / 256.0) * stored / 256.0;
+            stored as i8
+        });
+        (centroids.collect(), distortion)
+    }
+}
+
+/// Runs `body` over a fixed division of `rows` and returns the results in order.
+fn shares<T: Send>(rows: usize, pool: &dyn Pool, body: impl Fn(std::ops::Range<usize>) -> T + Sync) -> Vec<T> {
+    let size = rows.div_ceil(SHARES).max(1);
+    map(pool, rows.div_ceil(size), |share| body(share * size..((share + 1) * size).min(rows)))
+}
+
+/// Per row: Σ w² and max |w|. An element that is not finite is an error.
+fn row_norms(weights: Weights, geometry: Geometry, pool: &dyn Pool) -> Result<Vec<(f64, f32)>> {
+    let mut norms = Vec::with_capacity(geometry.rows);
+    for share in shares(geometry.rows, pool, |rows| {
+        let mut values = vec![0.0; geometry.cols];
+        rows.map(|row| {
+            weights.values(row * geometry.cols, &mut values);
+            if let Some(col) = values.iter().position(|v| !v.is_finite()) {
+                let value = values[col];
+                return Err(Error::NotFinite { row, col, value });
+            }
+            let square = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+            Ok((square, values.iter().fold(0.0f32, |max, v| max.max(v.abs()))))
+        })
+        .collect::<Result<Vec<_>>>()
+    }) {
+        norms.extend(share?);
+    }
+    Ok(norms)
+}
+
+/// A scale that is not zero, exact in bf16 where the grid stores it so, and, for `up`, no smaller than asked.
+fn storable(scale: f64, grid: ScaleGrid, up: bool) -> f32 {
+    let scale = (scale as f32).max(f32::MIN_POSITIVE);
+    if grid == ScaleGrid::Tensor {
+        return scale;
+    }
+    let rounded = bf16::from_f32(scale);
+    if up && rounded.to_f32() < scale {
+        return bf16::from_bits(rounded.to_bits() + 1).to_f32();
+    }
+    rounded.to_f32()
+}
+
+/// Packs to levels at `levels`' scales.
+fn pack_levels(
+    levels: &Levels,
+    quantizer: Quantizer,
+    pool: &dyn Pool,
+) -> Result<Packed> {
+    let statistics = Statistics::measure(levels, pool);
+    let (low_bits, plan, _) = statistics.plan();
+    let centroids = match quantizer {
+        Quantizer::Ecsq => statistics.centroids(&plan.coding, low_bits).0,
+        _ => Vec::new(),
+    };
+    let description = Description {
+        geometry: levels.geometry,
+        element: Element::Level { low_bits },
+        quantizer,
+        scale_grid: levels.grid,
+        scales: levels.scales.clone(),
+        symbols: Some(Plane {
+            coding: plan.coding,
+            centroids,
+        }),
+    };
+    let packed = encode(levels, levels.weights, description, pool)?;
+    let dense = levels.geometry.elements() * levels.weights.dtype().bytes();
+    if packed.bytes() as f64 > WORTHWHILE * dense as f64 {
+        return pack_lossless(levels.weights, levels.geometry.rows, levels.geometry.cols, pool);
+    }
+    Ok(packed)
+}
+
+/// Symmetric integers of at most `max` with one scale for each cell of `grid`, from the largest weight there.
+fn pack_symmetric(
+    weights: Weights,
+    (rows, cols): (usize, usize),
+    grid: ScaleGrid,
+    max: f32,
+    quantizer: Quantizer,
+    pool: &dyn Pool,
+) -> Result<Packed> {
+    let geometry = check_shape(weights, rows, cols)?;
+    row_norms(weights, geometry, pool)?;
+    let size = grid.group_cols(geometry).max(1);
+    let scales = shares(rows, pool, |rows| {
+        let mut values = vec![0.0; cols];
+        let mut scales = Vec::new();
+        for row in rows {
+            weights.values(row * cols, &mut values);
+            scales.extend(values.chunks(size).map(|group| {
+                let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                storable(f64::from(largest / max), grid, true)
+            }));
+        }
+        scales
+    });
+    let levels = Levels {
+        weights,
+        geometry,
+        grid,
+        scales: scales.concat(),
+        max,
+    };
+    pack_levels(&levels, quantizer, pool)
+}
+
+/// int8, symmetric, one scale a row, entropy-coded.
+pub fn pack_int8(weights: Weights, rows: usize, cols: usize, pool: &dyn Pool) -> Result<Packed> {
+    pack_symmetric(weights, (rows, cols), ScaleGrid::Row, 127.0, Quantizer::Int8, pool)
+}
+
+/// int4, symmetric, one scale for each row and `group` columns (a multiple of 64), entropy-coded.
+pub fn pack_int4(weights: Weights, rows: usize, cols: usize, group: usize, pool: &dyn Pool) -> Result<Packed> {
+    if group == 0 || !group.is_multiple_of(super::geometry::CHUNK) || group >= super::format::MAX_DIMENSION {
+        return Err(Error::argument("group_size", "a positive multiple of 64", group));
+    }
+    pack_symmetric(weights, (rows, cols), ScaleGrid::Group(group), 7.0, Quantizer::Int4, pool)
+}
+
+/// A candidate of the ECSQ search.
+struct Candidate<'a> {
+    levels: Levels<'a>,
+    /// Bits a weight that count against the target.
+    bits: f64,
+    /// Relative Frobenius error.
+    error: f64,
+}
+
+impl EcsqTarget {
+    /// How far the step is too large, in octaves, seen from a point just inside the target: zero is where to go.
+    fn excess(self, candidate: &Candidate) -> f64 {
+        match self {
+            Self::Bits(bits) => bits - 2.0 * SLACK - candidate.bits,
+            Self::Error(error) => (candidate.error.max(f64::MIN_POSITIVE) / error).log2() + 2.0 * SLACK,
+        }
+    }
+
+    /// Whether a candidate with this excess keeps the target.
+    fn met(self, excess: f64) -> bool {
+        match self {
+            Self::Bits(_) => excess >= -SLACK,
+            Self::Error(_) => excess <= SLACK,
+        }
+    }
+
+    /// What the target leaves to minimise.
+    fn cost(self, candidate: &Candidate) -> f64 {
+        match self {
+            Self::Bits(_) => candidate.error,
+            Self::Error(_) => candidate.bits,
+        }
+    }
+}
+
+/// ECSQ: the step, per tensor or per row, that meets the target best.
+pub fn pack_ecsq(weights: Weights, rows: usize, cols: usize, target: EcsqTarget, pool: &dyn Pool) -> Result<Packed> {
+    match target {
+        EcsqTarget::Bits(bits) if !(2.0..=8.0).contains(&bits) => {
+            return Err(Error::argument("bits", "2 to 8", bits));
+        }
+        EcsqTarget::Error(error) if !(error > 0.0 && error < 1.0) => {
+            return Err(Error::argument("max_error", "between 0 and 1", error));
+        }
+        _ => {}
+    }
+    let geometry = check_shape(weights, rows, cols)?;
+    let norms = row_norms(weights, geometry, pool)?;
+    let energy: f64 = norms.iter().map(|(square, _)| square).sum();
+    if energy == 0.0 {
+        return pack_lossless(weights, rows, cols, pool);
+    }
+    let tensor = search(weights, geometry, ScaleGrid::Tensor, &norms, target, pool);
+    let row = search(weights, geometry, ScaleGrid::Row, &norms, target, pool);
+    let best = if target.cost(&row) < target.cost(&tensor) { row } else { tensor };
+    pack_levels(&best.levels, Quantizer::Ecsq, pool)
+}
+
+/// Finds the common factor of the steps by secants on (log₂ step, bits) or (log₂ step, log₂ error).
+fn search<'a>(
+    weights: Weights<'a>,
+    geometry: Geometry,
+    grid: ScaleGrid,
+    norms: &[(f64, f32)],
+    target: EcsqTarget,
+    pool: &dyn Pool,
+) -> Candidate<'a> {
+    let elements = geometry.elements() as f64;
+    let energy: f64 = norms.iter().map(|(square, _)| square).sum();
+    let rms = (energy / elements).sqrt();
+    let try_factor = |log_factor: f64| {
+        let factor = log_factor.exp2();
+        let scales = match grid {
+            ScaleGrid::Tensor => vec![storable(factor * rms, grid, false)],
+            _ => norms
+                .iter()
+                .map(|(square, _)| storable(factor * (square / geometry.cols as f64).sqrt(), grid, false))
+                .collect(),
+        };
+        let levels = Levels {
+            weights,
+            geometry,
+            grid,
+            scales,
+            max: MAX_LEVEL,
+        };
+        let statistics = Statistics::measure(&levels, pool);
+        let (low_bits, plan, bits) = statistics.plan();
+        let (_, distortion) = statistics.centroids(&plan.coding, low_bits);
+        let per_tile = |tile| {
+            let modelled = matches!(plan.coding, Coding::Modelled(_));
+            TILE_BITS + if modelled { LANE_BITS * geometry.lanes_of(tile) as f64 } else { 0.0 }
+        };
+        let tiles: f64 = (0..geometry.tiles()).map(per_tile).sum();
+        let scale_bits = 8.0 * (grid.bytes_each() * grid.count(geometry)) as f64;
+        let fixed = HEADER_BITS + tiles + scale_bits + 64.0 * f64::from(u8::from(low_bits > 0));
+        let allowed = match target {
+            EcsqTarget::Bits(target) => FIXED_SHARE * target * elements,
+            EcsqTarget::Error(_) => f64::INFINITY,
+        };
+        Candidate {
+            levels,
+            bits: (bits + fixed.min(allowed)) / elements,
+            error: (distortion.max(0.0) / energy).sqrt(),
+        }
+    };
+
+    // A Gaussian at b bits wants a step of about σ · 2^(2.05 − b), and a step of s leaves an error of s / √12.
+    let mut log_factor = match target {
+        EcsqTarget::Bits(bits) => 2.05 - bits,
+        EcsqTarget::Error(error) => (error * 12f64.sqrt()).log2(),
+    };
+    let mut candidate = try_factor(log_factor);
+    let mut last = (log_factor, target.excess(&candidate));
+    let mut slope = 1.0;
+    let mut best: Option<Candidate> = None;
+    for _ in 0..SEARCH_STEPS {
+        let met = target.met(last.1);
+        if met && best.as_ref().is_none_or(|best| target.cost(&candidate) < target.cost(best)) {
+            best = Some(candidate);
+        }
+        if last.1.abs() <= SLACK {
+            break;
+        }
+        let step = (-last.1 / slope).clamp(-3.0, 3.0);
+        log_factor = last.0 + step;
+        candidate = try_factor(log_factor);
+        let now = target.excess(&candidate);
+        if step != 0.0 {
+            // Bits fall by at most one an octave; a flat stretch must not throw the search away.
+            slope = ((now - last.1) / step).clamp(0.2, 1.5);
+        }
+        last = (log_factor, now);
+    }
+    best.unwrap_or_else(|| try_factor(log_factor))
+}

@@ -1,0 +1,128 @@
+//! Range asymmetric numeral systems (Duda 2013), 32 lanes interleaved into one stream of 16-bit words.
+//!
+//! A lane's state `x` lies in `[2^16, 2^32)`. With a 12-bit model (frequency `f`, cumulative start `c`), decoding a step is
+//!
+//! ```text
+//! for each lane in order:
+//!     slot = x mod 4096          symbol = table[slot]
+//!     x    = f · (x div 4096) + slot − c
+//!     if x < 2^16: x = x · 2^16 + next word
+//! ```
+//!
+//! and encoding is the same backwards, from the last symbol to the first. Lanes share nothing but the word stream, so a
+//! vector unit or a warp runs a whole step at once and hands out words by counting who needs one.
+
+use super::geometry::LANES;
+
+/// log2 of the sum of a model's frequencies.
+pub const MODEL_BITS: u32 = 12;
+/// The sum of a model's frequencies.
+pub const MODEL_TOTAL: u32 = 1 << MODEL_BITS;
+const LOWER: u32 = 1 << 16;
+const SLOT_MASK: u32 = MODEL_TOTAL - 1;
+
+/// The decoder's view of a model: for each of 4096 slots, frequency, offset in the symbol's interval, and symbol.
+pub struct SlotTable(Box<[u32; MODEL_TOTAL as usize]>);
+
+impl SlotTable {
+    /// `frequencies` must sum to 4096, each below 4096 (a lone symbol needs no coder).
+    pub fn new(frequencies: &[u16]) -> Self {
+        let mut slots = Box::new([0; MODEL_TOTAL as usize]);
+        let mut start = 0;
+        for (symbol, &frequency) in frequencies.iter().enumerate() {
+            let frequency = usize::from(frequency);
+            for (offset, slot) in slots[start..start + frequency].iter_mut().enumerate() {
+                *slot = (frequency as u32) << 20 | (offset as u32) << 8 | symbol as u32;
+            }
+            start += frequency;
+        }
+        Self(slots)
+    }
+}
+
+/// Decodes one tile's stream, a step of up to 32 symbols at a time.
+pub struct Decoder<'a> {
+    states: [u32; LANES],
+    words: &'a [u8],
+    read: usize,
+}
+
+impl<'a> Decoder<'a> {
+    /// `states` holds four bytes for each lane, `words` the rest of the stream.
+    pub fn new(states: &[u8], words: &'a [u8]) -> Self {
+        let mut lanes = [LOWER; LANES];
+        for (lane, bytes) in lanes.iter_mut().zip(states.chunks_exact(4)) {
+            *lane = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        }
+        Self {
+            states: lanes,
+            words,
+            read: 0,
+        }
+    }
+
+    /// The next symbol of each of `out`'s lanes (at most 32). Past the stream's end, words read as zero.
+    pub fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
+        // All of a step's words, so that each lane reads without a check or a branch.
+        let mut tail = [0u8; 2 * LANES];
+        let rest = &self.words[self.read..];
+        let window: &[u8; 2 * LANES] = match rest.first_chunk() {
+            Some(window) => window,
+            None => {
+                tail[..rest.len()].copy_from_slice(rest);
+                &tail
+            }
+        };
+        let mut taken = 0;
+        for (state, symbol) in self.states.iter_mut().zip(out) {
+            let entry = table.0[(*state & SLOT_MASK) as usize];
+            *symbol = entry as u8;
+            // Wrapping: a state from a damaged stream must not panic.
+            let next = (entry >> 20)
+                .wrapping_mul(*state >> MODEL_BITS)
+                .wrapping_add(entry >> 8 & SLOT_MASK);
+            let at = 2 * (taken % LANES);
+            let word = u32::from(u16::from_le_bytes([window[at], window[at + 1]]));
+            let short = next < LOWER;
+            *state = if short { next << 16 | word } else { next };
+            taken += usize::from(short);
+        }
+        self.read = (self.read + 2 * taken).min(self.words.len());
+    }
+}
+
+/// Encodes one tile's stream. Symbols go in backwards; see [`Encoder::finish`].
+pub struct Encoder {
+    states: [u32; LANES],
+    /// Words in the order of writing, the reverse of the order of reading.
+    words: Vec<u16>,
+}
+
+impl Encoder {
+    pub fn new(capacity_words: usize) -> Self {
+        Self {
+            states: [LOWER; LANES],
+            words: Vec::with_capacity(capacity_words),
+        }
+    }
+
+    /// Puts one step's symbols, given as (frequency, cumulative start) for each lane. The last step comes first.
+    pub fn step(&mut self, intervals: impl DoubleEndedIterator<Item = (usize, (u32, u32))>) {
+        for (lane, (frequency, start)) in intervals.rev() {
+            let state = &mut self.states[lane];
+            if *state >> 20 >= frequency {
+                self.words.push(*state as u16);
+                *state >>= 16;
+            }
+            *state = ((*state / frequency) << MODEL_BITS) + *state % frequency + start;
+        }
+    }
+
+    /// The states of the first `lanes` lanes, and the words in reading order.
+    pub fn finish(mut self, lanes: usize) -> (Vec<u8>, Vec<u8>) {
+        self.words.reverse();
+        let states = self.states[..lanes].iter().flat_map(|x| x.to_le_bytes());
+        let words = self.words.iter().flat_map(|w| w.to_le_bytes());
+        (states.collect(), words.collect())
+    }
+}

@@ -1,0 +1,60 @@
+//! The crate's one error type. Each variant says what was expected and what came.
+
+use thiserror::Error;
+
+/// Everything that can go wrong below the operators.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// An argument has a value or a shape that the callee cannot take.
+    #[error("{what}: expected {expected}, got {got}")]
+    Argument {
+        what: &'static str,
+        expected: String,
+        got: String,
+    },
+    /// An element of a tensor that must be finite is not.
+    #[error("weight[{row}, {col}] is {value}: quantised formats need finite weights")]
+    NotFinite { row: usize, col: usize, value: f32 },
+    /// A packed weight whose bytes contradict each other or their checksums.
+    #[error("infold/corrupt: field `{field}`: expected {expected}, got {got}")]
+    Corrupt {
+        field: &'static str,
+        expected: String,
+        got: String,
+    },
+    /// A packed weight written by a newer library.
+    #[error("infold/corrupt: field `version`: expected at most {supported}, got {found}")]
+    Version { found: u16, supported: u16 },
+    /// A worker panicked; the message is the panic's.
+    #[error("internal error, please report it: {0}")]
+    Panic(String),
+    /// The tensor library refused a call.
+    #[cfg(feature = "torch")]
+    #[error(transparent)]
+    Tensor(#[from] tch::TchError),
+}
+
+impl Error {
+    pub fn argument(what: &'static str, expected: impl ToString, got: impl ToString) -> Self {
+        Self::Argument {
+            what,
+            expected: expected.to_string(),
+            got: got.to_string(),
+        }
+    }
+
+    pub fn corrupt(field: &'static str, expected: impl ToString, got: impl ToString) -> Self {
+        Self::Corrupt {
+            field,
+            expected: expected.to_string(),
+            got: got.to_string(),
+        }
+    }
+
+    /// Whether the caller's argument is at fault (Python's `ValueError`), rather than the data or the library.
+    pub fn is_argument(&self) -> bool {
+        matches!(self, Self::Argument { .. } | Self::NotFinite { .. })
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;

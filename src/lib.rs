@@ -1,0 +1,27 @@
+//! Infold keeps a model's weights in compact form and computes on them in that form.
+//!
+//! | module | holds | may know |
+//! | --- | --- | --- |
+//! | [`codec`] | the packed weight: format, quantisers, entropy coder | nothing above |
+//! | [`linear`] | decode-and-multiply on the CPU | `codec` |
+//! | [`cuda`] | the embedded GPU kernels | nothing above |
+//! | [`parallel`] | how the three split work over threads | nothing |
+//! | `ops` | PyTorch tensors: check, allocate, run | all of the above |
+//! | `bridge` | C++: the operator registration in `csrc/` | `ops` |
+//!
+//! The last two need the feature `torch`; without it the crate is the codec and its kernels alone.
+
+#![deny(unsafe_code)] // allowed again, with a reason, only where a module says so
+
+pub mod codec;
+pub mod cuda;
+pub mod error;
+pub mod linear;
+pub mod parallel;
+
+#[cfg(feature = "torch")]
+mod bridge;
+#[cfg(feature = "torch")]
+mod ops;
+
+pub use error::{Error, Result};

@@ -1,0 +1,152 @@
+//! The only place that knows tensors. One file per operator family; each operator checks, allocates, runs.
+
+pub mod embedding;
+pub mod linear;
+pub mod pack;
+mod tensor;
+
+use tch::{Kind, Tensor};
+
+use crate::codec::{PackedWeight, Real};
+use crate::parallel::Pool;
+use crate::{Error, Result};
+use tensor::{contiguous, kind_of, slice, slice_mut};
+
+/// A packed weight's tensors and the integers that the operators' shapes depend on.
+pub struct Weight {
+    pub payload: Tensor,
+    pub directory: Tensor,
+    pub tables: Tensor,
+    pub scales: Option<Tensor>,
+    pub codec: i64,
+    pub layout: i64,
+    pub out_features: i64,
+    pub in_features: i64,
+}
+
+/// Calls `$body` with `$type` standing for the Rust type of float kind `$kind`.
+macro_rules! with_float {
+    ($kind:expr, $type:ident => $body:expr) => {
+        match $kind {
+            Kind::Float => {
+                type $type = f32;
+                $body
+            }
+            Kind::Double => {
+                type $type = f64;
+                $body
+            }
+            Kind::Half => {
+                type $type = half::f16;
+                $body
+            }
+            Kind::BFloat16 => {
+                type $type = half::bf16;
+                $body
+            }
+            other => Err(Error::argument("dtype", "float32, float64, float16 or bfloat16", format!("{other:?}"))),
+        }
+    };
+}
+use with_float;
+
+/// Calls `$body` with `$type` standing for the type that kernels sum in: f64 for float64, else f32.
+macro_rules! with_real {
+    ($kind:expr, $type:ident => $body:expr) => {
+        if $kind == Kind::Double {
+            type $type = f64;
+            $body
+        } else {
+            type $type = f32;
+            $body
+        }
+    };
+}
+use with_real;
+
+/// The kind that kernels sum in for tensors of kind `kind`.
+fn compute_kind(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+impl Weight {
+    /// Opens the weight and calls `body` with it. The header must agree with the integers.
+    fn open_without_scales<R>(&self, body: impl FnOnce(&PackedWeight) -> Result<R>) -> Result<R> {
+        let payload = contiguous(&self.payload, "payload", Kind::Uint8)?;
+        let directory = contiguous(&self.directory, "directory", Kind::Int)?;
+        let tables = contiguous(&self.tables, "tables", Kind::Uint8)?;
+        let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
+        let header = &weight.header;
+        for (what, asked, stored) in [
+            ("codec", self.codec, header.codec() as i64),
+            ("layout", self.layout, header.layout as i64),
+            ("out_features", self.out_features, header.geometry.rows as i64),
+            ("in_features", self.in_features, header.geometry.cols as i64),
+        ] {
+            if asked != stored {
+                return Err(Error::argument(what, format!("{stored}, as in the weight's header"), asked));
+            }
+        }
+        body(&weight)
+    }
+
+    /// Opens the weight and calls `body` with it and its scales in `T`; lossless weights have none, or an empty tensor.
+    fn open<T: Real + tensor::Element, R>(&self, body: impl FnOnce(&PackedWeight, &[T]) -> Result<R>) -> Result<R> {
+        let scales = self.scales.as_ref().map(|scales| contiguous(scales, "scales", T::KIND)).transpose()?;
+        let scales = scales.as_ref().map(slice::<T>).transpose()?.unwrap_or_default();
+        self.open_without_scales(|weight| {
+            let count = weight.header.scale_grid.count(weight.geometry());
+            if scales.len() != count {
+                return Err(Error::argument("scales", format!("{count} elements"), scales.len()));
+            }
+            body(weight, scales)
+        })
+    }
+
+    /// The shape of the scales, (0, 0) for a lossless weight.
+    fn scale_shape(weight: &PackedWeight) -> [i64; 2] {
+        let (rows, groups) = weight.header.scale_grid.shape(weight.geometry()).unwrap_or((0, 0));
+        [rows as i64, groups as i64]
+    }
+
+    /// Fills `out` (out_features by in_features) with the dense weight.
+    fn unpack_into(&self, out: &mut Tensor, pool: &dyn Pool) -> Result<()> {
+        let kind = out.kind();
+        with_real!(kind, T => self.open::<T, _>(|weight, scales| {
+            with_float!(kind, O => weight.unpack::<T, O>(scales, slice_mut(out)?, pool))
+        }))
+    }
+}
+
+/// The dense weight in dtype `dtype` (a ScalarType number).
+pub fn unpack(weight: &Weight, dtype: i32, pool: &dyn Pool) -> Result<Tensor> {
+    let options = (kind_of(dtype)?, weight.payload.device());
+    let mut out = Tensor::f_empty([weight.out_features, weight.in_features], options)?;
+    weight.unpack_into(&mut out, pool)?;
+    Ok(out)
+}
+
+/// A tensor's float kind, or an error that names it.
+fn float_kind(tensor: &Tensor, what: &'static str) -> Result<Kind> {
+    match tensor.kind() {
+        kind @ (Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) => Ok(kind),
+        other => Err(Error::argument(what, "a float32, float64, float16 or bfloat16 tensor", format!("{other:?}"))),
+    }
+}
+
+/// Checks a tensor's last dimension and returns the product of the others.
+fn rows_of(tensor: &Tensor, what: &'static str, width: i64) -> Result<usize> {
+    match tensor.size().split_last() {
+        Some((&last, leading)) if last == width => Ok(leading.iter().product::<i64>() as usize),
+        _ => Err(Error::argument(what, format!("a last dimension of {width}"), format!("shape {:?}", tensor.size()))),
+    }
+}
+
+/// `tensor`'s shape with another last dimension.
+fn with_last(tensor: &Tensor, last: i64) -> Vec<i64> {
+    let mut size = tensor.size();
+    if let Some(end) = size.last_mut() {
+        *end = last;
+    }
+    size
+}

@@ -1,0 +1,99 @@
+//! pack_* and inspect_packed: making packed weights and reading their headers.
+
+use tch::{Kind, Tensor};
+
+use super::tensor::{contiguous, slice};
+use crate::codec::{self, Dtype, EcsqTarget, Packed, PackedWeight, Weights};
+use crate::parallel::Pool;
+use crate::{Error, Result};
+
+/// Checks the dense weight and packs it with `pack(weights, rows, cols)`.
+fn pack(weight: &Tensor, pack: impl FnOnce(Weights, usize, usize) -> Result<Packed>) -> Result<Packed> {
+    let [rows, cols] = weight.size()[..] else {
+        return Err(Error::argument("weight", "two dimensions", format!("shape {:?}", weight.size())));
+    };
+    let (rows, cols) = (rows as usize, cols as usize);
+    let kind = weight.kind();
+    let weight = contiguous(weight, "weight", kind)?;
+    match kind {
+        Kind::Float => pack(Weights::F32(slice(&weight)?), rows, cols),
+        Kind::Half => pack(Weights::F16(slice(&weight)?), rows, cols),
+        Kind::BFloat16 => pack(Weights::Bf16(slice(&weight)?), rows, cols),
+        other => Err(Error::argument("weight", "a float32, float16 or bfloat16 tensor", format!("{other:?}"))),
+    }
+}
+
+/// payload, directory, tables and scales. A weight without scales has an empty one.
+fn tensors(packed: Packed) -> Result<Vec<Tensor>> {
+    let grid = packed.header.scale_grid;
+    let (rows, groups) = grid.shape(packed.header.geometry).unwrap_or((0, 0));
+    let scales = Tensor::f_from_slice(&packed.scales)?.f_reshape([rows as i64, groups as i64])?;
+    let kind = if grid.bytes_each() == 2 { Kind::BFloat16 } else { Kind::Float };
+    Ok(vec![
+        Tensor::f_from_slice(&packed.payload)?,
+        Tensor::f_from_slice(&packed.directory)?,
+        Tensor::f_from_slice(&packed.tables)?,
+        scales.f_to_kind(kind)?,
+    ])
+}
+
+pub fn lossless(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
+    tensors(pack(weight, |weights, rows, cols| codec::pack_lossless(weights, rows, cols, pool))?)
+}
+
+/// Exactly one of `bits` and `max_error` is a number, the other NaN.
+pub fn ecsq(weight: &Tensor, bits: f64, max_error: f64, pool: &dyn Pool) -> Result<Vec<Tensor>> {
+    let target = match (bits.is_nan(), max_error.is_nan()) {
+        (false, true) => EcsqTarget::Bits(bits),
+        (true, false) => EcsqTarget::Error(max_error),
+        _ => return Err(Error::argument("bits, max_error", "exactly one of the two", "both or neither")),
+    };
+    tensors(pack(weight, |weights, rows, cols| codec::pack_ecsq(weights, rows, cols, target, pool))?)
+}
+
+pub fn int8(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
+    tensors(pack(weight, |weights, rows, cols| codec::pack_int8(weights, rows, cols, pool))?)
+}
+
+pub fn int4(weight: &Tensor, group_size: i64, pool: &dyn Pool) -> Result<Vec<Tensor>> {
+    let group = usize::try_from(group_size).unwrap_or(0);
+    tensors(pack(weight, |weights, rows, cols| codec::pack_int4(weights, rows, cols, group, pool))?)
+}
+
+/// The header's fields: version, codec, layout, ScalarType of the dense weight, rows, columns, quantiser, predictor, rows
+/// and columns of the scales. With `verify`, every checksum is compared first, that of `scales` where they are given.
+pub fn inspect(
+    payload: &Tensor,
+    directory: &Tensor,
+    tables: &Tensor,
+    scales: Option<&Tensor>,
+    verify: bool,
+) -> Result<Vec<i64>> {
+    let payload = contiguous(payload, "payload", Kind::Uint8)?;
+    let directory = contiguous(directory, "directory", Kind::Int)?;
+    let tables = contiguous(tables, "tables", Kind::Uint8)?;
+    let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
+    if verify {
+        let scales = scales.map(|scales| contiguous(scales, "scales", Kind::Float)).transpose()?;
+        weight.verify(scales.as_ref().map(slice).transpose()?)?;
+    }
+    let header = &weight.header;
+    let (scale_rows, scale_cols) = header.scale_grid.shape(header.geometry).unwrap_or((0, 0));
+    let dtype = match header.dtype {
+        Dtype::F16 => 5,
+        Dtype::F32 => 6,
+        Dtype::Bf16 => 15,
+    };
+    Ok(vec![
+        i64::from(header.version),
+        header.codec() as i64,
+        header.layout as i64,
+        dtype,
+        header.geometry.rows as i64,
+        header.geometry.cols as i64,
+        header.quantizer as i64,
+        header.predictor as i64,
+        scale_rows as i64,
+        scale_cols as i64,
+    ])
+}
