@@ -10,8 +10,8 @@ namespace {
 
 template <c10::DispatchKey key, c10::DeviceType device>
 Tensor linear(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
-              const OptionalTensor& scales, const OptionalTensor& bias, int64_t codec, int64_t layout, int64_t out_features,
-              int64_t in_features, at::ScalarType weight_dtype, bool exact) {
+              const OptionalTensor& scales, const OptionalTensor& bias, int64_t codec, int64_t layout,
+              int64_t out_features, int64_t in_features, at::ScalarType weight_dtype, bool exact) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };

@@ -1,5 +1,5 @@
-// Gradients. T(g, s, x) = Σ g·s·r(q)·x is trilinear; y, dx and ds are its partial derivatives, so each one's backward is
-// made of the other two and double backward needs nothing new. For embeddings, T(g, s) = Σ g·s·r(q[i]) likewise.
+// Gradients. T(g, s, x) = Σ g·s·r(q)·x is trilinear; y, dx and ds are its partial derivatives, so each one's backward
+// is made of the other two and double backward needs nothing new. For embeddings, T(g, s) = Σ g·s·r(q[i]) likewise.
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -30,7 +30,8 @@ struct Constants {
 
   static Constants load(AutogradContext* ctx) {
     const auto get = [ctx](const char* name) { return ctx->saved_data[name].toInt(); };
-    return {get("codec"), get("layout"), get("out_features"), get("in_features"), static_cast<ScalarType>(get("dtype"))};
+    return {get("codec"), get("layout"), get("out_features"), get("in_features"),
+            static_cast<ScalarType>(get("dtype"))};
   }
 };
 
@@ -46,7 +47,8 @@ struct Weight {
   }
   Tensor dx(const Tensor& gradient, const OptionalTensor& scales_, bool exact) const {
     const auto& [codec, layout, out, in, dtype] = constants;
-    return op<FusedLinearDxOp>().call(gradient, payload, directory, tables, scales_, codec, layout, out, in, dtype, exact);
+    return op<FusedLinearDxOp>().call(gradient, payload, directory, tables, scales_, codec, layout, out, in, dtype,
+                                      exact);
   }
   Tensor ds(const Tensor& gradient, const Tensor& x, at::IntArrayRef shape) const {
     const auto& [codec, layout, out, in, dtype] = constants;
@@ -108,7 +110,8 @@ struct LinearFunction : Function<LinearFunction> {
     const Weight weight = Weight::load(ctx, &x);
     Tensor dx, ds, db;
     if (ctx->needs_input_grad(0)) dx = weight.dx(gradient, weight.scales, ctx->saved_data["exact"].toBool());
-    if (weight.scales && ctx->needs_input_grad(4)) ds = weight.ds(gradient, x, weight.scales->sizes()).to(weight.scales->scalar_type());
+    if (weight.scales && ctx->needs_input_grad(4))
+      ds = weight.ds(gradient, x, weight.scales->sizes()).to(weight.scales->scalar_type());
     // An absent optional tensor has no edge.
     const auto bias_edge = weight.scales ? 5 : 4;
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(bias_edge)) {
@@ -137,7 +140,8 @@ struct DxFunction : Function<DxFunction> {
     const Weight weight = Weight::load(ctx, &gradient);
     Tensor dg, ds;
     if (ctx->needs_input_grad(0)) dg = weight.linear(h, weight.scales, {}, ctx->saved_data["exact"].toBool());
-    if (weight.scales && ctx->needs_input_grad(4)) ds = weight.ds(gradient, h, weight.scales->sizes()).to(weight.scales->scalar_type());
+    if (weight.scales && ctx->needs_input_grad(4))
+      ds = weight.ds(gradient, h, weight.scales->sizes()).to(weight.scales->scalar_type());
     return {dg, {}, {}, {}, ds, {}, {}, {}, {}, {}, {}};
   }
 };

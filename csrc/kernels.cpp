@@ -39,8 +39,8 @@ Packed run_pack(Call&& rust) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
-              const OptionalTensor& scales, const OptionalTensor& bias, int64_t codec, int64_t layout, int64_t out_features,
-              int64_t in_features, ScalarType /*weight_dtype*/, bool exact) {
+              const OptionalTensor& scales, const OptionalTensor& bias, int64_t codec, int64_t layout,
+              int64_t out_features, int64_t in_features, ScalarType /*weight_dtype*/, bool exact) {
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
   return run([&](Outputs& out) { return fused_linear(x, weight, or_undefined(bias), exact, out); });
 }
@@ -62,15 +62,15 @@ Tensor linear_ds(const Tensor& gradient, const Tensor& x, const Tensor& payload,
 }
 
 Tensor embedding(const Tensor& indices, const Tensor& payload, const Tensor& directory, const Tensor& tables,
-                 const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t num_embeddings, int64_t embedding_dim,
-                 ScalarType weight_dtype) {
+                 const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t num_embeddings,
+                 int64_t embedding_dim, ScalarType weight_dtype) {
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, num_embeddings, embedding_dim};
   return run([&](Outputs& out) { return fused_embedding(indices, weight, number(weight_dtype), out); });
 }
 
 Tensor embedding_ds(const Tensor& gradient, const Tensor& indices, const Tensor& payload, const Tensor& directory,
-                    const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout, int64_t num_embeddings,
-                    int64_t embedding_dim, ScalarType /*weight_dtype*/) {
+                    const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout,
+                    int64_t num_embeddings, int64_t embedding_dim, ScalarType /*weight_dtype*/) {
   const Weight weight{payload, directory, tables, or_undefined({}), codec, layout, num_embeddings, embedding_dim};
   const Tensor ds = run([&](Outputs& out) { return fused_embedding_ds(gradient, indices, weight, out); });
   TORCH_CHECK_VALUE(ds.sizes() == scale_shape, "scale_shape: expected ", ds.sizes(), ", got ", scale_shape);

@@ -14,7 +14,8 @@ using at::ScalarType;
 c10::SymDimVector with_last(const Tensor& like, int64_t expected, int64_t last, const char* what) {
   TORCH_CHECK_VALUE(like.dim() > 0, what, ": expected a last dimension of ", expected, ", got a scalar");
   const auto sizes = like.sym_sizes();
-  TORCH_SYM_CHECK(sizes.back().sym_eq(expected), what, ": expected a last dimension of ", expected, ", got ", sizes.back());
+  TORCH_SYM_CHECK(sizes.back().sym_eq(expected), what, ": expected a last dimension of ", expected, ", got ",
+                  sizes.back());
   c10::SymDimVector out(sizes.begin(), sizes.end());
   out.back() = last;
   return out;
@@ -25,13 +26,13 @@ ScalarType compute_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-Tensor linear(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-              int64_t, int64_t, int64_t out_features, int64_t in_features, ScalarType, bool) {
+Tensor linear(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+              const OptionalTensor&, int64_t, int64_t, int64_t out_features, int64_t in_features, ScalarType, bool) {
   return x.new_empty_symint(with_last(x, in_features, out_features, "x"));
 }
 
-Tensor linear_dx(const Tensor& gradient, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                 int64_t out_features, int64_t in_features, ScalarType, bool) {
+Tensor linear_dx(const Tensor& gradient, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                 int64_t, int64_t out_features, int64_t in_features, ScalarType, bool) {
   return gradient.new_empty_symint(with_last(gradient, out_features, in_features, "gradient"));
 }
 
@@ -40,8 +41,8 @@ Tensor linear_ds(const Tensor& gradient, const Tensor&, const Tensor&, const Ten
   return gradient.new_empty(scale_shape, gradient.options().dtype(compute_dtype(gradient)));
 }
 
-Tensor embedding(const Tensor& indices, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                 int64_t, int64_t embedding_dim, ScalarType weight_dtype) {
+Tensor embedding(const Tensor& indices, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                 int64_t, int64_t, int64_t embedding_dim, ScalarType weight_dtype) {
   const auto sizes = indices.sym_sizes();
   c10::SymDimVector out(sizes.begin(), sizes.end());
   out.emplace_back(embedding_dim);

@@ -42,9 +42,9 @@ struct FusedEmbeddingOp {
 
 struct FusedEmbeddingDsOp {
   static constexpr const char* name = "infold::fused_embedding_ds";
-  using Signature = Tensor(const Tensor& gradient, const Tensor& indices, const Tensor& payload, const Tensor& directory,
-                           const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout,
-                           int64_t num_embeddings, int64_t embedding_dim, at::ScalarType weight_dtype);
+  using Signature = Tensor(const Tensor& gradient, const Tensor& indices, const Tensor& payload,
+                           const Tensor& directory, const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec,
+                           int64_t layout, int64_t num_embeddings, int64_t embedding_dim, at::ScalarType weight_dtype);
 };
 
 struct UnpackOp {

@@ -10,7 +10,8 @@ TORCH_LIBRARY(infold, m) {
   const std::vector<at::Tag> compute = {at::Tag::pt2_compliant_tag};
   // Compute: functional, differentiable, shapes known from integers alone.
   m.def(
-      "fused_linear(Tensor x, Tensor payload, Tensor directory, Tensor tables, Tensor? scales, Tensor? bias, int codec, "
+      "fused_linear(Tensor x, Tensor payload, Tensor directory, Tensor tables, Tensor? scales, Tensor? bias, int "
+      "codec, "
       "int layout, int out_features, int in_features, ScalarType weight_dtype, bool exact=False) -> Tensor",
       compute);
   m.def(
@@ -27,10 +28,12 @@ TORCH_LIBRARY(infold, m) {
       compute);
   m.def(
       "fused_embedding_ds(Tensor gradient, Tensor indices, Tensor payload, Tensor directory, Tensor tables, "
-      "int[] scale_shape, int codec, int layout, int num_embeddings, int embedding_dim, ScalarType weight_dtype) -> Tensor",
+      "int[] scale_shape, int codec, int layout, int num_embeddings, int embedding_dim, ScalarType weight_dtype) -> "
+      "Tensor",
       compute);
   m.def(
-      "unpack(Tensor payload, Tensor directory, Tensor tables, Tensor? scales, int codec, int layout, int out_features, "
+      "unpack(Tensor payload, Tensor directory, Tensor tables, Tensor? scales, int codec, int layout, int "
+      "out_features, "
       "int in_features, ScalarType weight_dtype) -> Tensor",
       compute);
   // Encode: sizes depend on the data. Results are (payload, directory, tables, scales).
@@ -40,6 +43,8 @@ TORCH_LIBRARY(infold, m) {
   m.def("pack_int4(Tensor weight, int group_size=128) -> (Tensor, Tensor, Tensor, Tensor)");
   // (version, codec, layout, ScalarType of the dense weight, out_features, in_features, quantizer, predictor, rows and
   // columns of the scales)
-  m.def("inspect_packed(Tensor payload, Tensor directory, Tensor tables, Tensor? scales=None, bool verify=False) -> int[]");
+  m.def(
+      "inspect_packed(Tensor payload, Tensor directory, Tensor tables, Tensor? scales=None, bool verify=False) -> "
+      "int[]");
   m.def("build_info() -> str", [] { return std::string(infold::build_info()); });
 }

@@ -7,21 +7,13 @@ use thiserror::Error;
 pub enum Error {
     /// An argument has a value or a shape that the callee cannot take.
     #[error("{what}: expected {expected}, got {got}")]
-    Argument {
-        what: &'static str,
-        expected: String,
-        got: String,
-    },
+    Argument { what: &'static str, expected: String, got: String },
     /// An element of a tensor that must be finite is not.
     #[error("weight[{row}, {col}] is {value}: quantised formats need finite weights")]
     NotFinite { row: usize, col: usize, value: f32 },
     /// A packed weight whose bytes contradict each other or their checksums.
     #[error("infold/corrupt: field `{field}`: expected {expected}, got {got}")]
-    Corrupt {
-        field: &'static str,
-        expected: String,
-        got: String,
-    },
+    Corrupt { field: &'static str, expected: String, got: String },
     /// A packed weight written by a newer library.
     #[error("infold/corrupt: field `version`: expected at most {supported}, got {found}")]
     Version { found: u16, supported: u16 },
@@ -36,19 +28,11 @@ pub enum Error {
 
 impl Error {
     pub fn argument(what: &'static str, expected: impl ToString, got: impl ToString) -> Self {
-        Self::Argument {
-            what,
-            expected: expected.to_string(),
-            got: got.to_string(),
-        }
+        Self::Argument { what, expected: expected.to_string(), got: got.to_string() }
     }
 
     pub fn corrupt(field: &'static str, expected: impl ToString, got: impl ToString) -> Self {
-        Self::Corrupt {
-            field,
-            expected: expected.to_string(),
-            got: got.to_string(),
-        }
+        Self::Corrupt { field, expected: expected.to_string(), got: got.to_string() }
     }
 
     /// Whether the caller's argument is at fault (Python's `ValueError`), rather than the data or the library.

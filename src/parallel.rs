@@ -46,11 +46,7 @@ unsafe impl<T: Send> Sync for DisjointSlice<'_, T> {}
 
 impl<'a, T> DisjointSlice<'a, T> {
     pub fn new(slice: &'a mut [T]) -> Self {
-        Self {
-            start: slice.as_mut_ptr(),
-            len: slice.len(),
-            owner: std::marker::PhantomData,
-        }
+        Self { start: slice.as_mut_ptr(), len: slice.len(), owner: std::marker::PhantomData }
     }
 
     /// The elements in `range`.

@@ -39,12 +39,7 @@ impl<'a> PackedWeight<'a> {
             Coding::Modelled(model) => Some(SlotTable::new(&model.frequencies)),
             _ => None,
         };
-        Ok(Self {
-            tables: header.planes.iter().map(|p| table(&p.coding)).collect(),
-            header,
-            payload,
-            directory,
-        })
+        Ok(Self { tables: header.planes.iter().map(|p| table(&p.coding)).collect(), header, payload, directory })
     }
 
     pub fn geometry(&self) -> Geometry {
@@ -206,9 +201,7 @@ impl TileDecoder<'_> {
                 let plane = &self.weight.header.planes[0];
                 let level = code as i32;
                 let centroid = match &plane.coding {
-                    Coding::Modelled(Model { lo, .. }) => {
-                        plane.centroids.get(level.wrapping_sub(*lo) as usize)
-                    }
+                    Coding::Modelled(Model { lo, .. }) => plane.centroids.get(level.wrapping_sub(*lo) as usize),
                     _ => None,
                 };
                 level as f32 + centroid.map_or(0.0, |&c| f32::from(c) / 256.0)
@@ -263,11 +256,7 @@ impl<'a> Data<'a> {
         match (coding, table) {
             (Coding::Plain { lo, width }, _) => {
                 let size: usize = geometry.blocks(tile).map(|b| b.cols * step_bytes(b.lanes, *width)).sum();
-                Ok(Self::Plain {
-                    lo: *lo,
-                    width: *width,
-                    bytes: Bytes(bytes.take(size)?),
-                })
+                Ok(Self::Plain { lo: *lo, width: *width, bytes: Bytes(bytes.take(size)?) })
             }
             (Coding::Modelled(model), Some(table)) => {
                 let head = bytes.word()?;
@@ -364,9 +353,10 @@ struct Bytes<'a>(&'a [u8]);
 
 impl<'a> Bytes<'a> {
     fn take(&mut self, size: usize) -> Result<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(size).ok_or_else(|| {
-            Error::corrupt("payload", format!("{size} more bytes in the tile"), self.0.len())
-        })?;
+        let (taken, rest) = self
+            .0
+            .split_at_checked(size)
+            .ok_or_else(|| Error::corrupt("payload", format!("{size} more bytes in the tile"), self.0.len()))?;
         self.0 = rest;
         Ok(taken)
     }

@@ -20,9 +20,7 @@ pub enum Dtype {
 
 impl Dtype {
     pub fn from_byte(byte: u8) -> Option<Self> {
-        [Self::F32, Self::F16, Self::Bf16]
-            .into_iter()
-            .find(|&d| d as u8 == byte)
+        [Self::F32, Self::F16, Self::Bf16].into_iter().find(|&d| d as u8 == byte)
     }
 
     pub fn bytes(self) -> usize {
@@ -91,11 +89,7 @@ impl Element {
 
 /// Arithmetic that the kernels run in: f32, or f64 where gradients are checked.
 pub trait Real:
-    Scalar
-    + Default
-    + std::ops::Add<Output = Self>
-    + std::ops::AddAssign
-    + std::ops::Mul<Output = Self>
+    Scalar + Default + std::ops::Add<Output = Self> + std::ops::AddAssign + std::ops::Mul<Output = Self>
 {
     /// `self · a + b`, rounded once.
     fn fused_multiply_add(self, a: Self, b: Self) -> Self;

@@ -87,14 +87,7 @@ pub fn pack_lossless(weights: Weights, rows: usize, cols: usize, pool: &dyn Pool
 
 /// Encodes `codes`, which stand for `weights`.
 pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, pool: &dyn Pool) -> Result<Packed> {
-    let Description {
-        geometry,
-        element,
-        quantizer,
-        scale_grid,
-        scales,
-        symbols,
-    } = description;
+    let Description { geometry, element, quantizer, scale_grid, scales, symbols } = description;
     let tile_codes = |tile: usize| {
         let mut out = vec![0; geometry.rows_of(tile).len() * geometry.cols];
         for (row, out) in geometry.rows_of(tile).zip(out.chunks_exact_mut(geometry.cols)) {
@@ -135,13 +128,7 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
         payload.extend(tile);
     }
     header.directory_crc = checksum_words(&directory);
-    Ok(Packed {
-        tables: header.to_bytes(),
-        header,
-        payload,
-        directory,
-        scales,
-    })
+    Ok(Packed { tables: header.to_bytes(), header, payload, directory, scales })
 }
 
 /// One histogram of byte values for each plane from `first` on.
@@ -162,14 +149,7 @@ fn byte_histograms(
         }
         counts
     });
-    let mut total = vec![
-        Histogram {
-            lo: 0,
-            counts: vec![0; 256],
-            outside: 0
-        };
-        planes
-    ];
+    let mut total = vec![Histogram { lo: 0, counts: vec![0; 256], outside: 0 }; planes];
     for counts in per_tile {
         for (total, counts) in total.iter_mut().zip(counts) {
             let pairs = total.counts.iter_mut().zip(counts);
@@ -180,7 +160,13 @@ fn byte_histograms(
 }
 
 /// The symbols of a tile's plane 0, row-major, and its escapes as (row, column, value).
-fn tile_symbols(model: &Model, element: Element, plane: usize, codes: &[u32], cols: usize) -> (Vec<u8>, Vec<(usize, usize, i32)>) {
+fn tile_symbols(
+    model: &Model,
+    element: Element,
+    plane: usize,
+    codes: &[u32],
+    cols: usize,
+) -> (Vec<u8>, Vec<(usize, usize, i32)>) {
     let escape = model.frequencies.len() - 1;
     let mut escapes = Vec::new();
     let symbols = codes.iter().enumerate().map(|(index, &code)| {
@@ -240,11 +226,7 @@ fn predictor_histograms(
     (0..Predictor::ALL.len())
         .map(|predictor| {
             let count = |symbol: usize| per_tile.iter().map(|tile| u64::from(tile[predictor][symbol])).sum();
-            Histogram {
-                lo: 0,
-                counts: (0..alphabet).map(count).collect(),
-                outside: 0,
-            }
+            Histogram { lo: 0, counts: (0..alphabet).map(count).collect(), outside: 0 }
         })
         .collect()
 }

@@ -115,9 +115,7 @@ impl ScaleGrid {
             0 => Some(Self::None),
             1 => Some(Self::Tensor),
             2 => Some(Self::Row),
-            3 if size > 0 && (size as usize).is_multiple_of(CHUNK) => {
-                Some(Self::Group(size as usize))
-            }
+            3 if size > 0 && (size as usize).is_multiple_of(CHUNK) => Some(Self::Group(size as usize)),
             _ => None,
         }
     }
@@ -163,11 +161,7 @@ pub struct Header {
 impl Header {
     pub fn codec(&self) -> Codec {
         let modelled = |plane: &Plane| matches!(plane.coding, Coding::Modelled(_));
-        if self.planes.iter().any(modelled) {
-            Codec::Rans
-        } else {
-            Codec::Raw
-        }
+        if self.planes.iter().any(modelled) { Codec::Rans } else { Codec::Raw }
     }
 
     /// The `tables` tensor.
@@ -237,13 +231,9 @@ impl Header {
         }
         let version = u16::from_le_bytes(reader.take()?);
         if version > FORMAT_VERSION {
-            return Err(Error::Version {
-                found: version,
-                supported: FORMAT_VERSION,
-            });
+            return Err(Error::Version { found: version, supported: FORMAT_VERSION });
         }
-        let [codec, layout, dtype, quantizer, predictor, plane_count, low_bits, scale_kind] =
-            reader.take()?;
+        let [codec, layout, dtype, quantizer, predictor, plane_count, low_bits, scale_kind] = reader.take()?;
         let tile_rows = usize::from(u16::from_le_bytes(reader.take()?));
         let [rows, cols, group, directory_crc, scales_crc, _, _, checksum] = reader.words()?;
 
@@ -259,8 +249,8 @@ impl Header {
             3 => Quantizer::Int4,
             other => return Err(Error::corrupt("quantizer", "0..=3", other)),
         };
-        let predictor = Predictor::from_byte(predictor)
-            .ok_or_else(|| Error::corrupt("predictor", "0..=4", predictor))?;
+        let predictor =
+            Predictor::from_byte(predictor).ok_or_else(|| Error::corrupt("predictor", "0..=4", predictor))?;
         let scale_grid = ScaleGrid::from_bytes(scale_kind, group)
             .ok_or_else(|| Error::corrupt("scale_grid", "a known grid", scale_kind))?;
         let lossless = quantizer == Quantizer::Lossless;
@@ -269,9 +259,7 @@ impl Header {
         }
         let element = match (lossless, low_bits) {
             (true, 0) => Element::Bits(dtype),
-            (false, 0..=8) => Element::Level {
-                low_bits: u32::from(low_bits),
-            },
+            (false, 0..=8) => Element::Level { low_bits: u32::from(low_bits) },
             _ => return Err(Error::corrupt("low_bits", "0, or up to 8 for levels", low_bits)),
         };
         for (field, value) in [("rows", rows), ("cols", cols)] {
@@ -285,9 +273,7 @@ impl Header {
         if usize::from(plane_count) != element.planes() {
             return Err(Error::corrupt("plane_count", element.planes(), plane_count));
         }
-        let planes = (0..element.planes())
-            .map(|_| reader.plane())
-            .collect::<Result<Vec<_>>>()?;
+        let planes = (0..element.planes()).map(|_| reader.plane()).collect::<Result<Vec<_>>>()?;
         if reader.at != bytes.len() {
             return Err(Error::corrupt("tables", format!("{} bytes", reader.at), bytes.len()));
         }
@@ -300,11 +286,7 @@ impl Header {
             dtype,
             quantizer,
             predictor,
-            geometry: Geometry {
-                rows: rows as usize,
-                cols: cols as usize,
-                tile_rows,
-            },
+            geometry: Geometry { rows: rows as usize, cols: cols as usize, tile_rows },
             scale_grid,
             element,
             planes,
@@ -335,9 +317,9 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
-        let taken = rest.first_chunk::<N>().ok_or_else(|| {
-            Error::corrupt("tables", format!("at least {} bytes", self.at + N), self.bytes.len())
-        })?;
+        let taken = rest
+            .first_chunk::<N>()
+            .ok_or_else(|| Error::corrupt("tables", format!("at least {} bytes", self.at + N), self.bytes.len()))?;
         self.at += N;
         Ok(*taken)
     }
@@ -357,29 +339,20 @@ impl Reader<'_> {
         let mut centroids = Vec::new();
         let coding = match coding {
             0 => Coding::Constant(lo),
-            1 if (1..=8).contains(&width) => Coding::Plain {
-                lo,
-                width: u32::from(width),
-            },
+            1 if (1..=8).contains(&width) => Coding::Plain { lo, width: u32::from(width) },
             2 if flags <= 3 => {
                 let symbols = if symbols == 0 { 256 } else { usize::from(symbols) };
-                let frequencies = (0..symbols)
-                    .map(|_| Ok(u16::from_le_bytes(self.take()?)))
-                    .collect::<Result<Vec<_>>>()?;
+                let frequencies =
+                    (0..symbols).map(|_| Ok(u16::from_le_bytes(self.take()?))).collect::<Result<Vec<_>>>()?;
                 let sum: u32 = frequencies.iter().map(|&f| u32::from(f)).sum();
                 let fits = |&f: &u16| u32::from(f) < MODEL_TOTAL;
                 if sum != MODEL_TOTAL || !frequencies.iter().all(fits) {
                     return Err(Error::corrupt("frequencies", "a sum of 4096, each below", sum));
                 }
-                let model = Model {
-                    lo,
-                    frequencies,
-                    escapes: flags & 1 != 0,
-                };
+                let model = Model { lo, frequencies, escapes: flags & 1 != 0 };
                 if flags & 2 != 0 {
-                    centroids = (0..model.values())
-                        .map(|_| Ok(i8::from_le_bytes(self.take()?)))
-                        .collect::<Result<Vec<_>>>()?;
+                    centroids =
+                        (0..model.values()).map(|_| Ok(i8::from_le_bytes(self.take()?))).collect::<Result<Vec<_>>>()?;
                 }
                 Coding::Modelled(model)
             }

@@ -45,11 +45,7 @@ impl Geometry {
     /// The geometry that the encoder chooses for a shape.
     pub fn new(rows: usize, cols: usize) -> Self {
         let tile_rows = if cols < WIDE { 2 * LANES } else { LANES };
-        Self {
-            rows,
-            cols,
-            tile_rows,
-        }
+        Self { rows, cols, tile_rows }
     }
 
     pub fn elements(&self) -> usize {
@@ -57,11 +53,7 @@ impl Geometry {
     }
 
     pub fn tiles(&self) -> usize {
-        if self.cols == 0 {
-            0
-        } else {
-            self.rows.div_ceil(self.tile_rows)
-        }
+        if self.cols == 0 { 0 } else { self.rows.div_ceil(self.tile_rows) }
     }
 
     /// The rows of tile `tile`.
@@ -80,16 +72,8 @@ impl Geometry {
         let rows = self.rows_of(tile);
         let groups = rows.len().div_ceil(LANES);
         (0..self.cols.div_ceil(CHUNK) * groups).map(move |index| {
-            let (col, row) = (
-                index / groups * CHUNK,
-                rows.start + index % groups * LANES,
-            );
-            BlockShape {
-                row,
-                col,
-                lanes: (rows.end - row).min(LANES),
-                cols: (self.cols - col).min(CHUNK),
-            }
+            let (col, row) = (index / groups * CHUNK, rows.start + index % groups * LANES);
+            BlockShape { row, col, lanes: (rows.end - row).min(LANES), cols: (self.cols - col).min(CHUNK) }
         })
     }
 }

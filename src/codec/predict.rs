@@ -22,13 +22,7 @@ pub enum Predictor {
 }
 
 impl Predictor {
-    pub const ALL: [Self; 5] = [
-        Self::None,
-        Self::Left,
-        Self::Top,
-        Self::Average,
-        Self::Planar,
-    ];
+    pub const ALL: [Self; 5] = [Self::None, Self::Left, Self::Top, Self::Average, Self::Planar];
 
     pub fn from_byte(byte: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|&p| p as u8 == byte)
@@ -54,11 +48,7 @@ impl Predictor {
             .map(|index| {
                 let (row, col) = (index / cols, index % cols);
                 let (up, back) = (row.checked_sub(1), col.checked_sub(1));
-                let guess = self.predict(
-                    at(Some(row), back),
-                    at(up, Some(col)),
-                    at(up, back),
-                );
+                let guess = self.predict(at(Some(row), back), at(up, Some(col)), at(up, back));
                 (i32::from(symbols[index]) - guess).rem_euclid(alphabet as i32) as u8
             })
             .collect()
@@ -78,13 +68,7 @@ pub struct Restorer {
 
 impl Restorer {
     pub fn new(predictor: Predictor, alphabet: usize, first_row: usize, rows: usize) -> Self {
-        Self {
-            predictor,
-            alphabet: alphabet as i32,
-            first_row,
-            left: vec![0; rows + 1],
-            above: [0; CHUNK + 1],
-        }
+        Self { predictor, alphabet: alphabet as i32, first_row, left: vec![0; rows + 1], above: [0; CHUNK + 1] }
     }
 
     /// Turns a block's residuals (`[column][lane]`) into symbols. Blocks come in stream order.
@@ -103,9 +87,7 @@ impl Restorer {
             let mut current = [0; LANES + 1];
             current[0] = self.above[col + 1];
             for lane in 0..shape.lanes {
-                let guess =
-                    self.predictor
-                        .predict(previous[lane + 1], current[lane], previous[lane]);
+                let guess = self.predictor.predict(previous[lane + 1], current[lane], previous[lane]);
                 let symbol = &mut symbols[col * LANES + lane];
                 *symbol = (i32::from(*symbol) + guess).rem_euclid(self.alphabet) as u8;
                 current[lane + 1] = i32::from(*symbol);

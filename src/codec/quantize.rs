@@ -91,11 +91,7 @@ impl Statistics {
     fn new() -> Self {
         let size = 2 * WINDOW as usize + 1;
         Self {
-            levels: Histogram {
-                lo: -WINDOW,
-                counts: vec![0; size],
-                outside: 0,
-            },
+            levels: Histogram { lo: -WINDOW, counts: vec![0; size], outside: 0 },
             weight: vec![0.0; size],
             moment: vec![0.0; size],
             distortion: 0.0,
@@ -219,11 +215,7 @@ fn storable(scale: f64, grid: ScaleGrid, up: bool) -> f32 {
 }
 
 /// Packs to levels at `levels`' scales.
-fn pack_levels(
-    levels: &Levels,
-    quantizer: Quantizer,
-    pool: &dyn Pool,
-) -> Result<Packed> {
+fn pack_levels(levels: &Levels, quantizer: Quantizer, pool: &dyn Pool) -> Result<Packed> {
     let statistics = Statistics::measure(levels, pool);
     let (low_bits, plan, _) = statistics.plan();
     let centroids = match quantizer {
@@ -236,10 +228,7 @@ fn pack_levels(
         quantizer,
         scale_grid: levels.grid,
         scales: levels.scales.clone(),
-        symbols: Some(Plane {
-            coding: plan.coding,
-            centroids,
-        }),
+        symbols: Some(Plane { coding: plan.coding, centroids }),
     };
     let packed = encode(levels, levels.weights, description, pool)?;
     let dense = levels.geometry.elements() * levels.weights.dtype().bytes();
@@ -273,13 +262,7 @@ fn pack_symmetric(
         }
         scales
     });
-    let levels = Levels {
-        weights,
-        geometry,
-        grid,
-        scales: scales.concat(),
-        max,
-    };
+    let levels = Levels { weights, geometry, grid, scales: scales.concat(), max };
     pack_levels(&levels, quantizer, pool)
 }
 
@@ -375,13 +358,7 @@ fn search<'a>(
                 .map(|(square, _)| storable(factor * (square / geometry.cols as f64).sqrt(), grid, false))
                 .collect(),
         };
-        let levels = Levels {
-            weights,
-            geometry,
-            grid,
-            scales,
-            max: MAX_LEVEL,
-        };
+        let levels = Levels { weights, geometry, grid, scales, max: MAX_LEVEL };
         let statistics = Statistics::measure(&levels, pool);
         let (low_bits, plan, bits) = statistics.plan();
         let (_, distortion) = statistics.centroids(&plan.coding, low_bits);
@@ -396,11 +373,7 @@ fn search<'a>(
             EcsqTarget::Bits(target) => FIXED_SHARE * target * elements,
             EcsqTarget::Error(_) => f64::INFINITY,
         };
-        Candidate {
-            levels,
-            bits: (bits + fixed.min(allowed)) / elements,
-            error: (distortion.max(0.0) / energy).sqrt(),
-        }
+        Candidate { levels, bits: (bits + fixed.min(allowed)) / elements, error: (distortion.max(0.0) / energy).sqrt() }
     };
 
     // A Gaussian at b bits wants a step of about σ · 2^(2.05 − b), and a step of s leaves an error of s / √12.

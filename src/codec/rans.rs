@@ -54,11 +54,7 @@ impl<'a> Decoder<'a> {
         for (lane, bytes) in lanes.iter_mut().zip(states.chunks_exact(4)) {
             *lane = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         }
-        Self {
-            states: lanes,
-            words,
-            read: 0,
-        }
+        Self { states: lanes, words, read: 0 }
     }
 
     /// The next symbol of each of `out`'s lanes (at most 32). Past the stream's end, words read as zero.
@@ -78,9 +74,7 @@ impl<'a> Decoder<'a> {
             let entry = table.0[(*state & SLOT_MASK) as usize];
             *symbol = entry as u8;
             // Wrapping: a state from a damaged stream must not panic.
-            let next = (entry >> 20)
-                .wrapping_mul(*state >> MODEL_BITS)
-                .wrapping_add(entry >> 8 & SLOT_MASK);
+            let next = (entry >> 20).wrapping_mul(*state >> MODEL_BITS).wrapping_add(entry >> 8 & SLOT_MASK);
             let at = 2 * (taken % LANES);
             let word = u32::from(u16::from_le_bytes([window[at], window[at + 1]]));
             let short = next < LOWER;
@@ -100,10 +94,7 @@ pub struct Encoder {
 
 impl Encoder {
     pub fn new(capacity_words: usize) -> Self {
-        Self {
-            states: [LOWER; LANES],
-            words: Vec::with_capacity(capacity_words),
-        }
+        Self { states: [LOWER; LANES], words: Vec::with_capacity(capacity_words) }
     }
 
     /// Puts one step's symbols, given as (frequency, cumulative start) for each lane. The last step comes first.

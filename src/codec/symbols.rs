@@ -44,11 +44,7 @@ impl Histogram {
         for (i, &count) in self.counts.iter().enumerate() {
             counts[(((self.lo + i as i32) >> bits) - lo) as usize] += count;
         }
-        Self {
-            lo,
-            counts,
-            outside: self.outside,
-        }
+        Self { lo, counts, outside: self.outside }
     }
 
     /// First and last index that occur.
@@ -117,10 +113,7 @@ pub fn plan(histogram: &Histogram, max_width: Option<u32>) -> Plan {
     };
     let value = |index: usize| histogram.lo + index as i32;
     if first == last && histogram.outside == 0 {
-        return Plan {
-            coding: Coding::Constant(value(first)),
-            bits: 0.0,
-        };
+        return Plan { coding: Coding::Constant(value(first)), bits: 0.0 };
     }
     let modelled = plan_model(histogram, first, last);
     let width = usize::BITS - (last - first).leading_zeros();
@@ -128,10 +121,7 @@ pub fn plan(histogram: &Histogram, max_width: Option<u32>) -> Plan {
         let bits = f64::from(width) * histogram.total() as f64;
         if modelled.bits > WORTHWHILE * bits {
             let lo = value(first);
-            return Plan {
-                coding: Coding::Plain { lo, width },
-                bits,
-            };
+            return Plan { coding: Coding::Plain { lo, width }, bits };
         }
     }
     modelled
@@ -139,31 +129,17 @@ pub fn plan(histogram: &Histogram, max_width: Option<u32>) -> Plan {
 
 fn escape_everything(histogram: &Histogram) -> Plan {
     if histogram.outside == 0 {
-        return Plan {
-            coding: Coding::Constant(0),
-            bits: 0.0,
-        };
+        return Plan { coding: Coding::Constant(0), bits: 0.0 };
     }
     // Two symbols, so that the escape's frequency stays below the total.
-    let model = Model {
-        lo: histogram.lo,
-        frequencies: vec![1, MODEL_TOTAL as u16 - 1],
-        escapes: true,
-    };
-    Plan {
-        coding: Coding::Modelled(model),
-        bits: histogram.outside as f64 * ESCAPE_BITS,
-    }
+    let model = Model { lo: histogram.lo, frequencies: vec![1, MODEL_TOTAL as u16 - 1], escapes: true };
+    Plan { coding: Coding::Modelled(model), bits: histogram.outside as f64 * ESCAPE_BITS }
 }
 
 /// A model in which every symbol of an alphabet has a frequency, for counts that are not of the plane's own values.
 pub fn model_of_all(counts: &[u64], lo: i32) -> Coding {
     let counts: Vec<u64> = counts.iter().map(|count| count + 1).collect();
-    Coding::Modelled(Model {
-        lo,
-        frequencies: fit(&counts),
-        escapes: false,
-    })
+    Coding::Modelled(Model { lo, frequencies: fit(&counts), escapes: false })
 }
 
 /// Narrows the window from both ends while escaping is cheaper than keeping, then fits the frequencies.
@@ -174,11 +150,7 @@ fn plan_model(histogram: &Histogram, mut first: usize, mut last: usize) -> Plan 
     let counts = &histogram.counts;
     let mut escaped = histogram.outside;
     while first < last {
-        let end = if counts[first] <= counts[last] {
-            first
-        } else {
-            last
-        };
+        let end = if counts[first] <= counts[last] { first } else { last };
         let limit = MAX_SYMBOLS - usize::from(escaped > 0);
         if last - first < limit && counts[end] as f64 * ESCAPE_BITS > keeping {
             break;
@@ -203,11 +175,7 @@ fn plan_model(histogram: &Histogram, mut first: usize, mut last: usize) -> Plan 
         .sum();
     let bits = coded + escaped as f64 * ESCAPE_BITS + SYMBOL_TABLE_BITS * kept.len() as f64;
     Plan {
-        coding: Coding::Modelled(Model {
-            lo: histogram.lo + first as i32,
-            frequencies,
-            escapes: escaped > 0,
-        }),
+        coding: Coding::Modelled(Model { lo: histogram.lo + first as i32, frequencies, escapes: escaped > 0 }),
         bits,
     }
 }
@@ -217,10 +185,8 @@ fn fit(counts: &[u64]) -> Vec<u16> {
     let total: u64 = counts.iter().sum::<u64>().max(1);
     let ideal = |count: u64| count as f64 * f64::from(MODEL_TOTAL) / total as f64;
     let ceiling = MODEL_TOTAL as u16 - 1;
-    let mut frequencies: Vec<u16> = counts
-        .iter()
-        .map(|&count| (ideal(count) as u16).clamp(u16::from(count > 0), ceiling))
-        .collect();
+    let mut frequencies: Vec<u16> =
+        counts.iter().map(|&count| (ideal(count) as u16).clamp(u16::from(count > 0), ceiling)).collect();
     let mut sum: i32 = frequencies.iter().map(|&f| i32::from(f)).sum();
     // One slot at a time, to where it saves the most or from where it costs the least.
     let change = |i: usize, f: u16, step: i32| {

@@ -27,10 +27,7 @@ pub fn input_gradient<T: Real, O: Scalar>(
     let runs = geometry.tiles().div_ceil(tiles_per_run);
     for start in (0..gradient.rows).step_by(BATCH) {
         let rows = (gradient.rows - start).min(BATCH);
-        let batch = Input {
-            values: &gradient.values[start * geometry.rows..(start + rows) * geometry.rows],
-            rows,
-        };
+        let batch = Input { values: &gradient.values[start * geometry.rows..(start + rows) * geometry.rows], rows };
         let sums = map(pool, runs, |run| {
             let tiles = run * tiles_per_run..((run + 1) * tiles_per_run).min(geometry.tiles());
             let mut sum = vec![T::default(); rows * geometry.cols];
@@ -57,7 +54,13 @@ pub fn input_gradient<T: Real, O: Scalar>(
 }
 
 /// Adds one tile's part of dx.
-fn add_tile<T: Real>(weight: &PackedWeight, scales: &[T], gradient: Input<T>, tile: usize, sum: &mut [T]) -> Result<()> {
+fn add_tile<T: Real>(
+    weight: &PackedWeight,
+    scales: &[T],
+    gradient: Input<T>,
+    tile: usize,
+    sum: &mut [T],
+) -> Result<()> {
     let geometry = weight.geometry();
     let group_cols = weight.header.scale_grid.group_cols(geometry);
     let mut decoder = weight.tile(tile)?;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::kernel::multiply_block;
-use crate::codec::{BLOCK, LANES, PackedWeight, Real, ScaleGrid, Scalar};
+use crate::codec::{BLOCK, LANES, PackedWeight, Real, Scalar, ScaleGrid};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
@@ -90,13 +90,21 @@ fn for_tiles<T: Real>(
 }
 
 /// Checks that x has whole rows and the scales the grid's number.
-pub(super) fn check<T>(weight: &PackedWeight, input: usize, rows: usize, width: usize, scales: Option<&[T]>) -> Result<()> {
+pub(super) fn check<T>(
+    weight: &PackedWeight,
+    input: usize,
+    rows: usize,
+    width: usize,
+    scales: Option<&[T]>,
+) -> Result<()> {
     if input != rows * width {
         return Err(Error::argument("input elements", rows * width, input));
     }
     let count = weight.header.scale_grid.count(weight.geometry());
     match scales {
-        Some(scales) if scales.len() != count => Err(Error::argument("scales", format!("{count} elements"), scales.len())),
+        Some(scales) if scales.len() != count => {
+            Err(Error::argument("scales", format!("{count} elements"), scales.len()))
+        }
         _ => Ok(()),
     }
 }

@@ -65,13 +65,29 @@ pub fn instruction_set() -> &'static str {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn avx2<T: Real, const N: usize>(a: &[T], a_stride: usize, depth: usize, b: &[T; BLOCK], c: &mut [T], c_stride: usize, rows: usize) {
+fn avx2<T: Real, const N: usize>(
+    a: &[T],
+    a_stride: usize,
+    depth: usize,
+    b: &[T; BLOCK],
+    c: &mut [T],
+    c_stride: usize,
+    rows: usize,
+) {
     generic::<T, N, true>(a, a_stride, depth, b, c, c_stride, rows);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn avx512<T: Real, const N: usize>(a: &[T], a_stride: usize, depth: usize, b: &[T; BLOCK], c: &mut [T], c_stride: usize, rows: usize) {
+fn avx512<T: Real, const N: usize>(
+    a: &[T],
+    a_stride: usize,
+    depth: usize,
+    b: &[T; BLOCK],
+    c: &mut [T],
+    c_stride: usize,
+    rows: usize,
+) {
     generic::<T, N, true>(a, a_stride, depth, b, c, c_stride, rows);
 }
 

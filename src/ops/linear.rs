@@ -73,12 +73,7 @@ pub fn scale_gradient(gradient: &Tensor, x: &Tensor, weight: &Weight, pool: &dyn
 }
 
 /// Calls `body` with the dense weight in `kind`, in this thread's scratch.
-fn with_dense<R>(
-    weight: &Weight,
-    kind: Kind,
-    pool: &dyn Pool,
-    body: impl FnOnce(&Tensor) -> Result<R>,
-) -> Result<R> {
+fn with_dense<R>(weight: &Weight, kind: Kind, pool: &dyn Pool, body: impl FnOnce(&Tensor) -> Result<R>) -> Result<R> {
     let elements = weight.out_features * weight.in_features;
     let kept = SCRATCH.with(|scratch| scratch.borrow_mut().take());
     let kept = kept.filter(|kept| kept.kind() == kind && kept.numel() as i64 >= elements);

@@ -1,0 +1,74 @@
+# Everything starts here. `make demo` and `make test` do all the set-up; a second call redoes nothing.
+
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+LIBRARY := torch_ext/infold/libinfold.so
+SOURCES := $(shell find src csrc cuda -type f 2>/dev/null) build.rs Cargo.toml Cargo.lock setup.py pyproject.toml
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h)
+
+# Runs commands and prints how long they took.
+step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
+
+.PHONY: demo test rust-test python-test build bench lint format wheel docs requirements tools clean
+.DEFAULT_GOAL := build
+
+demo: $(LIBRARY)
+	$(call step,demo,$(PYTHON) examples/demo.py --out build/demo)
+
+test: rust-test python-test
+
+# Without torch, so that a change to the codec is tested in seconds.
+rust-test: $(VENV)/.ready
+	$(call step,Rust tests,cargo test --release --no-default-features --locked --quiet)
+
+python-test: $(LIBRARY)
+	$(call step,Python tests,$(PYTHON) -m pytest)
+
+build: $(LIBRARY)
+
+bench: $(LIBRARY)
+	@mkdir -p build/bench
+	$(call step,benchmarks,$(PYTHON) benchmarks/codec_sizes.py --json build/bench/codec_sizes.json && $(PYTHON) benchmarks/fused_linear.py --json build/bench/fused_linear.json)
+
+lint: $(LIBRARY)
+	$(call step,rustfmt and clippy,cargo fmt --check && cargo clippy --release --locked --quiet --lib -- -D warnings && cargo clippy --release --locked --quiet --no-default-features --all-targets -- -D warnings)
+	$(call step,ruff and mypy,$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check && $(PYTHON) -m mypy)
+	$(call step,clang-format,$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: $(VENV)/.ready
+	cargo fmt
+	$(PYTHON) -m ruff check --fix-only --quiet
+	$(PYTHON) -m ruff format --quiet
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.ready
+	$(call step,wheel,$(PYTHON) -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist && ls -l dist)
+
+docs: $(LIBRARY)
+	$(call step,docs,$(PYTHON) -m pdoc --output-directory docs/site/python infold && cargo doc --no-deps --no-default-features --release --quiet --target-dir build/rustdoc && rm -rf docs/site/rust && cp -r build/rustdoc/doc docs/site/rust)
+
+# Pins requirements.in for every supported Python.
+requirements: $(VENV)/.ready
+	$(VENV)/bin/uv pip compile requirements.in --output-file requirements.txt --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --quiet
+
+clean:
+	rm -rf build dist docs/site target $(LIBRARY) torch_ext/*.egg-info
+	@echo "the environment stays; remove it with: rm -rf $(VENV)"
+
+# --- set-up ---
+
+tools:
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.88 or newer (rustup or your distribution)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing: install it (Debian: apt-get install g++)"; exit 1; }
+	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.10 or newer"; exit 1; }
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python3 is too old: install Python 3.10 or newer"; exit 1; }
+	@python3 -c 'import venv, ensurepip' || { echo "python3 has no venv: install it (Debian: apt-get install python3-venv)"; exit 1; }
+
+$(VENV)/.ready: requirements.txt | tools
+	$(call step,environment,python3 -m venv $(VENV) && $(PYTHON) -m pip install --quiet --disable-pip-version-check uv==0.13.8 && $(VENV)/bin/uv pip install --quiet --python $(PYTHON) -r requirements.txt)
+	@ln -sfn "$$($(PYTHON) -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("torch").origin))')" $(VENV)/torch
+	@touch $@
+
+$(LIBRARY): $(VENV)/.ready $(SOURCES)
+	$(call step,library,$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .)
+	@touch $@

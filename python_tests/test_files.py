@@ -1,0 +1,201 @@
+"""Packed models in files: complete or not at all, verified, and never trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import infold
+import pytest
+import torch
+from conftest import CONFIGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from infold import CorruptWeightError, FusedConfig
+from infold.nn import PackedModule
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_convert import gpt2, llama
+from torch import nn
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 96), nn.LayerNorm(96), nn.Linear(96, 32, bias=False))
+
+
+def packed_file(path: Path, config: FusedConfig | None = None) -> nn.Sequential:
+    model = small()
+    infold.convert(model, config or CONFIGS["ecsq"], progress=False)
+    infold.save(model, path)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_saved_model_comes_back(build: Any, tmp_path: Path, config: FusedConfig) -> None:
+    model = build()
+    infold.convert(model, config, progress=False)
+    infold.save(model, tmp_path / "model.safetensors")
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    other = build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    infold.load_into(other, tmp_path / "model.safetensors")
+    assert equal(state(other), state(model))
+    tokens = torch.randint(0, 300, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(other(tokens).logits, model(tokens).logits)
+    if build is gpt2:
+        assert other.lm_head.payload is other.transformer.wte.payload
+        stored = (tmp_path / "model.safetensors").stat().st_size
+        assert stored < 1.1 * sum(t.numel() * t.element_size() for t in model.parameters()) + 40_000
+
+
+def test_loading_into_a_converted_model(tmp_path: Path) -> None:
+    model = packed_file(tmp_path / "a", FusedConfig("ecsq", bits=3))
+    other = small()
+    infold.convert(other, CONFIGS["int8"], progress=False)
+    infold.load_into(other, tmp_path / "a")
+    assert equal(state(other), state(model))
+
+
+def test_trained_scales_are_kept(tmp_path: Path) -> None:
+    model = small()
+    infold.convert(model, FusedConfig("int8", trainable_scales=True), progress=False)
+    with torch.no_grad():
+        model[1].scales.mul_(1.01)  # type: ignore[union-attr, operator]
+    infold.save(model, tmp_path / "a")
+    other = small()
+    infold.load_into(other, tmp_path / "a")
+    assert equal(state(other), state(model))
+    assert other[1].scales.requires_grad  # type: ignore[union-attr]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_file(tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("infold.files.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        infold.save(model, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_wrong_model_is_named_and_left_alone(tmp_path: Path) -> None:
+    packed_file(tmp_path / "a")
+    for wrong, message in [
+        (nn.Sequential(nn.Embedding(50, 64), nn.ReLU()), "1: expected a layer of kind 'linear', got ReLU"),
+        (nn.Sequential(nn.Embedding(50, 64)), "1: expected a layer of the model"),
+        (nn.Sequential(*small()[:3], nn.Linear(96, 33, bias=False)), r"3: expected a weight of \(33, 96\)"),
+        (nn.Sequential(*small()[:2], nn.Identity(), small()[3]), "unexpected"),
+        (nn.Sequential(*small(), nn.Linear(3, 3)), "missing"),
+    ]:
+        before = state(wrong)
+        with pytest.raises(ValueError, match=message):
+            infold.load_into(wrong, tmp_path / "a")
+        assert equal(state(wrong), before)
+        assert not any(isinstance(module, PackedModule) for module in wrong.modules())
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """Applies `change(tensors, metadata)` to a file, with matching checksums of whole tensors."""
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("name", ["1.payload", "1.directory", "1.tables", "1.scales", "2.weight", "1.bias"])
+def test_a_flipped_bit_is_named(tmp_path: Path, name: str) -> None:
+    packed_file(tmp_path / "a")
+
+    def flip(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+        tensors[name].flatten().view(torch.uint8)[1] ^= 16
+
+    rewritten(tmp_path / "a", flip)
+    model = small()
+    before = state(model)
+    with pytest.raises(CorruptWeightError) as raised:
+        infold.load_into(model, tmp_path / "a")
+    assert (raised.value.tensor, raised.value.field) == (name, "checksum")
+    assert equal(state(model), before)
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    for change, tensor, field in [
+        (lambda t, m: t.pop("1.payload"), "1.payload", "checksums"),
+        (lambda t, m: m.pop("format"), "a", "format"),
+        (lambda t, m: m.update(format="infold-9"), "a", "format"),
+        (lambda t, m: m.update(modules="{"), "a", "modules"),
+        (lambda t, m: m.update(modules="[]"), "a", "modules"),
+        (lambda t, m: m.update(aliases=json.dumps({"0.payload": "nowhere"})), "0.payload", "aliases"),
+    ]:
+        packed_file(tmp_path / "a")
+        rewritten(tmp_path / "a", change)
+        with pytest.raises(CorruptWeightError) as raised:
+            infold.load_into(small(), tmp_path / "a")
+        assert raised.value.tensor.endswith(tensor)
+        assert raised.value.field == field
+
+
+def test_a_newer_version_is_named(tmp_path: Path) -> None:
+    packed_file(tmp_path / "a")
+    import zlib
+
+    def newer(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        tensors["1.tables"][4] = 9
+        checksums = json.loads(metadata["checksums"])
+        checksums["1.tables"] = zlib.crc32(tensors["1.tables"].numpy())
+        metadata["checksums"] = json.dumps(checksums)
+
+    rewritten(tmp_path / "a", newer)
+    with pytest.raises(CorruptWeightError, match="1: field `version`: expected at most 1, got 9"):
+        infold.load_into(small(), tmp_path / "a")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_damage_is_an_error_and_changes_nothing(tmp_path_factory: Any, data: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("damage") / "a"
+    packed_file(path)
+    raw = bytearray(path.read_bytes())
+    kind = data.draw(st.sampled_from(["truncate", "flip", "header length", "noise"]))
+    if kind == "truncate":
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    elif kind == "flip":
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "header length":
+        raw[:8] = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1)))
+    else:
+        at = data.draw(st.integers(0, len(raw) - 65))
+        raw[at : at + 64] = data.draw(st.binary(min_size=64, max_size=64))
+    unharmed = bytes(raw) == path.read_bytes()
+    path.write_bytes(raw)
+    model = small()
+    before = state(model)
+    try:
+        infold.load_into(model, path)
+    except (CorruptWeightError, ValueError):
+        assert equal(state(model), before)
+    else:
+        # A flip may land in a name of the metadata's padding; what was loaded must be what was saved.
+        expected = small()
+        infold.convert(expected, CONFIGS["ecsq"], progress=False)
+        assert unharmed or equal(state(model), state(expected))

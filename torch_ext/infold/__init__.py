@@ -1,0 +1,28 @@
+"""Infold keeps a model's weights in compact form and computes on them in that form.
+
+    import infold
+    report = infold.convert(model, infold.FusedConfig("lossless"))
+
+Importing loads the native library, which registers the operators under ``torch.ops.infold``.
+"""
+
+from infold import nn
+from infold._library import CorruptWeightError, build_info, library_path
+from infold.config import FusedConfig
+from infold.convert import convert
+from infold.files import load_into, save
+from infold.report import ConversionReport, LayerReport
+
+__all__ = [
+    "ConversionReport",
+    "CorruptWeightError",
+    "FusedConfig",
+    "LayerReport",
+    "build_info",
+    "convert",
+    "library_path",
+    "load_into",
+    "nn",
+    "save",
+]
+__version__ = build_info()["version"]

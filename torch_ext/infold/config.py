@@ -1,0 +1,67 @@
+"""How to pack a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Format = Literal["lossless", "ecsq", "int8", "int4"]
+Layout = Literal["auto", "compact", "fast"]
+Mode = Literal["fused", "exact"]
+
+#: Dtypes of dense weights that can be packed.
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """How to pack a weight, and how to compute on it.
+
+    format: ``"lossless"`` keeps every bit; ``"ecsq"`` is a uniform step with entropy-coded levels at any rate or error;
+        ``"int8"`` has one scale a row; ``"int4"`` one for each row and ``group_size`` columns. All are entropy-coded.
+    bits: for ecsq, the size in bits a weight (2 to 8, may be fractional), everything counted.
+    max_error: for ecsq, the relative Frobenius error, instead of ``bits``.
+    group_size: for int4, a multiple of 64.
+    round_to: for lossless, a dtype to round the weight to first. This loses precision, and so has to be asked for.
+    trainable_scales: scales of a quantised weight become float32 parameters that train.
+    layout: ``"compact"`` is the smallest; ``"fast"`` and ``"auto"`` equal it in this version.
+    mode: ``"fused"`` decodes inside the product; ``"exact"`` unpacks into a scratch that all layers share and calls
+        ``F.linear``: for a lossless weight, the bits of the dense layer at equal shape and thread count.
+
+    Raises ValueError for options that contradict each other.
+    """
+
+    format: Format = "lossless"
+    bits: float | None = None
+    max_error: float | None = None
+    group_size: int = 128
+    round_to: torch.dtype | None = None
+    trainable_scales: bool = False
+    layout: Layout = "auto"
+    mode: Mode = "fused"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("format", self.format, get_args(Format)),
+            ("layout", self.layout, get_args(Layout)),
+            ("mode", self.mode, get_args(Mode)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        ecsq = self.format == "ecsq"
+        if ecsq and (self.bits is None) == (self.max_error is None):
+            raise ValueError("format 'ecsq': expected exactly one of bits and max_error")
+        if not ecsq and (self.bits is not None or self.max_error is not None):
+            raise ValueError(f"bits and max_error: expected only with format 'ecsq', got them with {self.format!r}")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise ValueError(f"bits: expected 2 to 8, got {self.bits}")
+        if self.max_error is not None and not 0 < self.max_error < 1:
+            raise ValueError(f"max_error: expected between 0 and 1, got {self.max_error}")
+        if self.group_size < 64 or self.group_size % 64:
+            raise ValueError(f"group_size: expected a positive multiple of 64, got {self.group_size}")
+        if self.round_to is not None and (self.format != "lossless" or self.round_to not in WEIGHT_DTYPES):
+            raise ValueError("round_to: expected float32, float16 or bfloat16, with format 'lossless'")
+        if self.trainable_scales and self.format == "lossless":
+            raise ValueError("trainable_scales: expected a quantised format, for lossless weights have no scales")

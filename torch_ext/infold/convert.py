@@ -1,0 +1,215 @@
+"""Replaces a model's linear and embedding layers by packed ones, in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from infold.config import WEIGHT_DTYPES, FusedConfig
+from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
+from infold.packed import Packed, pack
+from infold.report import ConversionReport, LayerReport
+
+FilterFn = Callable[[nn.Module, str], bool]
+Configs = FusedConfig | Mapping[str, FusedConfig | None]
+
+# Their forward hooks, or whatever else calls them, expect the module that was there.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D: a linear layer whose weight is (in_features, out_features)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def convert(
+    model: nn.Module,
+    config: Configs,
+    filter_fn: FilterFn | None = None,
+    *,
+    skip: Collection[str] = (),
+    progress: bool = True,
+) -> ConversionReport:
+    """Packs the weight of every ``nn.Linear``, ``nn.Embedding`` and transformers ``Conv1D`` of ``model``, in place.
+
+    config: one for all layers, or one for each pattern of qualified names (``fnmatch``, first match wins, None leaves a
+        layer dense; a layer that no pattern matches is left dense too).
+    filter_fn: ``filter_fn(module, qualified_name)`` says whether to pack a layer.
+    skip: qualified names, or patterns of them, to leave dense.
+
+    Tied weights stay tied and a shared module is converted once. Layers that cannot be packed are left as they are and
+    listed in the report with the reason; one warning names them. Raises ValueError if ``model`` is itself such a layer,
+    or if a name in ``skip`` or a pattern in ``config`` matches nothing.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    if _is_candidate(model):
+        raise ValueError(f"model: expected a module that contains layers, got a {type(model).__name__}; "
+                         "use FusedDecompressLinear.from_linear or FusedDecompressEmbedding.from_embedding")  # fmt: skip
+    _check_patterns(config, skip, [name for all_names in names.values() for name in all_names])
+
+    report = ConversionReport(model_bytes_before=_model_bytes(model))
+    chosen: dict[nn.Module, FusedConfig] = {}
+    for module, all_names in names.items():
+        if not _is_candidate(module):
+            _note_experts(module, all_names[0], report)
+            continue
+        layer_config = _config_for(config, all_names)
+        skipped = any(fnmatchcase(name, pattern) for name in all_names for pattern in skip)
+        if layer_config is None or skipped or (filter_fn and not filter_fn(module, all_names[0])):
+            continue
+        reason = _refusal(module)
+        if reason:
+            report.refused[all_names[0]] = reason
+        else:
+            chosen[module] = layer_config
+    _refuse_broken_ties(model, names, chosen, report)
+
+    packed: dict[tuple[int, FusedConfig], tuple[Packed, LayerReport]] = {}
+    keep_alive: list[Tensor] = []  # so that no id is used twice
+    with tqdm(chosen.items(), desc="packing", unit="layer", disable=not progress, leave=False) as layers:
+        for module, layer_config in layers:
+            name = names[module][0]
+            layers.set_postfix_str(name)
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            key = (id(weight), layer_config)
+            dense = weight.detach().T if is_transposed_linear(module) else weight.detach()
+            tied = packed.get(key)
+            try:
+                new = _replacement(module, tied[0] if tied else pack(dense, layer_config), layer_config, name)
+            except ValueError as error:
+                report.refused[name] = str(error)
+                continue
+            if tied:
+                entry = LayerReport(**{**vars(tied[1]), "name": name, "kind": _kind(module), "tied_to": tied[1].name})
+            else:
+                entry = _layer_report(name, module, new, dense)
+                packed[key] = (new.packed, entry)
+                keep_alive.append(weight)
+            report.layers.append(entry)
+            for place in names[module]:
+                parent, _, attribute = place.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, new)
+    report.model_bytes_after = _model_bytes(model)
+    if report.refused:
+        lines = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
+        warnings.warn(f"left dense: {lines}", stacklevel=2)
+    return report
+
+
+def _kind(module: nn.Module) -> str:
+    return "embedding" if isinstance(module, nn.Embedding) else "linear"
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or is_transposed_linear(module)
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a layer cannot be packed."""
+    if not is_transposed_linear(module) and type(module) not in (nn.Linear, nn.Embedding):
+        return f"{type(module).__name__} is a subclass that may compute something else"
+    if any(getattr(module, hooks) for hooks in _HOOKS) or hasattr(module, "_hf_hook"):
+        return "it has hooks, which would be lost"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rewrites the table on lookup"
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}; pack on the CPU"
+    if weight.dtype not in WEIGHT_DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None
+
+
+def _note_experts(module: nn.Module, name: str, report: ConversionReport) -> None:
+    """Experts that are stacked in one 3-D parameter are linear layers that no module stands for."""
+    if type(module).__module__.startswith("torch.nn."):
+        return
+    for attribute, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 3:
+            report.refused[f"{name}.{attribute}"] = "a 3-D parameter (stacked experts?) is no linear layer"
+
+
+def _refuse_broken_ties(
+    model: nn.Module,
+    names: Mapping[nn.Module, list[str]],
+    chosen: dict[nn.Module, FusedConfig],
+    report: ConversionReport,
+) -> None:
+    """Leaves a layer dense where its weight is also somebody else's who would stay dense or be packed differently."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append((module, attribute))
+    for module, layer_config in list(chosen.items()):
+        transposed = is_transposed_linear(module)
+        for owner, attribute in owners[id(module.weight)]:
+            agrees = chosen.get(owner) == layer_config and is_transposed_linear(owner) == transposed
+            if attribute != "weight" or not agrees:
+                other = ".".join(filter(None, (names[owner][0], attribute)))
+                report.refused[names[module][0]] = f"its weight is tied to {other}, which is not packed the same way"
+    for module in [module for module in chosen if names[module][0] in report.refused]:
+        del chosen[module]
+
+
+def _config_for(config: Configs, names: list[str]) -> FusedConfig | None:
+    if isinstance(config, FusedConfig):
+        return config
+    for pattern, candidate in config.items():
+        if any(fnmatchcase(name, pattern) for name in names):
+            return candidate
+    return None
+
+
+def _check_patterns(config: Configs, skip: Collection[str], names: list[str]) -> None:
+    patterns = [*skip] if isinstance(config, FusedConfig) else [*skip, *config]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"name pattern {pattern!r}: expected to match a module of the model, matched none")
+
+
+def _replacement(module: nn.Module, packed: Packed, config: FusedConfig, name: str) -> PackedModule:
+    dtype, trainable = module.weight.dtype, config.trainable_scales
+    new: PackedModule
+    if isinstance(module, nn.Embedding):
+        new = FusedDecompressEmbedding(
+            packed, module.padding_idx, dtype=dtype, trainable_scales=trainable, name=name
+        )  # fmt: skip
+    else:
+        bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+        new = FusedDecompressLinear(
+            packed, bias, mode=config.mode, dtype=dtype, trainable_scales=trainable, name=name
+        )  # fmt: skip
+    return new.train(module.training)
+
+
+def _layer_report(name: str, module: nn.Module, new: PackedModule, dense: Tensor) -> LayerReport:
+    unpacked = new.unpack(dense.dtype).detach()
+    if torch.equal(unpacked.view(torch.uint8), dense.contiguous().view(torch.uint8)):
+        error = 0.0
+    else:
+        exact = dense.double()
+        error = float((unpacked.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+    return LayerReport(
+        name=name,
+        kind=_kind(module),
+        format=new.header.quantizer,
+        shape=(new.header.out_features, new.header.in_features),
+        bytes_before=dense.numel() * dense.element_size(),
+        bytes_after=new.packed.nbytes,
+        relative_error=error,
+        predictor=new.header.predictor,
+    )
+
+
+def _model_bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,210 @@
+"""Packed models in safetensors files: written atomically, verified before anything changes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from infold._library import CorruptWeightError
+from infold.convert import is_transposed_linear
+from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
+from infold.packed import Packed, read_header
+
+_FORMAT = "infold-1"
+_FIELDS = ("payload", "directory", "tables", "scales")
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Writes a converted model's whole state to a safetensors file, tied tensors once.
+
+    The file appears complete or not at all: it is written beside ``path``, synced, and renamed.
+    """
+    path = Path(path)
+    modules: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FusedDecompressLinear):
+            modules[name] = {"kind": "linear", "mode": module.mode}
+        elif isinstance(module, FusedDecompressEmbedding):
+            modules[name] = {"kind": "embedding", "padding_idx": module.padding_idx}
+        if name in modules:
+            modules[name]["dtype"] = str(module.dtype).removeprefix("torch.")
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            # A copy where tensors overlap without being the same: safetensors stores no views.
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    metadata = {
+        "format": _FORMAT,
+        "modules": json.dumps(modules),
+        "aliases": json.dumps(aliases),
+        "checksums": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()}),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def load_into(model: nn.Module, path: str | Path) -> None:
+    """Loads a file of `save` into a model of the same architecture, dense or converted, in place.
+
+    Everything is read and verified first: a bad file leaves the model as it was. Raises CorruptWeightError, which names
+    the tensor and the field, and ValueError where the file is of another model.
+    """
+    tensors, metadata = _read(Path(path))
+    modules = _json(metadata, "modules", path)
+    aliases = _json(metadata, "aliases", path)
+    _verify(tensors, _json(metadata, "checksums", path))
+    for alias, name in aliases.items():
+        if name not in tensors:
+            raise CorruptWeightError(alias, "aliases", f"expected a tensor of the file, got {name!r}")
+
+    shared: dict[str, nn.Parameter] = {}
+    replacements: dict[str, PackedModule] = {}
+    same: dict[nn.Module, PackedModule] = {}
+    for name, options in modules.items():
+        target = _target(model, name, options)
+        if target not in same:
+            same[target] = _packed_module(name, options, target, tensors, aliases, shared)
+        replacements[name] = same[target]
+
+    own = {f"{name}.{field}" for name in modules for field in _FIELDS}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in own}
+    rest.update({alias: tensors[name] for alias, name in aliases.items() if alias not in own})
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not _is_replaced(name, modules)}
+    _compare(rest, expected, modules)
+
+    for name, replacement in replacements.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, replacement)
+    model.load_state_dict(rest, strict=False)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise CorruptWeightError(str(path), "file", str(error)) from error
+    found = metadata.get("format")
+    if found != _FORMAT:
+        raise CorruptWeightError(str(path), "format", f"expected {_FORMAT!r}, got {found!r}")
+    return tensors, metadata
+
+
+def _json(metadata: Mapping[str, str], field: str, path: str | Path) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata[field])
+    except (KeyError, ValueError) as error:
+        raise CorruptWeightError(str(path), field, f"expected JSON, got {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptWeightError(str(path), field, f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def _verify(tensors: Mapping[str, Tensor], checksums: Mapping[str, int]) -> None:
+    for name in checksums.keys() - tensors.keys():
+        raise CorruptWeightError(name, "checksums", "expected the tensor in the file, got none")
+    for name, tensor in tensors.items():
+        found = _checksum(tensor)
+        if checksums.get(name) != found:
+            raise CorruptWeightError(name, "checksum", f"expected {checksums.get(name)}, got {found}")
+
+
+def _target(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        target = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{name}: expected a layer of the model, got none") from error
+    embedding = isinstance(target, nn.Embedding | FusedDecompressEmbedding)
+    linear = isinstance(target, nn.Linear | FusedDecompressLinear) or is_transposed_linear(target)
+    kind = options.get("kind")
+    if (kind, True) not in (("embedding", embedding), ("linear", linear)):
+        raise ValueError(f"{name}: expected a layer of kind {kind!r}, got {type(target).__name__}")
+    return target
+
+
+def _packed_module(
+    name: str,
+    options: Mapping[str, Any],
+    target: nn.Module,
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    shared: dict[str, nn.Parameter],
+) -> PackedModule:
+    def parameter(field: str) -> Tensor:
+        full = aliases.get(f"{name}.{field}", f"{name}.{field}")
+        if full not in tensors:
+            if field == "scales":
+                return torch.empty(0, 0)
+            raise CorruptWeightError(full, field, "expected a tensor, got none")
+        if full not in shared:
+            tensor = tensors[full]
+            shared[full] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        return shared[full]
+
+    packed = Packed(*(parameter(field) for field in _FIELDS))
+    header = read_header(packed, name, verify=True)
+    dtype = getattr(torch, str(options.get("dtype")), header.dtype)
+    module: PackedModule
+    if options["kind"] == "embedding":
+        module = FusedDecompressEmbedding(packed, options.get("padding_idx"), dtype=dtype, name=name)
+        shape = (getattr(target, "num_embeddings", None), getattr(target, "embedding_dim", None))
+    else:
+        bias: nn.Parameter | None = target.bias  # type: ignore[assignment]
+        mode = "exact" if options.get("mode") == "exact" else "fused"
+        module = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, name=name)  # type: ignore[arg-type]
+        shape = (_out_features(target), _in_features(target))
+    if shape != (header.out_features, header.in_features):
+        raise ValueError(f"{name}: expected a weight of {shape}, got {(header.out_features, header.in_features)}")
+    return module.train(target.training)
+
+
+def _out_features(module: nn.Module) -> int:
+    return int(module.weight.shape[1]) if is_transposed_linear(module) else int(module.out_features)  # type: ignore[arg-type]
+
+
+def _in_features(module: nn.Module) -> int:
+    return int(module.weight.shape[0]) if is_transposed_linear(module) else int(module.in_features)  # type: ignore[arg-type]
+
+
+def _is_replaced(name: str, modules: Mapping[str, Any]) -> bool:
+    module, _, field = name.rpartition(".")
+    return module in modules and field in ("weight", *_FIELDS)
+
+
+def _compare(rest: Mapping[str, Tensor], expected: Mapping[str, Tensor], modules: Mapping[str, Any]) -> None:
+    missing, unexpected = expected.keys() - rest.keys(), rest.keys() - expected.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"file: expected the model's tensors, missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+        )
+    for name, tensor in rest.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name}: expected shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,96 @@
+"""A packed weight as plain tensors, and its header as plain integers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infold._library import as_corrupt, ops
+from infold.config import FusedConfig
+
+QUANTIZERS = ("lossless", "ecsq", "int8", "int4")
+PREDICTORS = ("none", "left", "top", "average", "planar")
+_DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+
+
+class Packed(NamedTuple):
+    """A packed weight: uint8 payload, int32 directory, uint8 tables, and scales (empty for a lossless weight)."""
+
+    payload: Tensor
+    directory: Tensor
+    tables: Tensor
+    scales: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Everything that is stored."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self)
+
+
+class Header(NamedTuple):
+    """A packed weight's header."""
+
+    version: int
+    codec: int
+    layout: int
+    dtype: torch.dtype
+    out_features: int
+    in_features: int
+    quantizer: str
+    predictor: str
+    scale_shape: tuple[int, int]
+
+
+def pack(weight: Tensor, config: FusedConfig) -> Packed:
+    """Packs a dense (out_features, in_features) weight of dtype float32, float16 or bfloat16 on the CPU.
+
+    Raises ValueError for another shape or dtype, and for a weight that is not finite in a quantised format.
+    """
+    weight = weight.detach()
+    if config.format == "lossless":
+        return Packed(*ops.pack_lossless(weight if config.round_to is None else weight.to(config.round_to)))
+    if config.format == "ecsq":
+        return Packed(*ops.pack_ecsq(weight, config.bits, config.max_error))
+    if config.format == "int8":
+        return Packed(*ops.pack_int8(weight))
+    return Packed(*ops.pack_int4(weight, config.group_size))
+
+
+def read_header(packed: Packed, name: str, *, verify: bool) -> Header:
+    """The header of the packed weight ``name``; with ``verify``, every checksum is compared first.
+
+    Raises CorruptWeightError, which names the weight and the field.
+    """
+    # Trained scales are their own truth: the header's checksum is of those that were packed.
+    frozen = packed.scales.dtype in (torch.int16, torch.int32)
+    scales = float_scales(packed.scales) if frozen else None
+    try:
+        fields = ops.inspect_packed(packed.payload, packed.directory, packed.tables, scales, verify)
+    except (RuntimeError, ValueError) as error:
+        raise as_corrupt(RuntimeError(str(error)), name) from error
+    version, codec, layout, dtype, rows, cols, quantizer, predictor, scale_rows, scale_cols = fields
+    return Header(
+        version,
+        codec,
+        layout,
+        _DTYPES[dtype],
+        rows,
+        cols,
+        QUANTIZERS[quantizer],
+        PREDICTORS[predictor],
+        (scale_rows, scale_cols),
+    )
+
+
+def frozen_scales(scales: Tensor) -> Tensor:
+    """Scales as integer bits, so that ``module.bfloat16()`` cannot round them."""
+    return scales.view(torch.int16 if scales.element_size() == 2 else torch.int32)
+
+
+def float_scales(scales: Tensor) -> Tensor:
+    """The floats of frozen scales; trainable ones are floats already."""
+    if scales.dtype == torch.int16:
+        return scales.view(torch.bfloat16)
+    return scales.view(torch.float32) if scales.dtype == torch.int32 else scales
