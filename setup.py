@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 def torch_folder() -> Path:
-    """The torch package of this interpreter, by the name under which cargo knows it where that is the same folder: another
-    name for it would make cargo build everything anew.
+    """The torch package of this interpreter, by the name that cargo knows it by where it does.
+
+    Another name for the same folder would make cargo build everything anew.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:

@@ -137,9 +137,9 @@ def test_choosing_layers() -> None:
     infold.convert(model, {"1.1": None, "1.*": CONFIGS["int8"], "*": FusedConfig()}, skip=["2"], progress=False)
     assert kinds(model) == {"0": "lossless", "1.0": "int8"}
 
-    with pytest.raises(ValueError, match="'nothing'.*matched none"):
+    with pytest.raises(ValueError, match=r"'nothing'.*matched none"):
         infold.convert(build(), FusedConfig(), skip=["nothing"])
-    with pytest.raises(ValueError, match="use FusedDecompressLinear.from_linear"):
+    with pytest.raises(ValueError, match=r"use FusedDecompressLinear\.from_linear"):
         infold.convert(nn.Linear(4, 4), FusedConfig())
 
 

@@ -34,7 +34,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// The promise of the fused product: 64 KB a thread beyond its output, however large the weight.
+/// The promise of the fused product beyond its output: 64 KB a thread, and no more than the input for a large batch.
 #[test]
 fn a_forward_takes_64_kilobytes_a_thread_and_gives_them_back() {
     let (rows, cols) = (640, 1000);
@@ -64,7 +64,12 @@ fn a_forward_takes_64_kilobytes_a_thread_and_gives_them_back() {
                 assert_eq!(LIVE.load(Relaxed), before, "something leaked");
             }
             let thread_handles = if threads == 1 { 0 } else { 4 << 10 };
-            assert!(extra <= threads * HEAP + thread_handles, "{:?} batch {batch}: {extra} bytes", packed.header.dtype);
+            let sums = if batch > 32 { 4 * batch.min(256) * cols } else { 0 };
+            assert!(
+                extra <= threads * HEAP + sums + thread_handles,
+                "{:?} batch {batch}: {extra} bytes",
+                packed.header.dtype
+            );
         }
     }
 }

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use super::element::{Element, Real, Scalar, bits_to_f32};
 use super::format::{Header, TILE_ALIGN};
-use super::geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES};
+use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
 use super::predict::{Predictor, Restorer};
 use super::rans::{Decoder, SlotTable};
-use super::symbols::{Coding, ESCAPE_BYTES, Model};
+use super::symbols::{Coding, ESCAPE_BYTES};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
@@ -25,6 +25,8 @@ pub struct PackedWeight<'a> {
     directory: &'a [i32],
     /// The decoder's table of each plane that has a model.
     tables: Vec<Option<SlotTable>>,
+    /// For levels with centroids: the first level, and r(q) of it and those that follow.
+    centroids: (i32, Vec<f32>),
 }
 
 impl<'a> PackedWeight<'a> {
@@ -39,7 +41,13 @@ impl<'a> PackedWeight<'a> {
             Coding::Modelled(model) => Some(SlotTable::new(&model.frequencies)),
             _ => None,
         };
-        Ok(Self { tables: header.planes.iter().map(|p| table(&p.coding)).collect(), header, payload, directory })
+        Ok(Self {
+            tables: header.planes.iter().map(|p| table(&p.coding)).collect(),
+            centroids: centroids(&header),
+            header,
+            payload,
+            directory,
+        })
     }
 
     pub fn geometry(&self) -> Geometry {
@@ -132,6 +140,21 @@ impl<'a> PackedWeight<'a> {
     }
 }
 
+/// The reconstruction points of a weight whose levels have centroids.
+fn centroids(header: &Header) -> (i32, Vec<f32>) {
+    let plane = &header.planes[0];
+    match (&plane.coding, header.element) {
+        (Coding::Modelled(model), Element::Level { .. }) => {
+            let levels = plane.centroids.iter().enumerate();
+            let point = |(symbol, &offset): (usize, &i8)| {
+                model.lo.wrapping_add(symbol as i32) as f32 + f32::from(offset) / 256.0
+            };
+            (model.lo, levels.map(point).collect())
+        }
+        _ => (0, Vec::new()),
+    }
+}
+
 /// Runs `body` for each tile on the pool's threads and returns the first error.
 pub fn try_tiles(pool: &dyn Pool, tiles: usize, body: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     crate::parallel::map(pool, tiles, body).into_iter().collect()
@@ -171,41 +194,50 @@ pub struct TileDecoder<'a> {
 impl TileDecoder<'_> {
     /// Decodes the next block, whose shape is `shape`, to codes.
     pub fn decode(&mut self, shape: BlockShape) {
-        self.codes.fill(0);
         let element = self.weight.header.element;
+        let size = shape.cols * LANES;
+        self.codes[..size].fill(0);
         for (plane, stream) in self.streams.iter_mut().enumerate() {
-            let first_row = self.first_row;
-            stream.add_block(shape, first_row, &mut self.symbols, |index, value| {
-                self.codes[index] |= element.place(value, plane);
-            });
+            let lo = stream.symbols(shape, &mut self.symbols);
+            element.place(plane, lo, &self.symbols[..size], &mut self.codes[..size]);
+            while let Some((index, value)) = stream.escape(shape, self.first_row) {
+                // An escape's own symbol was placed; planes have bits apart, so this takes it out and puts the value in.
+                let placed = lo.wrapping_add(i32::from(self.symbols[index]));
+                self.codes[index] ^= element.bits_of(plane, placed) ^ element.bits_of(plane, value);
+            }
         }
     }
 
-    /// The current block before its scales, `[column][lane]`: floats of a lossless weight, reconstruction points r(q) of levels.
+    /// The current block before its scales, `[column][lane]`: floats of a lossless weight, reconstruction points r(q) of
+    /// levels. Lanes without a row are zero.
     pub fn points<T: Real>(&self, shape: BlockShape, out: &mut [T; BLOCK]) {
-        for col in 0..shape.cols {
-            let row = col * LANES..col * LANES + shape.lanes;
-            for (out, &code) in out[row.clone()].iter_mut().zip(&self.codes[row]) {
-                *out = T::from_f32(self.point(code));
+        let codes = self.codes[..shape.cols * LANES].iter();
+        let pairs = out.iter_mut().zip(codes);
+        match self.weight.header.element {
+            Element::Bits(dtype) => pairs.for_each(|(out, &code)| *out = T::from_f32(bits_to_f32(code, dtype))),
+            Element::Level { .. } if self.weight.centroids.1.is_empty() => {
+                pairs.for_each(|(out, &code)| *out = T::from_f32(code as i32 as f32));
             }
-            // Lanes without a row would otherwise keep another block's numbers.
-            out[col * LANES + shape.lanes..(col + 1) * LANES].fill(T::default());
+            Element::Level { .. } => pairs.for_each(|(out, &code)| *out = T::from_f32(self.level_point(code))),
         }
+        if shape.lanes < LANES {
+            out.chunks_exact_mut(LANES).for_each(|column| column[shape.lanes..].fill(T::default()));
+        }
+    }
+
+    /// r(q) of a level.
+    #[inline(always)]
+    fn level_point(&self, code: u32) -> f32 {
+        let (lo, points) = &self.weight.centroids;
+        let level = code as i32;
+        points.get(level.wrapping_sub(*lo) as usize).copied().unwrap_or(level as f32)
     }
 
     #[inline(always)]
     fn point(&self, code: u32) -> f32 {
         match self.weight.header.element {
             Element::Bits(dtype) => bits_to_f32(code, dtype),
-            Element::Level { .. } => {
-                let plane = &self.weight.header.planes[0];
-                let level = code as i32;
-                let centroid = match &plane.coding {
-                    Coding::Modelled(Model { lo, .. }) => plane.centroids.get(level.wrapping_sub(*lo) as usize),
-                    _ => None,
-                };
-                level as f32 + centroid.map_or(0.0, |&c| f32::from(c) / 256.0)
-            }
+            Element::Level { .. } => self.level_point(code),
         }
     }
 
@@ -282,49 +314,34 @@ impl<'a> Data<'a> {
 }
 
 impl Stream<'_> {
-    /// Decodes a block and gives each element's index in it and value; an escaped element is given its value alone.
-    fn add_block(
-        &mut self,
-        shape: BlockShape,
-        first_row: usize,
-        symbols: &mut [u8; BLOCK],
-        mut put: impl FnMut(usize, i32),
-    ) {
-        let steps = || (0..shape.cols).map(|col| col * LANES..col * LANES + shape.lanes);
+    /// Decodes a block's symbols, `[column][lane]`, and returns the value that symbol 0 stands for.
+    fn symbols(&mut self, shape: BlockShape, symbols: &mut [u8; BLOCK]) -> i32 {
+        let steps = symbols.chunks_exact_mut(LANES).take(shape.cols).map(|step| &mut step[..shape.lanes]);
         let lo = match &mut self.data {
             Data::Constant(value) => {
-                steps().flatten().for_each(|index| put(index, *value));
-                return;
+                symbols.fill(0);
+                return *value;
             }
             Data::Plain { lo, width, bytes } => {
-                for step in steps() {
-                    bytes.unpack_step(*width, &mut symbols[step]);
-                }
+                steps.for_each(|step| bytes.unpack_step(*width, step));
                 *lo
             }
             Data::Modelled { lo, table, decoder, .. } => {
-                for step in steps() {
-                    decoder.step(table, &mut symbols[step]);
-                }
+                steps.for_each(|step| decoder.step(table, step));
                 *lo
             }
         };
         if let Some(restorer) = &mut self.restorer {
             restorer.restore(shape, symbols);
         }
-        let mut escaped = [0u32; CHUNK];
-        if let Data::Modelled { escapes, .. } = &mut self.data {
-            while let Some((col, lane, value)) = escapes.escape_in(shape, first_row) {
-                escaped[col] |= 1 << lane;
-                put(col * LANES + lane, value);
-            }
-        }
-        for (col, step) in steps().enumerate() {
-            for (lane, index) in step.enumerate() {
-                if escaped[col] >> lane & 1 == 0 {
-                    put(index, lo.wrapping_add(i32::from(symbols[index])));
-                }
-            }
+        lo
+    }
+
+    /// The next escape in this block: its place in `[column][lane]` and its value.
+    fn escape(&mut self, shape: BlockShape, first_row: usize) -> Option<(usize, i32)> {
+        match &mut self.data {
+            Data::Modelled { escapes, .. } => escapes.escape_in(shape, first_row),
+            _ => None,
         }
     }
 }
@@ -383,8 +400,8 @@ impl<'a> Bytes<'a> {
         }
     }
 
-    /// Takes the next escape if it lies in this block: its column and lane there, and its value.
-    fn escape_in(&mut self, shape: BlockShape, first_row: usize) -> Option<(usize, usize, i32)> {
+    /// Takes the next escape if it lies in this block: its place there and its value.
+    fn escape_in(&mut self, shape: BlockShape, first_row: usize) -> Option<(usize, i32)> {
         let (escape, rest) = self.0.split_first_chunk::<ESCAPE_BYTES>()?;
         let [p0, p1, p2, p3, v0, v1, v2, v3] = *escape;
         let position = u32::from_le_bytes([p0, p1, p2, p3]);
@@ -394,6 +411,6 @@ impl<'a> Bytes<'a> {
         let lane = inside(row, shape.row, shape.lanes)?;
         let col = inside(col, shape.col, shape.cols)?;
         self.0 = rest;
-        Some((col, lane, i32::from_le_bytes([v0, v1, v2, v3])))
+        Some((col * LANES + lane, i32::from_le_bytes([v0, v1, v2, v3])))
     }
 }

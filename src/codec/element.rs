@@ -72,18 +72,34 @@ impl Element {
         i32::from(byte as u8)
     }
 
-    /// The bits that the value of plane `plane` contributes to its code; the inverse of [`Element::split`].
-    pub fn place(self, value: i32, plane: usize) -> u32 {
-        let value = value as u32;
-        match (self, plane) {
-            (Self::Bits(Dtype::Bf16), 0) => (value & 0xff) << 7,
-            (Self::Bits(Dtype::Bf16), _) => (value & 0x80) << 8 | value & 0x7f,
-            (Self::Bits(Dtype::F32), 0) => (value & 0xff) << 23,
-            (Self::Bits(Dtype::F32), 1) => (value & 0x80) << 24 | (value & 0x7f) << 16,
-            (Self::Bits(dtype), plane) => (value & 0xff) << (8 * (dtype.bytes() - 1 - plane)),
-            (Self::Level { low_bits }, 0) => value << low_bits,
-            (Self::Level { .. }, _) => value,
+    /// Adds the values `lo + symbol` of plane `plane` to codes whose bits there are zero; the inverse of [`Element::split`].
+    pub fn place(self, plane: usize, lo: i32, symbols: &[u8], codes: &mut [u32]) {
+        // A loop for each kind of plane, so that each is a vector loop.
+        #[inline(always)]
+        fn each(lo: i32, symbols: &[u8], codes: &mut [u32], place: impl Fn(u32) -> u32) {
+            for (code, &symbol) in codes.iter_mut().zip(symbols) {
+                *code |= place(lo.wrapping_add(i32::from(symbol)) as u32);
+            }
         }
+        match (self, plane) {
+            (Self::Bits(Dtype::Bf16), 0) => each(lo, symbols, codes, |v| (v & 0xff) << 7),
+            (Self::Bits(Dtype::Bf16), _) => each(lo, symbols, codes, |v| (v & 0x80) << 8 | v & 0x7f),
+            (Self::Bits(Dtype::F32), 0) => each(lo, symbols, codes, |v| (v & 0xff) << 23),
+            (Self::Bits(Dtype::F32), 1) => each(lo, symbols, codes, |v| (v & 0x80) << 24 | (v & 0x7f) << 16),
+            (Self::Bits(dtype), plane) => {
+                let shift = 8 * (dtype.bytes() - 1 - plane);
+                each(lo, symbols, codes, |v| (v & 0xff) << shift);
+            }
+            (Self::Level { low_bits }, 0) => each(lo, symbols, codes, |v| v << low_bits),
+            (Self::Level { .. }, _) => each(lo, symbols, codes, |v| v),
+        }
+    }
+
+    /// [`Element::place`] of one value: its bits in a code.
+    pub fn bits_of(self, plane: usize, value: i32) -> u32 {
+        let mut code = [0];
+        self.place(plane, value, &[0], &mut code);
+        code[0]
     }
 }
 

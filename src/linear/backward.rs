@@ -1,14 +1,16 @@
 //! dx = g·W: the same tiles, read the other way.
 
-use super::forward::{BATCH, Input, check};
+use super::forward::{Input, check};
 use super::kernel::multiply_block;
 use crate::codec::{BLOCK, CHUNK, Geometry, LANES, PackedWeight, Real, Scalar};
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
 
 /// Tiles are summed in so many runs, whatever the threads, and the runs in order: the result does not depend on the
-/// thread count, and the extra memory stays at 8 · 48 rows of x.
+/// thread count, and the extra memory stays at 8 · 64 rows of x.
 const RUNS: usize = 8;
+/// Rows of g that share one decoding of a tile.
+const BATCH: usize = 64;
 
 /// dx = g·W into `out` (rows of g by columns of W), summed in `T`. `scales` is empty for a lossless weight.
 pub fn input_gradient<T: Real, O: Scalar>(

@@ -7,8 +7,9 @@ use crate::codec::{BLOCK, LANES, PackedWeight, Real, Scalar, ScaleGrid};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
-/// Rows of x that share one decoding of a tile; with two f32 sums for each of 64 rows of W, 24 KB.
-pub(super) const BATCH: usize = 48;
+/// Rows of x that share one decoding of a tile. Their sums take 4 · 256 bytes for each row of the tile in f32: beyond a few
+/// rows that is the O(batch · K) part of the memory, like the converted input.
+pub(super) const BATCH: usize = 256;
 
 /// Row-major x: `rows` by the weight's columns.
 #[derive(Clone, Copy)]
@@ -149,26 +150,32 @@ pub fn forward<T: Real, O: Scalar>(
     }
     for_tiles(weight, input, pool, |tile, scratch| {
         let tile_rows = geometry.rows_of(tile);
-        let last_group = (geometry.cols - 1) / grid.group_cols(geometry);
-        let mut total = vec![T::default(); scratch.partial.len()];
+        let groups = geometry.cols.div_ceil(grid.group_cols(geometry));
+        // Several groups add up here; a single one is final as it comes.
+        let mut total = vec![T::default(); if groups > 1 { scratch.partial.len() } else { 0 }];
         tile_products(weight, tile, input, scratch, |rows, group, partial| {
             for (index, row) in rows.enumerate() {
                 let line = index * geometry.tile_rows..index * geometry.tile_rows + tile_rows.len();
-                let total = &mut total[line.clone()];
-                for ((total, &partial), w_row) in total.iter_mut().zip(&partial[line]).zip(tile_rows.clone()) {
+                let scaled = partial[line.clone()].iter().zip(tile_rows.clone()).map(|(&partial, w_row)| {
                     let scale = scales.get(grid.index(w_row, group, geometry));
-                    let scaled = scale.map_or(partial, |&scale| scale * partial);
-                    *total = if group == 0 { scaled } else { *total + scaled };
-                }
-                if group == last_group {
-                    let start = row * geometry.rows;
-                    // SAFETY: this tile alone writes its columns of y.
-                    #[allow(unsafe_code)]
-                    let out = unsafe { out.range_mut(start + tile_rows.start..start + tile_rows.end) };
-                    for ((out, &total), w_row) in out.iter_mut().zip(&*total).zip(tile_rows.clone()) {
-                        let sum = bias.map_or(total, |bias| total + bias[w_row]);
-                        *out = O::from_real(sum);
+                    scale.map_or(partial, |&scale| scale * partial)
+                });
+                let total = total.get_mut(line).unwrap_or_default();
+                if group + 1 < groups {
+                    // A batch begins with its first group.
+                    if group == 0 {
+                        total.fill(T::default());
                     }
+                    total.iter_mut().zip(scaled).for_each(|(total, scaled)| *total += scaled);
+                    continue;
+                }
+                let start = row * geometry.rows;
+                // SAFETY: this tile alone writes its columns of y.
+                #[allow(unsafe_code)]
+                let out = unsafe { out.range_mut(start + tile_rows.start..start + tile_rows.end) };
+                for (lane, (out, scaled)) in out.iter_mut().zip(scaled).enumerate() {
+                    let sum = total.get(lane).map_or(scaled, |&total| total + scaled);
+                    *out = O::from_real(bias.map_or(sum, |bias| sum + bias[tile_rows.start + lane]));
                 }
             }
         })

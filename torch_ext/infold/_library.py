@@ -32,7 +32,7 @@ def library_path() -> str:
     return str(path)
 
 
-torch.ops.load_library(library_path())
+torch.ops.load_library(library_path())  # type: ignore[no-untyped-call]
 ops: Any = torch.ops.infold
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,17 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The weight of a layer that can be packed."""
+    return cast(nn.Parameter, module.weight)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer that can be packed, as (out_features, in_features)."""
+    weight = weight_of(module).detach()
+    return weight.T if is_transposed_linear(module) else weight
+
+
 def convert(
     model: nn.Module,
     config: Configs,
@@ -35,7 +47,7 @@ def convert(
     skip: Collection[str] = (),
     progress: bool = True,
 ) -> ConversionReport:
-    """Packs the weight of every ``nn.Linear``, ``nn.Embedding`` and transformers ``Conv1D`` of ``model``, in place.
+    """Packs every ``nn.Linear``, ``nn.Embedding`` and transformers ``Conv1D`` in ``model``, in place.
 
     config: one for all layers, or one for each pattern of qualified names (``fnmatch``, first match wins, None leaves a
         layer dense; a layer that no pattern matches is left dense too).
@@ -77,9 +89,9 @@ def convert(
         for module, layer_config in layers:
             name = names[module][0]
             layers.set_postfix_str(name)
-            weight: Tensor = module.weight  # type: ignore[assignment]
+            weight = weight_of(module)
             key = (id(weight), layer_config)
-            dense = weight.detach().T if is_transposed_linear(module) else weight.detach()
+            dense = dense_weight(module)
             tied = packed.get(key)
             try:
                 new = _replacement(module, tied[0] if tied else pack(dense, layer_config), layer_config, name)
@@ -119,7 +131,7 @@ def _refusal(module: nn.Module) -> str | None:
         return "it has hooks, which would be lost"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites the table on lookup"
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = weight_of(module)
     if weight.device.type != "cpu":
         return f"its weight is on {weight.device}; pack on the CPU"
     if weight.dtype not in WEIGHT_DTYPES:
@@ -151,7 +163,7 @@ def _refuse_broken_ties(
             owners.setdefault(id(parameter), []).append((module, attribute))
     for module, layer_config in list(chosen.items()):
         transposed = is_transposed_linear(module)
-        for owner, attribute in owners[id(module.weight)]:
+        for owner, attribute in owners[id(weight_of(module))]:
             agrees = chosen.get(owner) == layer_config and is_transposed_linear(owner) == transposed
             if attribute != "weight" or not agrees:
                 other = ".".join(filter(None, (names[owner][0], attribute)))
@@ -177,7 +189,7 @@ def _check_patterns(config: Configs, skip: Collection[str], names: list[str]) ->
 
 
 def _replacement(module: nn.Module, packed: Packed, config: FusedConfig, name: str) -> PackedModule:
-    dtype, trainable = module.weight.dtype, config.trainable_scales
+    dtype, trainable = weight_of(module).dtype, config.trainable_scales
     new: PackedModule
     if isinstance(module, nn.Embedding):
         new = FusedDecompressEmbedding(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infold._library import CorruptWeightError
-from infold.convert import is_transposed_linear
+from infold.convert import dense_weight, is_transposed_linear
 from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from infold.packed import Packed, read_header
 
@@ -102,7 +102,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -175,23 +175,18 @@ def _packed_module(
     module: PackedModule
     if options["kind"] == "embedding":
         module = FusedDecompressEmbedding(packed, options.get("padding_idx"), dtype=dtype, name=name)
-        shape = (getattr(target, "num_embeddings", None), getattr(target, "embedding_dim", None))
     else:
         bias: nn.Parameter | None = target.bias  # type: ignore[assignment]
         mode = "exact" if options.get("mode") == "exact" else "fused"
         module = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, name=name)  # type: ignore[arg-type]
-        shape = (_out_features(target), _in_features(target))
+    if isinstance(target, PackedModule):
+        shape = (target.header.out_features, target.header.in_features)
+    else:
+        rows, cols = dense_weight(target).shape
+        shape = (rows, cols)
     if shape != (header.out_features, header.in_features):
         raise ValueError(f"{name}: expected a weight of {shape}, got {(header.out_features, header.in_features)}")
     return module.train(target.training)
-
-
-def _out_features(module: nn.Module) -> int:
-    return int(module.weight.shape[1]) if is_transposed_linear(module) else int(module.out_features)  # type: ignore[arg-type]
-
-
-def _in_features(module: nn.Module) -> int:
-    return int(module.weight.shape[0]) if is_transposed_linear(module) else int(module.in_features)  # type: ignore[arg-type]
 
 
 def _is_replaced(name: str, modules: Mapping[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +12,22 @@ from infold._library import CorruptWeightError, ops
 from infold.config import FusedConfig, Mode
 from infold.packed import Packed, float_scales, frozen_scales, pack, read_header
 
-Self = TypeVar("Self", bound="PackedModule")
-
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
 class PackedModule(nn.Module):
-    """What linear and embedding share: a packed (out_features, in_features) weight as parameters that do not train.
+    """What linear and embedding share: a packed (out_features, in_features) weight, its parts parameters.
 
-    They are parameters and not buffers because DDP broadcasts buffers on every forward, and accelerate leaves them behind.
+    They are no buffers because DDP broadcasts buffers on every forward, and accelerate leaves them behind.
     """
 
     payload: nn.Parameter
     directory: nn.Parameter
     tables: nn.Parameter
     scales: nn.Parameter | None
+    bias: nn.Parameter | None
     _dtype: Tensor
 
     def __init__(
@@ -73,7 +73,7 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked anew at each access, for code that reads ``layer.weight``. It takes no gradient."""
+        """The dense weight, unpacked anew at each access, for code that reads ``layer.weight``; takes no gradient."""
         return self.unpack().detach()
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -91,7 +91,7 @@ class PackedModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        # Another weight has another size. `data` is replaced, not the parameter: modules that share it go on sharing it.
+        # Another weight has another size. `data` is replaced, not the parameter: modules that share it still do.
         for field, parameter in self._parameters.items():
             loaded = state_dict.get(prefix + field)
             if field == "bias" or parameter is None or loaded is None:
@@ -114,8 +114,8 @@ class PackedModule(nn.Module):
 class FusedDecompressLinear(PackedModule):
     """``y = x Wᵀ + b`` with W packed: decoded a tile at a time inside the product, never materialised.
 
-    x: (..., in_features) in float32, float64, float16 or bfloat16; y: (..., out_features) in x's dtype, summed in float32
-    (float64 for float64). Gradients flow to x, the bias, and trainable scales.
+    x: (..., in_features) in float32, float64, float16 or bfloat16; y: (..., out_features) in x's dtype, summed in
+    float32 (float64 for float64). Gradients flow to x, the bias, and trainable scales.
     """
 
     def __init__(
@@ -144,9 +144,12 @@ class FusedDecompressLinear(PackedModule):
     def from_linear(cls, linear: nn.Linear, config: FusedConfig) -> FusedDecompressLinear:
         """Packs a dense layer's weight and shares its bias."""
         packed = pack(linear.weight, config)
-        bias = linear.bias if linear.bias is None else nn.Parameter(linear.bias, linear.bias.requires_grad)
         module = cls(
-            packed, bias, mode=config.mode, dtype=linear.weight.dtype, trainable_scales=config.trainable_scales
+            packed,
+            linear.bias,
+            mode=config.mode,
+            dtype=linear.weight.dtype,
+            trainable_scales=config.trainable_scales,
         )
         return module.train(linear.training)
 
@@ -156,7 +159,7 @@ class FusedDecompressLinear(PackedModule):
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, self.dtype)
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+            linear.bias = copy.deepcopy(self.bias)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
