@@ -69,20 +69,37 @@ impl<'a> Decoder<'a> {
                 &tail
             }
         };
-        let mut taken = 0;
-        for (state, symbol) in self.states.iter_mut().zip(out) {
-            let entry = table.0[(*state & SLOT_MASK) as usize];
-            *symbol = entry as u8;
-            // Wrapping: a state from a damaged stream must not panic.
-            let next = (entry >> 20).wrapping_mul(*state >> MODEL_BITS).wrapping_add(entry >> 8 & SLOT_MASK);
-            let at = 2 * (taken % LANES);
-            let word = u32::from(u16::from_le_bytes([window[at], window[at + 1]]));
-            let short = next < LOWER;
-            *state = if short { next << 16 | word } else { next };
-            taken += usize::from(short);
-        }
+        // The same loop, unrolled where all lanes are there.
+        let taken = match <&mut [u8; LANES]>::try_from(&mut *out) {
+            Ok(full) => advance(&mut self.states, &table.0, window, full),
+            Err(_) => advance(&mut self.states, &table.0, window, out),
+        };
         self.read = (self.read + 2 * taken).min(self.words.len());
     }
+}
+
+/// Decodes a symbol of each lane and returns how many words that took.
+#[inline(always)]
+fn advance(
+    states: &mut [u32; LANES],
+    table: &[u32; MODEL_TOTAL as usize],
+    window: &[u8; 2 * LANES],
+    out: &mut [u8],
+) -> usize {
+    let mut taken = 0;
+    for (state, symbol) in states.iter_mut().zip(out) {
+        let entry = table[(*state & SLOT_MASK) as usize];
+        *symbol = entry as u8;
+        // Wrapping: a state from a damaged stream must not panic.
+        let next = (entry >> 20).wrapping_mul(*state >> MODEL_BITS).wrapping_add(entry >> 8 & SLOT_MASK);
+        let at = 2 * (taken % LANES);
+        let word = u32::from(u16::from_le_bytes([window[at], window[at + 1]]));
+        let short = next < LOWER;
+        // A branch here would be mispredicted every few symbols.
+        *state = std::hint::select_unpredictable(short, next << 16 | word, next);
+        taken += usize::from(short);
+    }
+    taken
 }
 
 /// Encodes one tile's stream. Symbols go in backwards; see [`Encoder::finish`].
