@@ -2,9 +2,6 @@
 
 use crate::codec::{BLOCK, Real};
 
-/// Activations that share a pass over a block: enough to hide the multiply-add latency, few enough for the registers.
-const TOKENS: usize = 4;
-
 /// `c[m][..N] += Σ_p a[m][p] · b[p][..N]` for every row `m` of `a`: the sum over `p` is in order and starts from zero, so
 /// a row's result does not depend on the others. `a` is `depth` wide at stride `a_stride`, `c` at stride `c_stride`.
 pub fn multiply_block<T: Real, const N: usize>(
@@ -25,7 +22,7 @@ pub fn multiply_block<T: Real, const N: usize>(
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         Isa::Avx2 => unsafe { avx2::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
-        Isa::Generic => generic::<T, N, false>(a, a_stride, depth, b, c, c_stride, rows),
+        Isa::Generic => tiled::<T, N, 4, 16, false>(a, a_stride, depth, b, c, c_stride, rows),
     }
 }
 
@@ -74,7 +71,8 @@ fn avx2<T: Real, const N: usize>(
     c_stride: usize,
     rows: usize,
 ) {
-    generic::<T, N, true>(a, a_stride, depth, b, c, c_stride, rows);
+    // 6 rows by 2 registers of f32: twelve sums, two of b, one broadcast.
+    tiled::<T, N, 6, 16, true>(a, a_stride, depth, b, c, c_stride, rows);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -88,12 +86,14 @@ fn avx512<T: Real, const N: usize>(
     c_stride: usize,
     rows: usize,
 ) {
-    generic::<T, N, true>(a, a_stride, depth, b, c, c_stride, rows);
+    // 12 rows by 2 registers of f32: 24 sums of 32 registers.
+    tiled::<T, N, 12, 32, true>(a, a_stride, depth, b, c, c_stride, rows);
 }
 
-/// `FUSED` says whether the target has a fused multiply-add; without one, `mul_add` would be a library call.
+/// The product in tiles of `M` rows by `STRIP` columns, whose sums stay in registers. `FUSED` says whether the target has
+/// a fused multiply-add; without one, `mul_add` would be a library call.
 #[inline(always)]
-fn generic<T: Real, const N: usize, const FUSED: bool>(
+fn tiled<T: Real, const N: usize, const M: usize, const STRIP: usize, const FUSED: bool>(
     a: &[T],
     a_stride: usize,
     depth: usize,
@@ -103,18 +103,21 @@ fn generic<T: Real, const N: usize, const FUSED: bool>(
     rows: usize,
 ) {
     let mut row = 0;
-    while row + TOKENS <= rows {
-        tokens::<T, N, TOKENS, FUSED>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
-        row += TOKENS;
+    while row + M <= rows {
+        tile::<T, N, M, STRIP, FUSED>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
+        row += M;
     }
-    while row < rows {
-        tokens::<T, N, 1, FUSED>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
-        row += 1;
+    while row + 2 <= rows {
+        tile::<T, N, 2, STRIP, FUSED>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
+        row += 2;
+    }
+    if row < rows {
+        tile::<T, N, 1, STRIP, FUSED>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
     }
 }
 
 #[inline(always)]
-fn tokens<T: Real, const N: usize, const M: usize, const FUSED: bool>(
+fn tile<T: Real, const N: usize, const M: usize, const STRIP: usize, const FUSED: bool>(
     a: &[T],
     a_stride: usize,
     depth: usize,
@@ -123,8 +126,6 @@ fn tokens<T: Real, const N: usize, const M: usize, const FUSED: bool>(
     c_stride: usize,
 ) {
     let inputs: [&[T]; M] = std::array::from_fn(|m| &a[m * a_stride..m * a_stride + depth]);
-    // Columns in strips, so that a strip's sums stay in registers.
-    const STRIP: usize = 16;
     for strip in (0..N).step_by(STRIP) {
         let mut sums = [[T::default(); STRIP]; M];
         for (p, b) in b.chunks_exact(N).take(depth).enumerate() {
