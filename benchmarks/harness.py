@@ -100,9 +100,7 @@ class Results:
             "note": note,
         }
         if not self.rows:
-            print(
-                f"{'case':<38} {'peer':<22} {'ours ms':>9} {'peer ms':>9} {'ratio':>7} {'goal':>6} {'floor ms':>9}"
-            )
+            print(f"{'case':<38} {'peer':<22} {'ours ms':>9} {'peer ms':>9} {'ratio':>7} {'goal':>6} {'floor ms':>9}")
         self.rows.append(row)
 
         def show(value: float | None, digits: int) -> str:

