@@ -1,6 +1,8 @@
 """Trains a head and the biases on top of a packed, frozen encoder: no dense weight and no weight gradient exists.
 
-The task is to tell questions and exclamations from statements without their last mark. Run: python examples/train_on_packed.py
+The task is to tell questions and exclamations from statements without their last mark.
+
+Run: python examples/train_on_packed.py
 """
 
 from pathlib import Path

@@ -62,8 +62,10 @@ def convert(
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     if _is_candidate(model):
-        raise ValueError(f"model: expected a module that contains layers, got a {type(model).__name__}; "
-                         "use FusedDecompressLinear.from_linear or FusedDecompressEmbedding.from_embedding")  # fmt: skip
+        raise ValueError(
+            f"model: expected a module that contains layers, got a {type(model).__name__}; "
+            "use FusedDecompressLinear.from_linear or FusedDecompressEmbedding.from_embedding"
+        )
     _check_patterns(config, skip, [name for all_names in names.values() for name in all_names])
 
     report = ConversionReport(model_bytes_before=_model_bytes(model))
@@ -192,14 +194,10 @@ def _replacement(module: nn.Module, packed: Packed, config: FusedConfig, name: s
     dtype, trainable = weight_of(module).dtype, config.trainable_scales
     new: PackedModule
     if isinstance(module, nn.Embedding):
-        new = FusedDecompressEmbedding(
-            packed, module.padding_idx, dtype=dtype, trainable_scales=trainable, name=name
-        )  # fmt: skip
+        new = FusedDecompressEmbedding(packed, module.padding_idx, dtype=dtype, trainable_scales=trainable, name=name)
     else:
         bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-        new = FusedDecompressLinear(
-            packed, bias, mode=config.mode, dtype=dtype, trainable_scales=trainable, name=name
-        )  # fmt: skip
+        new = FusedDecompressLinear(packed, bias, mode=config.mode, dtype=dtype, trainable_scales=trainable, name=name)
     return new.train(module.training)
 
 
