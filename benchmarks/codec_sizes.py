@@ -1,7 +1,7 @@
 """Sizes and errors on a trained model, all overheads counted, and what neighbour prediction would do to them.
 
-The weights are the 36 encoder linears of all-MiniLM-L6-v2. The predictors' entropies are computed here with NumPy, apart
-from the encoder's own measurement. Run: python benchmarks/codec_sizes.py [--json FILE]
+The weights are the 36 encoder linears of all-MiniLM-L6-v2. The predictors' entropies are computed here with NumPy,
+apart from the encoder's own measurement. Run: python benchmarks/codec_sizes.py [--json FILE]
 """
 
 from __future__ import annotations

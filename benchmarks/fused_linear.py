@@ -1,8 +1,8 @@
 """The fused linear against F.linear, forward, batch by batch.
 
-Weights are Gaussian; each run uses another copy of its weight, so that it comes from memory as in a model. The floor is the
-larger of two times that this machine shows in the same process: the multiply-adds at the rate of a float32 product, and the
-packed bytes at the rate of a plain read.
+Weights are Gaussian; each run uses another copy of its weight, so that it comes from memory as in a model. The floor is
+the larger of two times that this machine shows in the same process: the multiply-adds at the rate of a float32 product,
+and the packed bytes at the rate of a plain read.
 
 Run: python benchmarks/fused_linear.py [--quick] [--json FILE]
 """
@@ -27,6 +27,10 @@ CONFIGS = {
 
 def dense_run(weights: list[torch.Tensor], x: torch.Tensor) -> Run:
     return rotate(lambda index: lambda: F.linear(x, weights[index]), len(weights))
+
+
+def packed_run(modules: list[FusedDecompressLinear], x: torch.Tensor) -> Run:
+    return rotate(lambda index: lambda: modules[index](x), len(modules))
 
 
 def int8_peer(weights: list[torch.Tensor], x: torch.Tensor) -> Run:
@@ -63,7 +67,7 @@ def main() -> None:
             x = torch.randn(batch, cols)
             runs: dict[str, Run] = {}
             for name, modules in packed.items():
-                runs[name] = rotate(lambda index, modules=modules: lambda: modules[index](x), copies)  # type: ignore[misc]
+                runs[name] = packed_run(modules, x)
             for peer, dtype in DENSE.items():
                 dense_weights = weights if dtype == torch.float32 else [weight.to(dtype) for weight in weights]
                 runs[peer] = dense_run(dense_weights, x.to(dtype))

@@ -1,7 +1,7 @@
 """The main job: a real sentence encoder computed on packed weights, beside the dense model.
 
-Converts all-MiniLM-L6-v2 three ways, embeds a few hundred sentences with each, and prints one table: size, difference of
-the embeddings, time (interleaved, median), memory of a forward. Writes the reports as JSON and PNG.
+Converts all-MiniLM-L6-v2 three ways, embeds a few hundred sentences with each, and prints one table: size, difference
+of the embeddings, time (interleaved, median), memory of a forward. Writes the reports as JSON and PNG.
 
 Run: python examples/demo.py --out build/demo
 """
