@@ -305,6 +305,10 @@ def test_fork_before_first_use() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parent)
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def test_a_thousand_passes_leak_nothing(case: Case) -> None:
     x = torch.randn(16, 160, requires_grad=True)
 
@@ -316,10 +320,23 @@ def test_a_thousand_passes_leak_nothing(case: Case) -> None:
             x.grad = None
 
     passes(200)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_bytes()
     passes(1000)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 1024, f"{grown} KB more after a thousand passes"
+    grown = resident_bytes() - before
+    assert grown < 1 << 20, f"{grown} bytes more after a thousand passes"
+
+
+def test_a_forward_allocates_its_output_and_a_converted_input() -> None:
+    """Tensors that the operator makes, from PyTorch's own memory events; `rust_tests/memory.rs` counts the rest."""
+    case = make_case(random_weight(2048, 512, torch.bfloat16), FusedConfig())
+    for dtype, converted in ((torch.float32, 0), (torch.bfloat16, 4)):
+        x = torch.randn(8, 512).to(dtype)
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            y = case.linear(x)
+        events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+        allocated = sum(max(event.nbytes(), 0) for event in events)
+        assert y.nbytes <= allocated <= y.nbytes + converted * x.numel() + 1024
+        assert allocated < 2048 * 512  # half a dense weight
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
