@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from conftest import CONFIGS, random_weight
+import infold
 from infold import CorruptWeightError, FusedConfig
 from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from torch import nn
@@ -160,3 +161,12 @@ def test_a_small_embedding_and_linear_of_one_row() -> None:
     # Seven weights do not pay for a header: stored as they are.
     assert fused.header.quantizer == "lossless"
     assert torch.equal(fused.weight, weight)
+
+
+def test_modules_compile_and_export(config: FusedConfig) -> None:
+    net = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
+    infold.convert(net, config, progress=False)
+    indices = torch.randint(0, 50, (4, 7))
+    expected = net(indices)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True)(indices), expected)
+    torch.testing.assert_close(torch.export.export(net, (indices,)).module()(indices), expected)

@@ -1,7 +1,7 @@
 //! dx = g·W: the same tiles, read the other way.
 
 use super::forward::{Input, check};
-use super::kernel::multiply_block;
+use super::kernel::BlockProduct;
 use crate::codec::{BLOCK, CHUNK, Geometry, LANES, PackedWeight, Real, Scalar};
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
@@ -89,7 +89,16 @@ fn add_tile<T: Real>(
             }
         }
         strip.fill(T::default());
-        multiply_block::<T, CHUNK>(&scaled, LANES, shape.lanes, &transposed, &mut strip, CHUNK, gradient.rows);
+        let product = BlockProduct {
+            a: &scaled,
+            a_stride: LANES,
+            depth: shape.lanes,
+            b: &transposed,
+            c: &mut strip,
+            c_stride: CHUNK,
+            rows: gradient.rows,
+        };
+        product.run::<CHUNK>();
         add_strip(geometry, shape.col, shape.cols, &strip, sum);
     }
     Ok(())

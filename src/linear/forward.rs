@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::kernel::multiply_block;
+use super::kernel::BlockProduct;
 use crate::codec::{BLOCK, LANES, PackedWeight, Real, Scalar, ScaleGrid};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
@@ -51,15 +51,16 @@ fn tile_products<T: Real>(
             }
             decoder.decode(shape);
             decoder.points(shape, &mut scratch.block);
-            multiply_block::<T, LANES>(
-                &input.values[rows.start * geometry.cols + shape.col..],
-                geometry.cols,
-                shape.cols,
-                &scratch.block,
-                &mut partial[shape.row - first_row..],
-                width,
-                rows.len(),
-            );
+            let product = BlockProduct {
+                a: &input.values[rows.start * geometry.cols + shape.col..],
+                a_stride: geometry.cols,
+                depth: shape.cols,
+                b: &scratch.block,
+                c: &mut partial[shape.row - first_row..],
+                c_stride: width,
+                rows: rows.len(),
+            };
+            product.run::<LANES>();
         }
         visit(rows, group, partial);
     }
