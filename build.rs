@@ -45,7 +45,8 @@ fn compile_shim() -> Result<()> {
 
 /// Where nvcc may be: named, on the PATH, or beside the torch package in a virtual environment.
 fn find_nvcc() -> Option<PathBuf> {
-    for name in ["NVCC", "PATH", "LIBTORCH", "CUDA_HOME"] {
+    // Not PATH: it differs between shells, and the C++ shim would be compiled anew for each.
+    for name in ["NVCC", "LIBTORCH", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let named = env::var_os("NVCC").map(PathBuf::from);

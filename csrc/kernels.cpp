@@ -1,5 +1,6 @@
 // The CPU side of each operator: hands its arguments to Rust.
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -26,6 +27,8 @@ int32_t number(ScalarType dtype) { return static_cast<int32_t>(dtype); }
 /// Calls Rust with a place for results, rethrows its error, returns its one result.
 template <class Call>
 Tensor run(Call&& rust) {
+  // Autocast has had its say; the library's own products (exact mode) must not ask it again.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Outputs outputs;
   check(rust(outputs));
   return outputs.at(0);
@@ -56,9 +59,8 @@ Tensor linear_ds(const Tensor& gradient, const Tensor& x, const Tensor& payload,
                  const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout, int64_t out_features,
                  int64_t in_features, ScalarType /*weight_dtype*/) {
   const Weight weight{payload, directory, tables, or_undefined({}), codec, layout, out_features, in_features};
-  const Tensor ds = run([&](Outputs& out) { return fused_linear_ds(gradient, x, weight, out); });
-  TORCH_CHECK_VALUE(ds.sizes() == scale_shape, "scale_shape: expected ", ds.sizes(), ", got ", scale_shape);
-  return ds;
+  const rust::Slice<const int64_t> shape(scale_shape.data(), scale_shape.size());
+  return run([&](Outputs& out) { return fused_linear_ds(gradient, x, weight, shape, out); });
 }
 
 Tensor embedding(const Tensor& indices, const Tensor& payload, const Tensor& directory, const Tensor& tables,
@@ -72,9 +74,8 @@ Tensor embedding_ds(const Tensor& gradient, const Tensor& indices, const Tensor&
                     const Tensor& tables, at::IntArrayRef scale_shape, int64_t codec, int64_t layout,
                     int64_t num_embeddings, int64_t embedding_dim, ScalarType /*weight_dtype*/) {
   const Weight weight{payload, directory, tables, or_undefined({}), codec, layout, num_embeddings, embedding_dim};
-  const Tensor ds = run([&](Outputs& out) { return fused_embedding_ds(gradient, indices, weight, out); });
-  TORCH_CHECK_VALUE(ds.sizes() == scale_shape, "scale_shape: expected ", ds.sizes(), ", got ", scale_shape);
-  return ds;
+  const rust::Slice<const int64_t> shape(scale_shape.data(), scale_shape.size());
+  return run([&](Outputs& out) { return fused_embedding_ds(gradient, indices, weight, shape, out); });
 }
 
 Tensor dense(const Tensor& payload, const Tensor& directory, const Tensor& tables, const OptionalTensor& scales,

@@ -139,6 +139,8 @@ def test_choosing_layers() -> None:
 
     with pytest.raises(ValueError, match=r"'nothing'.*matched none"):
         infold.convert(build(), FusedConfig(), skip=["nothing"])
+    with pytest.raises(ValueError, match=r"'1'.*matched none \(try '1\.\*'\?\)"):
+        infold.convert(build(), FusedConfig(), skip=["1"])
     with pytest.raises(ValueError, match=r"use FusedDecompressLinear\.from_linear"):
         infold.convert(nn.Linear(4, 4), FusedConfig())
 
@@ -151,6 +153,7 @@ def test_what_cannot_be_packed_is_refused_by_name() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.gate_up = nn.Parameter(torch.randn(4, 8, 8))
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
 
     model = nn.ModuleDict(
         {
@@ -167,14 +170,33 @@ def test_what_cannot_be_packed_is_refused_by_name() -> None:
     with torch.no_grad():
         model["infinite"].weight[3, 5] = float("inf")  # type: ignore[index]
     model["hooked"].register_forward_hook(lambda *_: None)
+    model["patched"] = nn.Linear(8, 8)
+    model["patched"].forward = lambda x: x  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="left dense") as warned:
         report = infold.convert(model, CONFIGS["int8"], progress=False)
     assert len([w for w in warned if "left dense" in str(w.message)]) == 1
     assert [layer.name for layer in report.layers] == ["good"]
-    assert report.refused.keys() == {"special", "wide", "normed", "infinite", "hooked", "experts.gate_up"}
+    assert report.refused.keys() == {"special", "wide", "normed", "infinite", "hooked", "patched", "experts.gate_up"}
     assert "weight[3, 5] is inf" in report.refused["infinite"]
     assert "3-D" in report.refused["experts.gate_up"]
     assert "left dense: special" in str(report)
+
+
+def test_converting_in_inference_mode_leaves_a_model_that_trains() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    with torch.inference_mode():
+        infold.convert(model, CONFIGS["int8"], progress=False)
+    model(torch.randn(2, 64)).sum().backward()
+    assert model[0].bias.grad is not None
+
+
+def test_rounding_that_overflows_is_reported_in_valid_json() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[0, 0] = 1e30
+    report = infold.convert(model, FusedConfig(round_to=torch.float16), progress=False)
+    assert report.layers[0].relative_error == float("inf")
+    assert json.loads(report.to_json())["layers"][0]["relative_error"] is None
 
 
 def test_the_report(tmp_path: Path) -> None:

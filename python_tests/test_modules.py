@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 
+import infold
 import pytest
 import torch
 from conftest import CONFIGS, random_weight
-import infold
 from infold import CorruptWeightError, FusedConfig
 from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from torch import nn
@@ -63,6 +64,15 @@ def test_only_bias_and_asked_for_scales_train() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_a_padding_row_trains_nothing() -> None:
+    embedding = nn.Embedding(50, 64, padding_idx=3)
+    fused = FusedDecompressEmbedding.from_embedding(embedding, FusedConfig("int8", trainable_scales=True))
+    fused(torch.tensor([3, 4, 3])).sum().backward()
+    assert fused.scales is not None
+    assert fused.scales.grad is not None
+    assert fused.scales.grad.nonzero()[:, 0].tolist() == [4]
+
+
 def test_casting_the_module_leaves_the_weight_alone(config: FusedConfig) -> None:
     _, fused = linear(config)
     expected, weight = bits(fused), fused.weight
@@ -92,15 +102,57 @@ def test_copies(config: FusedConfig) -> None:
         assert other.payload.data_ptr() != fused.payload.data_ptr()
 
 
-def test_loading_accepts_a_payload_of_another_size() -> None:
-    _, compact = linear(FusedConfig("ecsq", bits=3))
-    _, target = linear(FusedConfig("ecsq", bits=6))
-    assert target.payload.shape != compact.payload.shape
-    target.load_state_dict(compact.state_dict())
-    assert torch.equal(target.weight, compact.weight)
+LOADABLE = {
+    **CONFIGS,
+    "ecsq 3 bits": FusedConfig("ecsq", bits=3),
+    "trained int8": FusedConfig("int8", trainable_scales=True),
+    "trained ecsq": FusedConfig("ecsq", bits=5, trainable_scales=True),
+}
+
+
+@pytest.mark.parametrize("target_config", LOADABLE.values(), ids=LOADABLE)
+@pytest.mark.parametrize("source_config", LOADABLE.values(), ids=LOADABLE)
+def test_loading_accepts_any_format(source_config: FusedConfig, target_config: FusedConfig) -> None:
+    _, source = linear(source_config)
+    if source_config.trainable_scales and source.scales is not None:
+        source.scales.data *= 1.01
+    _, target = linear(target_config)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.weight, source.weight)
+    assert target.header == source.header
+    again = linear(target_config)[1]
+    again.load_state_dict(target.state_dict(), assign=True)
+    assert torch.equal(again.weight, source.weight)
+
+
+def test_loading_a_row_grid_into_a_tensor_grid() -> None:
+    torch.manual_seed(0)
+    rows = nn.Linear(128, 64, bias=False)
+    rows.weight = nn.Parameter(torch.randn(64, 128).sign() * (3 * torch.randn(64, 1)).exp())
+    source = FusedDecompressLinear.from_linear(rows, FusedConfig("ecsq", bits=2))
+    target = linear(FusedConfig("ecsq", bits=4), 64, 128, bias=False)[1]
+    assert source.header.scale_shape == (64, 1)
+    assert target.header.scale_shape == (1, 1)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.weight, source.weight)
+
+
+def test_a_failed_load_changes_nothing() -> None:
+    _, source = linear(FusedConfig("ecsq", bits=3))
     _, other_shape = linear(FusedConfig("ecsq", bits=3), cols=161)
+    _, target = linear(FusedConfig("ecsq", bits=6))
+    expected = bits(target)
     with pytest.raises(RuntimeError, match="size mismatch for payload"):
         target.load_state_dict(other_shape.state_dict())
+    partial = source.state_dict()
+    del partial["tables"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*tables"):
+        target.load_state_dict(partial)
+    wrong = {**source.state_dict(), "payload": source.payload.int()}
+    with pytest.raises(CorruptWeightError, match="weight: field `payload`: expected dtype Uint8"):
+        target.load_state_dict(wrong)
+    assert same(bits(target), expected)
+    assert torch.isfinite(target(torch.randn(2, 160))).all()
 
 
 def test_loading_verifies_every_bit() -> None:
@@ -139,18 +191,30 @@ def test_rounding_first_has_to_be_asked_for() -> None:
     assert rounded.packed.nbytes < 0.5 * exact.packed.nbytes
 
 
-def test_ddp_wraps_it(tmp_path: object) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        _, fused = linear(CONFIGS["ecsq"])
-        expected = bits(fused)
-        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(fused, nn.Linear(96, 4)))
+def _ddp_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dense, fused = linear(CONFIGS["ecsq"])
+    if rank == 1:
+        # DDP must bring rank 0's bits.
+        with torch.no_grad():
+            fused.payload.zero_()
+            fused.bias.zero_()  # type: ignore[union-attr]
+    expected = bits(linear(CONFIGS["ecsq"])[1])
+    wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(fused, nn.Linear(96, 4)))
+    for _ in range(2):
         wrapped(torch.randn(2, 160)).sum().backward()
-        assert fused.bias is not None
-        assert fused.bias.grad is not None
-        assert same(bits(fused), expected)
-    finally:
-        torch.distributed.destroy_process_group()
+    assert same(bits(fused), expected)
+    assert fused.bias is not None
+    assert torch.equal(fused.bias, dense.bias)
+    gradients = [torch.zeros_like(fused.bias) for _ in range(2)]
+    assert fused.bias.grad is not None
+    torch.distributed.all_gather(gradients, fused.bias.grad)
+    assert torch.equal(*gradients)
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_keeps_two_ranks_equal(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_ddp_rank, (str(tmp_path),), nprocs=2)
 
 
 def test_a_small_embedding_and_linear_of_one_row() -> None:

@@ -126,16 +126,40 @@ fn ecsq_keeps_outliers() {
 }
 
 #[test]
-fn rows_of_different_scale_get_steps_of_their_own() {
-    // Rows that differ a thousandfold: one step would spend its bits on the large ones, at the same error.
-    let mut values = Random(7).normals(512 * 512, 1.0);
+fn the_better_scale_grid_is_chosen() {
+    let grid = |values: &[f32], bits| {
+        let packed = pack_ecsq(Weights::F32(values), 512, 512, EcsqTarget::Bits(bits), &Serial).unwrap();
+        let got = bits_per_weight(&packed);
+        assert!(got <= bits, "asked {bits}, got {got}");
+        packed.header.scale_grid
+    };
+    let mut random = Random(7);
+    // Gaussian rows, a thousandfold apart: reverse water-filling gives all the same step.
+    let mut values = random.normals(512 * 512, 1.0);
     for (row, values) in values.chunks_exact_mut(512).enumerate() {
         values.iter_mut().for_each(|v| *v *= 10f32.powi((row % 4) as i32 - 3));
     }
-    let packed = pack_ecsq(Weights::F32(&values), 512, 512, EcsqTarget::Bits(6.0), &Serial).unwrap();
-    assert_eq!(packed.header.quantizer, Quantizer::Ecsq);
-    // Whichever grid won, no row-wise alternative may beat it: reverse water-filling favours the one step.
-    assert_eq!(packed.header.scale_grid, ScaleGrid::Tensor);
+    assert_eq!(grid(&values, 6.0), ScaleGrid::Tensor);
+    // Rows of two values each: a step of a row's own makes every level the same.
+    for values in values.chunks_exact_mut(512) {
+        let size = (3.0 * random.normal()).exp() as f32;
+        values.iter_mut().for_each(|v| *v = size.copysign(*v));
+    }
+    assert_eq!(grid(&values, 2.0), ScaleGrid::Row);
+}
+
+#[test]
+fn weights_too_small_for_a_step_keep_every_bit() {
+    for size in [1e-36, 1e-40] {
+        let values = Random(18).normals(64 * 64, size);
+        let error = |packed: Packed| {
+            relative_error(unpack::<f32>(&packed).iter().map(|&v| v.into()), values.iter().map(|&v| v.into()))
+        };
+        let weights = Weights::F32(&values);
+        assert_eq!(error(pack_ecsq(weights, 64, 64, EcsqTarget::Error(1e-4), &Serial).unwrap()), 0.0);
+        assert_eq!(error(pack_int8(weights, 64, 64, &Serial).unwrap()), 0.0);
+        assert_eq!(error(pack_int4(weights, 64, 64, 64, &Serial).unwrap()), 0.0);
+    }
 }
 
 #[test]

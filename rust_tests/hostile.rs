@@ -2,7 +2,7 @@
 
 mod support;
 
-use infold::codec::{EcsqTarget, Packed, PackedWeight, Weights, pack_ecsq, pack_int4, pack_lossless};
+use infold::codec::{EcsqTarget, Packed, PackedWeight, Scales, Weights, pack_ecsq, pack_int4, pack_lossless};
 use infold::linear::{Input, embedding, forward, input_gradient, scale_gradient};
 use infold::parallel::Serial;
 use proptest::prelude::*;
@@ -35,15 +35,15 @@ fn read_everything(payload: &[u8], directory: &[i32], tables: &[u8]) {
     }
     let _ = weight.verify(None);
     let scales = vec![1.0f32; weight.header.scale_grid.count(geometry)];
-    let _ = weight.unpack(&scales, &mut vec![0.0f32; geometry.elements()], &Serial);
+    let _ = weight.unpack(Scales::Real(&scales), &mut vec![0.0f32; geometry.elements()], &Serial);
     let x = vec![1.0f32; 2 * geometry.cols];
     let mut y = vec![0.0f32; 2 * geometry.rows];
-    let _ = forward(&weight, &scales, Input { values: &x, rows: 2 }, None, &mut y, &Serial);
+    let _ = forward(&weight, Scales::Real(&scales), Input { values: &x, rows: 2 }, None, &mut y, &Serial);
     let mut dx = vec![0.0f32; 2 * geometry.cols];
     let g = Input { values: &y[..], rows: 2 };
-    let _ = input_gradient(&weight, &scales, g, &mut dx, &Serial);
+    let _ = input_gradient(&weight, Scales::Real(&scales), g, &mut dx, &Serial);
     let _ = scale_gradient(&weight, g, Input { values: &x, rows: 2 }, &mut scales.clone(), &Serial);
-    let _ = embedding(&weight, &scales, &[0, 5], &mut dx[..], &Serial);
+    let _ = embedding(&weight, Scales::Real(&scales), &[0, 5], &mut dx[..], &Serial);
 }
 
 #[test]
@@ -117,6 +117,9 @@ fn a_newer_version_is_refused_by_name() {
     tables[4] = 2;
     let error = PackedWeight::new(&[], &[], &tables).err().unwrap();
     assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at most 1, got 2");
+    tables[4] = 0;
+    let error = PackedWeight::new(&[], &[], &tables).err().unwrap();
+    assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at least 1, got 0");
 }
 
 proptest! {

@@ -4,7 +4,7 @@ mod support;
 
 use approx::assert_relative_eq;
 use half::bf16;
-use infold::codec::{EcsqTarget, Packed, Weights, pack_ecsq, pack_int4, pack_int8, pack_lossless};
+use infold::codec::{EcsqTarget, Packed, Scales, Weights, pack_ecsq, pack_int4, pack_int8, pack_lossless};
 use infold::linear::{Input, embedding, embedding_scale_gradient, forward, input_gradient, scale_gradient};
 use infold::parallel::{Pool, Serial, Threads};
 use support::*;
@@ -28,7 +28,7 @@ fn wide(values: &[f32]) -> Vec<f64> {
 
 fn y(packed: &Packed, scales: &[f64], x: &[f64], rows: usize) -> Vec<f64> {
     let mut out = vec![0.0; rows * packed.header.geometry.rows];
-    forward(&open(packed), scales, Input { values: x, rows }, None, &mut out, &Serial).unwrap();
+    forward(&open(packed), Scales::Real(scales), Input { values: x, rows }, None, &mut out, &Serial).unwrap();
     out
 }
 
@@ -45,7 +45,7 @@ fn forward_equals_the_dense_product() {
             let expected = expected.iter().enumerate().map(|(i, y)| y + f64::from(bias[i % rows]));
             let mut out = vec![f32::NAN; batch * rows];
             let input = Input { values: &x, rows: batch };
-            forward(&open(&packed), &packed.scales, input, Some(&bias), &mut out, &Serial).unwrap();
+            forward(&open(&packed), Scales::Real(&packed.scales), input, Some(&bias), &mut out, &Serial).unwrap();
             let error = relative_error(out.iter().map(|&v| v.into()), expected);
             assert!(error < 1e-6, "{batch}x{rows}x{cols} {:?}: {error}", packed.header.quantizer);
         }
@@ -63,7 +63,7 @@ fn input_gradient_equals_the_dense_product() {
             let expected = product(&gradient, &transpose(&dense, cols), rows, cols);
             let mut out = vec![f32::NAN; batch * cols];
             let gradient = Input { values: &gradient, rows: batch };
-            input_gradient(&open(&packed), &packed.scales, gradient, &mut out, &Serial).unwrap();
+            input_gradient(&open(&packed), Scales::Real(&packed.scales), gradient, &mut out, &Serial).unwrap();
             let error = relative_error(out.iter().map(|&v| v.into()), expected);
             assert!(error < 1e-6, "{batch}x{rows}x{cols} {:?}: {error}", packed.header.quantizer);
         }
@@ -86,7 +86,7 @@ fn gradients_equal_finite_differences() {
         let weight = open(&packed);
         let mut dx = vec![0.0; batch * cols];
         let g = Input { values: &gradient[..], rows: batch };
-        input_gradient(&weight, &scales, g, &mut dx, &Serial).unwrap();
+        input_gradient(&weight, Scales::Real(&scales), g, &mut dx, &Serial).unwrap();
         for at in (0..x.len()).step_by(37) {
             let (mut up, mut down) = (x.clone(), x.clone());
             up[at] += 0.5;
@@ -120,10 +120,11 @@ fn bit_equal_over_threads_and_batch_positions() {
         let run = |x: &[f32], pool: &dyn Pool| {
             let batch = x.len() / cols;
             let mut out = vec![0.0f32; batch * rows];
-            forward(&weight, &packed.scales, Input { values: x, rows: batch }, None, &mut out, pool).unwrap();
+            forward(&weight, Scales::Real(&packed.scales), Input { values: x, rows: batch }, None, &mut out, pool)
+                .unwrap();
             let mut dx = vec![0.0f32; batch * cols];
             let y = Input { values: &out[..], rows: batch };
-            input_gradient(&weight, &packed.scales, y, &mut dx, pool).unwrap();
+            input_gradient(&weight, Scales::Real(&packed.scales), y, &mut dx, pool).unwrap();
             (out, dx)
         };
         let (y, dx) = run(&x, &Serial);
@@ -146,12 +147,13 @@ fn embedding_looks_rows_up() {
         let weight = open(&packed);
         let dense = unpack::<f32>(&packed);
         let mut out = vec![f32::NAN; indices.len() * cols];
-        embedding(&weight, &packed.scales, &indices, &mut out, &Threads(2)).unwrap();
+        embedding(&weight, Scales::Real(&packed.scales), &indices, &mut out, &Threads(2)).unwrap();
         for (out, &index) in out.chunks_exact(cols).zip(&indices) {
             assert_eq!(out, &dense[index as usize * cols..][..cols]);
         }
         for bad in [-1, 150, i64::MAX] {
-            let error = embedding(&weight, &packed.scales, &[bad], &mut out[..cols], &Serial).unwrap_err();
+            let error =
+                embedding(&weight, Scales::Real(&packed.scales), &[bad], &mut out[..cols], &Serial).unwrap_err();
             assert_eq!(error.to_string(), format!("embedding index: expected 0 to 149, got {bad}"));
         }
         if packed.scales.is_empty() {
@@ -161,7 +163,7 @@ fn embedding_looks_rows_up() {
         let gradient = wide(&random.normals(out.len(), 1.0));
         let objective = |scales: &[f64]| -> f64 {
             let mut out = vec![0.0; gradient.len()];
-            embedding(&weight, scales, &indices, &mut out, &Serial).unwrap();
+            embedding(&weight, Scales::Real(scales), &indices, &mut out, &Serial).unwrap();
             out.iter().zip(&gradient).map(|(y, g)| y * g).sum()
         };
         let scales = wide(&packed.scales);
@@ -180,10 +182,12 @@ fn half_outputs_round_once() {
     let mut random = Random(16);
     let (values, x) = (to_bf16(&random.normals(64 * 96, 0.1)), random.normals(2 * 96, 1.0));
     let packed = pack_lossless(Weights::Bf16(&values), 64, 96, &Serial).unwrap();
-    let run = |out: &mut [bf16]| forward(&open(&packed), &[], Input { values: &x, rows: 2 }, None, out, &Serial);
+    let run = |out: &mut [bf16]| {
+        forward(&open(&packed), Scales::Real(&[]), Input { values: &x, rows: 2 }, None, out, &Serial)
+    };
     let (mut half, mut full) = (vec![bf16::ZERO; 128], vec![0.0f32; 128]);
     run(&mut half).unwrap();
-    forward(&open(&packed), &[], Input { values: &x, rows: 2 }, None, &mut full, &Serial).unwrap();
+    forward(&open(&packed), Scales::Real(&[]), Input { values: &x, rows: 2 }, None, &mut full, &Serial).unwrap();
     assert!(half.iter().zip(&full).all(|(h, f)| *h == bf16::from_f32(*f)));
 }
 
@@ -199,11 +203,11 @@ fn wrong_sizes_are_named() {
     let mut out = [0.0f32; 200];
     let weight = open(&packed);
     let x = Input { values: &[0.0f32; 4][..], rows: 1 };
-    let error = forward(&weight, &packed.scales, x, None, &mut out, &Serial).unwrap_err();
+    let error = forward(&weight, Scales::Real(&packed.scales), x, None, &mut out, &Serial).unwrap_err();
     assert_eq!(error.to_string(), "input elements: expected 3, got 4");
     let x = Input { values: &[0.0f32; 3][..], rows: 1 };
-    let error = forward(&weight, &packed.scales[1..], x, None, &mut out, &Serial).unwrap_err();
+    let error = forward(&weight, Scales::Real(&packed.scales[1..]), x, None, &mut out, &Serial).unwrap_err();
     assert_eq!(error.to_string(), "scales: expected 200 elements, got 199");
-    let error = forward(&weight, &packed.scales, x, None, &mut out[1..], &Serial).unwrap_err();
+    let error = forward(&weight, Scales::Real(&packed.scales), x, None, &mut out[1..], &Serial).unwrap_err();
     assert_eq!(error.to_string(), "output elements: expected 200, got 199");
 }

@@ -2,7 +2,7 @@
 #![allow(dead_code)] // each test file uses its own part
 
 use half::{bf16, f16};
-use infold::codec::{Packed, PackedWeight, Real, Scalar};
+use infold::codec::{Packed, PackedWeight, Real, Scalar, Scales};
 use infold::parallel::Serial;
 
 /// A small generator of its own, so that test data does not depend on a library's version.
@@ -46,7 +46,7 @@ pub fn open(packed: &Packed) -> PackedWeight<'_> {
 
 pub fn unpack<O: Scalar + Default>(packed: &Packed) -> Vec<O> {
     let mut out = vec![O::default(); packed.header.geometry.elements()];
-    open(packed).unpack(&packed.scales, &mut out, &Serial).expect("a packed weight unpacks");
+    open(packed).unpack(Scales::Real(&packed.scales), &mut out, &Serial).expect("a packed weight unpacks");
     out
 }
 

@@ -50,9 +50,21 @@ mod ffi {
         // bias and every tensor called optional may be undefined; dtypes are PyTorch's ScalarType numbers.
         fn fused_linear(x: &Tensor, weight: &Weight, bias: &Tensor, exact: bool, out: Pin<&mut Outputs>) -> Status;
         fn fused_linear_dx(gradient: &Tensor, weight: &Weight, exact: bool, out: Pin<&mut Outputs>) -> Status;
-        fn fused_linear_ds(gradient: &Tensor, x: &Tensor, weight: &Weight, out: Pin<&mut Outputs>) -> Status;
+        fn fused_linear_ds(
+            gradient: &Tensor,
+            x: &Tensor,
+            weight: &Weight,
+            scale_shape: &[i64],
+            out: Pin<&mut Outputs>,
+        ) -> Status;
         fn fused_embedding(indices: &Tensor, weight: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status;
-        fn fused_embedding_ds(gradient: &Tensor, indices: &Tensor, weight: &Weight, out: Pin<&mut Outputs>) -> Status;
+        fn fused_embedding_ds(
+            gradient: &Tensor,
+            indices: &Tensor,
+            weight: &Weight,
+            scale_shape: &[i64],
+            out: Pin<&mut Outputs>,
+        ) -> Status;
         fn unpack(weight: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status;
         fn pack_lossless(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
         /// A target that is not asked for is NaN.
@@ -138,7 +150,7 @@ fn need(tensor: &Tensor, what: &'static str) -> Result<tch::Tensor> {
 }
 
 fn weight(weight: &Weight) -> Result<ops::Weight> {
-    Ok(ops::Weight {
+    let weight = ops::Weight {
         payload: need(weight.payload, "payload")?,
         directory: need(weight.directory, "directory")?,
         tables: need(weight.tables, "tables")?,
@@ -147,7 +159,9 @@ fn weight(weight: &Weight) -> Result<ops::Weight> {
         layout: weight.layout,
         out_features: weight.out_features,
         in_features: weight.in_features,
-    })
+    };
+    weight.check_features()?;
+    Ok(weight)
 }
 
 fn fused_linear(x: &Tensor, w: &Weight, bias: &Tensor, exact: bool, out: Pin<&mut Outputs>) -> Status {
@@ -161,9 +175,9 @@ fn fused_linear_dx(gradient: &Tensor, w: &Weight, exact: bool, out: Pin<&mut Out
     call(out, |pool| Ok(vec![ops::linear::input_gradient(&need(gradient, "gradient")?, &weight(w)?, exact, pool)?]))
 }
 
-fn fused_linear_ds(gradient: &Tensor, x: &Tensor, w: &Weight, out: Pin<&mut Outputs>) -> Status {
+fn fused_linear_ds(gradient: &Tensor, x: &Tensor, w: &Weight, shape: &[i64], out: Pin<&mut Outputs>) -> Status {
     call(out, |pool| {
-        let ds = ops::linear::scale_gradient(&need(gradient, "gradient")?, &need(x, "x")?, &weight(w)?, pool)?;
+        let ds = ops::linear::scale_gradient(&need(gradient, "gradient")?, &need(x, "x")?, &weight(w)?, shape, pool)?;
         Ok(vec![ds])
     })
 }
@@ -172,10 +186,16 @@ fn fused_embedding(indices: &Tensor, w: &Weight, dtype: i32, out: Pin<&mut Outpu
     call(out, |pool| Ok(vec![ops::embedding::forward(&need(indices, "indices")?, &weight(w)?, dtype, pool)?]))
 }
 
-fn fused_embedding_ds(gradient: &Tensor, indices: &Tensor, w: &Weight, out: Pin<&mut Outputs>) -> Status {
+fn fused_embedding_ds(
+    gradient: &Tensor,
+    indices: &Tensor,
+    w: &Weight,
+    shape: &[i64],
+    out: Pin<&mut Outputs>,
+) -> Status {
     call(out, |pool| {
         let (gradient, indices) = (need(gradient, "gradient")?, need(indices, "indices")?);
-        Ok(vec![ops::embedding::scale_gradient(&gradient, &indices, &weight(w)?, pool)?])
+        Ok(vec![ops::embedding::scale_gradient(&gradient, &indices, &weight(w)?, shape, pool)?])
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::element::{Element, Real, Scalar, bits_to_f32};
+use super::element::{Element, Real, Scalar, Scales, bits_to_f32};
 use super::format::{Header, TILE_ALIGN};
 use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
 use super::predict::{Predictor, Restorer};
@@ -68,6 +68,20 @@ impl<'a> PackedWeight<'a> {
         Ok(())
     }
 
+    /// Scales side by side in a row of the weight, 1 where all columns share one or there is none.
+    pub fn groups(&self) -> usize {
+        self.geometry().cols.div_ceil(self.header.scale_grid.group_cols(self.geometry()).max(1))
+    }
+
+    /// Checks that there are as many scales as the grid has.
+    pub fn check_scales<T: Real>(&self, scales: Scales<T>) -> Result<()> {
+        let count = self.header.scale_grid.count(self.geometry());
+        if scales.count() == count {
+            return Ok(());
+        }
+        Err(Error::argument("scales", format!("{count} elements"), scales.count()))
+    }
+
     /// Where tile `tile` lies in the payload: from its own offset to the next one's.
     fn tile_range(&self, tile: usize) -> Result<Range<usize>> {
         let offset = |tile: usize| match self.directory.get(2 * tile) {
@@ -112,8 +126,9 @@ impl<'a> PackedWeight<'a> {
     }
 
     /// The dense weight, row-major, into `out`. A lossless weight whose dtype is `O` comes bit for bit.
-    pub fn unpack<S: Real, O: Scalar>(&self, scales: &[S], out: &mut [O], pool: &dyn Pool) -> Result<()> {
+    pub fn unpack<S: Real, O: Scalar>(&self, scales: Scales<S>, out: &mut [O], pool: &dyn Pool) -> Result<()> {
         let geometry = self.geometry();
+        self.check_scales(scales)?;
         if out.len() != geometry.elements() {
             return Err(Error::argument("output elements", geometry.elements(), out.len()));
         }
@@ -243,15 +258,23 @@ impl TileDecoder<'_> {
 
     /// One weight of the current block, scaled.
     #[inline(always)]
-    pub fn value<S: Real, O: Scalar>(&self, col: usize, lane: usize, row: usize, weight_col: usize, scales: &[S]) -> O {
+    pub fn value<S: Real, O: Scalar>(
+        &self,
+        col: usize,
+        lane: usize,
+        row: usize,
+        weight_col: usize,
+        scales: Scales<S>,
+    ) -> O {
         let header = &self.weight.header;
         let code = self.codes[col * LANES + lane];
         if let Element::Bits(dtype) = header.element {
             return O::from_bits(code, dtype).unwrap_or_else(|| O::from_f32(bits_to_f32(code, dtype)));
         }
         let group = weight_col / header.scale_grid.group_cols(header.geometry).max(1);
-        let scale = scales[header.scale_grid.index(row, group, header.geometry)];
-        O::from_f64((scale * S::from_f32(self.point(code))).to_f64())
+        let point = S::from_f32(self.point(code));
+        let scale = scales.get(header.scale_grid.index(row, group, header.geometry));
+        O::from_real(scale.map_or(point, |scale| scale * point))
     }
 }
 

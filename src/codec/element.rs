@@ -179,6 +179,31 @@ pub fn bits_to_f32(code: u32, dtype: Dtype) -> f32 {
     }
 }
 
+/// The scales of a weight, as their owner holds them: read in place, for converting those of int4 would cost a copy.
+#[derive(Clone, Copy)]
+pub enum Scales<'a, T> {
+    Bf16(&'a [bf16]),
+    Real(&'a [T]),
+}
+
+impl<T: Real> Scales<'_, T> {
+    pub fn count(self) -> usize {
+        match self {
+            Self::Bf16(scales) => scales.len(),
+            Self::Real(scales) => scales.len(),
+        }
+    }
+
+    /// The scale at `index`, None for a lossless weight.
+    #[inline(always)]
+    pub fn get(self, index: usize) -> Option<T> {
+        match self {
+            Self::Bf16(scales) => scales.get(index).map(|scale| T::from_f32(scale.to_f32())),
+            Self::Real(scales) => scales.get(index).copied(),
+        }
+    }
+}
+
 /// A dense weight, row-major.
 #[derive(Clone, Copy)]
 pub enum Weights<'a> {

@@ -230,6 +230,9 @@ impl Header {
             return Err(Error::corrupt("magic", format!("{MAGIC:?}"), format!("{magic:?}")));
         }
         let version = u16::from_le_bytes(reader.take()?);
+        if version == 0 {
+            return Err(Error::corrupt("version", "at least 1", version));
+        }
         if version > FORMAT_VERSION {
             return Err(Error::Version { found: version, supported: FORMAT_VERSION });
         }

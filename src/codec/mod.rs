@@ -20,7 +20,7 @@ mod rans;
 mod symbols;
 
 pub use decode::{PackedWeight, TileDecoder};
-pub use element::{Dtype, Element, Real, Scalar, Weights};
+pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
 pub use encode::{Packed, pack_lossless};
 pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer, ScaleGrid};
 pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES};

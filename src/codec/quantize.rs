@@ -28,6 +28,8 @@ const WORTHWHILE: f64 = 0.97;
 const WINDOW: i32 = 4096;
 /// f32 holds every integer up to here.
 const MAX_LEVEL: f32 = (1 << 24) as f32;
+/// 2^−100: a step of 2^−26 of it is still a normal f32.
+const SMALLEST: f32 = 7.888_609e-31;
 /// Statistics are summed over this many shares of the rows, whatever the threads, so that results do not depend on them.
 const SHARES: usize = 16;
 /// What a lane's coder state costs beyond the information in it, and what else a tile costs, in bits.
@@ -140,16 +142,13 @@ impl Statistics {
     /// The cheapest split of the levels into symbols and plain low bits: (low bits, plan, bits for the whole weight).
     fn plan(&self) -> (u32, Plan, f64) {
         let elements = self.levels.total() as f64;
-        let mut best: Option<(u32, Plan, f64)> = None;
-        for low_bits in 0..=8 {
+        let candidate = |low_bits: u32| {
             let plan = plan(&self.levels.without_low_bits(low_bits), Some(8));
             let bits = plan.bits + f64::from(low_bits) * elements;
-            if best.as_ref().is_none_or(|(_, _, least)| bits < *least) {
-                best = Some((low_bits, plan, bits));
-            }
-        }
-        // Nine candidates, the first of which always enters.
-        best.unwrap_or_else(|| (0, plan(&self.levels, None), 0.0))
+            (low_bits, plan, bits)
+        };
+        let better = |best: (u32, Plan, f64), other: (u32, Plan, f64)| if other.2 < best.2 { other } else { best };
+        (1..=8).map(candidate).fold(candidate(0), better)
     }
 
     /// How far each symbol's centroid lies from its integer, in 1/256 of a step, and Σ (w − s·r(q))² with them.
@@ -201,6 +200,11 @@ fn row_norms(weights: Weights, geometry: Geometry, pool: &dyn Pool) -> Result<Ve
     Ok(norms)
 }
 
+/// Whether a weight is zero or so near to it that its steps would leave the normal floats.
+fn too_small(norms: &[(f64, f32)]) -> bool {
+    norms.iter().all(|&(_, largest)| largest < SMALLEST)
+}
+
 /// A scale that is not zero, exact in bf16 where the grid stores it so, and, for `up`, no smaller than asked.
 fn storable(scale: f64, grid: ScaleGrid, up: bool) -> f32 {
     let scale = (scale as f32).max(f32::MIN_POSITIVE);
@@ -248,7 +252,9 @@ fn pack_symmetric(
     pool: &dyn Pool,
 ) -> Result<Packed> {
     let geometry = check_shape(weights, rows, cols)?;
-    row_norms(weights, geometry, pool)?;
+    if too_small(&row_norms(weights, geometry, pool)?) {
+        return pack_lossless(weights, rows, cols, pool);
+    }
     let size = grid.group_cols(geometry).max(1);
     let scales = shares(rows, pool, |rows| {
         let mut values = vec![0.0; cols];
@@ -327,17 +333,20 @@ pub fn pack_ecsq(weights: Weights, rows: usize, cols: usize, target: EcsqTarget,
     }
     let geometry = check_shape(weights, rows, cols)?;
     let norms = row_norms(weights, geometry, pool)?;
-    let energy: f64 = norms.iter().map(|(square, _)| square).sum();
-    if energy == 0.0 {
+    if too_small(&norms) {
         return pack_lossless(weights, rows, cols, pool);
     }
-    let tensor = search(weights, geometry, ScaleGrid::Tensor, &norms, target, pool);
-    let row = search(weights, geometry, ScaleGrid::Row, &norms, target, pool);
-    let best = if target.cost(&row) < target.cost(&tensor) { row } else { tensor };
-    pack_levels(&best.levels, Quantizer::Ecsq, pool)
+    let found = [ScaleGrid::Tensor, ScaleGrid::Row].map(|grid| search(weights, geometry, grid, &norms, target, pool));
+    let best = found.into_iter().flatten().min_by(|a, b| target.cost(a).total_cmp(&target.cost(b)));
+    match best {
+        Some(best) => pack_levels(&best.levels, Quantizer::Ecsq, pool),
+        // An error that no step within reach keeps.
+        None => pack_lossless(weights, rows, cols, pool),
+    }
 }
 
-/// Finds the common factor of the steps by secants on (log₂ step, bits) or (log₂ step, log₂ error).
+/// Finds the common factor of the steps by secants on (log₂ step, bits) or (log₂ step, log₂ error); None if no step that
+/// was tried keeps the target.
 fn search<'a>(
     weights: Weights<'a>,
     geometry: Geometry,
@@ -345,7 +354,7 @@ fn search<'a>(
     norms: &[(f64, f32)],
     target: EcsqTarget,
     pool: &dyn Pool,
-) -> Candidate<'a> {
+) -> Option<Candidate<'a>> {
     let elements = geometry.elements() as f64;
     let energy: f64 = norms.iter().map(|(square, _)| square).sum();
     let rms = (energy / elements).sqrt();
@@ -403,5 +412,5 @@ fn search<'a>(
         }
         last = (log_factor, now);
     }
-    best.unwrap_or_else(|| try_factor(log_factor))
+    best
 }

@@ -2,9 +2,9 @@
 
 use super::forward::{Input, check};
 use super::kernel::BlockProduct;
-use crate::codec::{BLOCK, CHUNK, Geometry, LANES, PackedWeight, Real, Scalar};
+use crate::Result;
+use crate::codec::{BLOCK, CHUNK, Geometry, LANES, PackedWeight, Real, Scalar, Scales};
 use crate::parallel::{DisjointSlice, Pool, map};
-use crate::{Error, Result};
 
 /// Tiles are summed in so many runs, whatever the threads, and the runs in order: the result does not depend on the
 /// thread count, and the extra memory stays at 8 · 64 rows of x.
@@ -12,19 +12,18 @@ const RUNS: usize = 8;
 /// Rows of g that share one decoding of a tile.
 const BATCH: usize = 64;
 
-/// dx = g·W into `out` (rows of g by columns of W), summed in `T`. `scales` is empty for a lossless weight.
+/// dx = g·W into `out` (rows of g by columns of W), summed in `T`. A lossless weight has no scales.
 pub fn input_gradient<T: Real, O: Scalar>(
     weight: &PackedWeight,
-    scales: &[T],
+    scales: Scales<T>,
     gradient: Input<T>,
     out: &mut [O],
     pool: &dyn Pool,
 ) -> Result<()> {
     let geometry = weight.geometry();
-    check(weight, gradient.values.len(), gradient.rows, geometry.rows, Some(scales))?;
-    if out.len() != gradient.rows * geometry.cols {
-        return Err(Error::argument("output elements", gradient.rows * geometry.cols, out.len()));
-    }
+    weight.check_scales(scales)?;
+    check("gradient elements", gradient.values.len(), gradient.rows, geometry.rows)?;
+    check("output elements", out.len(), gradient.rows, geometry.cols)?;
     let tiles_per_run = geometry.tiles().div_ceil(RUNS).max(1);
     let runs = geometry.tiles().div_ceil(tiles_per_run);
     for start in (0..gradient.rows).step_by(BATCH) {
@@ -58,7 +57,7 @@ pub fn input_gradient<T: Real, O: Scalar>(
 /// Adds one tile's part of dx.
 fn add_tile<T: Real>(
     weight: &PackedWeight,
-    scales: &[T],
+    scales: Scales<T>,
     gradient: Input<T>,
     tile: usize,
     sum: &mut [T],
@@ -85,7 +84,7 @@ fn add_tile<T: Real>(
                 let w_row = shape.row + lane;
                 let value = gradient.values[row * geometry.rows + w_row];
                 let scale = scales.get(weight.header.scale_grid.index(w_row, group, geometry));
-                scaled[row * LANES + lane] = scale.map_or(value, |&scale| value * scale);
+                scaled[row * LANES + lane] = scale.map_or(value, |scale| value * scale);
             }
         }
         strip.fill(T::default());

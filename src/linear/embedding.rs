@@ -1,7 +1,7 @@
 //! Rows of a packed weight by index. A tile that holds several of the wanted rows is decoded once.
 
 use super::forward::{check, check_has_scales};
-use crate::codec::{BLOCK, BlockShape, LANES, PackedWeight, Real, Scalar, TileDecoder};
+use crate::codec::{BLOCK, BlockShape, LANES, PackedWeight, Real, Scalar, Scales, TileDecoder};
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
 
@@ -43,13 +43,14 @@ fn visit_tile(
 /// `out[i] = W[indices[i]]`. A lossless weight whose dtype is `O` comes bit for bit.
 pub fn embedding<T: Real, O: Scalar>(
     weight: &PackedWeight,
-    scales: &[T],
+    scales: Scales<T>,
     indices: &[i64],
     out: &mut [O],
     pool: &dyn Pool,
 ) -> Result<()> {
     let cols = weight.geometry().cols;
-    check(weight, out.len(), indices.len(), cols, Some(scales))?;
+    weight.check_scales(scales)?;
+    check("output elements", out.len(), indices.len(), cols)?;
     let tiles = by_tile(weight, indices)?;
     let out = DisjointSlice::new(out);
     let results = map(pool, tiles.len(), |index| {
@@ -77,7 +78,8 @@ pub fn embedding_scale_gradient<T: Real>(
     let geometry = weight.geometry();
     let grid = weight.header.scale_grid;
     check_has_scales(weight)?;
-    check(weight, gradient.len(), indices.len(), geometry.cols, Some(out))?;
+    check("gradient elements", gradient.len(), indices.len(), geometry.cols)?;
+    weight.check_scales(Scales::Real(out))?;
     let tiles = by_tile(weight, indices)?;
     let sums = map(pool, tiles.len(), |index| {
         let mut cells = Vec::new();

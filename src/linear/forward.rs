@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use super::kernel::BlockProduct;
-use crate::codec::{BLOCK, LANES, PackedWeight, Real, Scalar, ScaleGrid};
+use crate::codec::{BLOCK, LANES, PackedWeight, Real, Scalar, ScaleGrid, Scales};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
-/// Rows of x that share one decoding of a tile. Their sums take 4 · 256 bytes for each row of the tile in f32: beyond a few
-/// rows that is the O(batch · K) part of the memory, like the converted input.
-pub(super) const BATCH: usize = 256;
+/// Bytes of a thread's sums. With the block, the decoder's own 10 KB and the call's 16 KB table that makes 64 KB: what
+/// "never materialised" costs.
+const SUM_BYTES: usize = 24 << 10;
 
 /// Row-major x: `rows` by the weight's columns.
 #[derive(Clone, Copy)]
@@ -18,34 +18,54 @@ pub struct Input<'a, T> {
     pub rows: usize,
 }
 
-/// A thread's scratch. With the decoder's own 10 KB it is what "never materialised" costs.
+/// A thread's scratch.
 struct Scratch<T> {
     block: Box<[T; BLOCK]>,
     /// x · r(q) under one scale, `[row of x][row of the tile]`.
     partial: Vec<T>,
+    /// Where several scales lie side by side in a row: the scaled sum over those that are done.
+    total: Vec<T>,
+    /// Rows of x that share one decoding of a tile.
+    batch: usize,
 }
 
-/// x times the unscaled weight of one tile: calls `visit(rows of x, column group, products)` with `products[row][lane]`.
+impl<T: Real> Scratch<T> {
+    fn new(weight: &PackedWeight, rows: usize) -> Self {
+        let width = weight.geometry().tile_rows;
+        let grouped = weight.groups() > 1;
+        let row_bytes = width * size_of::<T>() * if grouped { 2 } else { 1 };
+        let batch = (SUM_BYTES / row_bytes).min(rows);
+        Self {
+            block: Box::new([T::default(); BLOCK]),
+            partial: vec![T::default(); batch * width],
+            total: vec![T::default(); if grouped { batch * width } else { 0 }],
+            batch,
+        }
+    }
+}
+
+/// x times the unscaled weight of one tile: calls `visit(rows of x, column group, products, total)` with
+/// `products[row][lane]`, and a total of the same shape that is the caller's.
 fn tile_products<T: Real>(
     weight: &PackedWeight,
     tile: usize,
     input: Input<T>,
     scratch: &mut Scratch<T>,
-    mut visit: impl FnMut(Range<usize>, usize, &[T]),
+    mut visit: impl FnMut(Range<usize>, usize, &[T], &mut [T]),
 ) -> Result<()> {
     let geometry = weight.geometry();
     let first_row = geometry.rows_of(tile).start;
     let group_cols = weight.header.scale_grid.group_cols(geometry);
     let width = geometry.tile_rows;
-    for start in (0..input.rows).step_by(BATCH) {
-        let rows = start..(start + BATCH).min(input.rows);
+    for start in (0..input.rows).step_by(scratch.batch.max(1)) {
+        let rows = start..(start + scratch.batch).min(input.rows);
         let partial = &mut scratch.partial[..rows.len() * width];
         partial.fill(T::default());
         let mut decoder = weight.tile(tile)?;
         let mut group = 0;
         for shape in geometry.blocks(tile) {
             if shape.col / group_cols != group {
-                visit(rows.clone(), group, partial);
+                visit(rows.clone(), group, partial, &mut scratch.total);
                 partial.fill(T::default());
                 group = shape.col / group_cols;
             }
@@ -62,12 +82,12 @@ fn tile_products<T: Real>(
             };
             product.run::<LANES>();
         }
-        visit(rows, group, partial);
+        visit(rows, group, partial, &mut scratch.total);
     }
     Ok(())
 }
 
-/// Runs `body` with a scratch of its own for each range of tiles, and returns the first error.
+/// Runs `body` with a scratch of its own for each range of tiles, and returns an error if there was one.
 fn for_tiles<T: Real>(
     weight: &PackedWeight,
     input: Input<T>,
@@ -76,13 +96,10 @@ fn for_tiles<T: Real>(
 ) -> Result<()> {
     let failure = std::sync::Mutex::new(None);
     pool.for_ranges(weight.geometry().tiles(), &|tiles| {
-        let mut scratch = Scratch {
-            block: Box::new([T::default(); BLOCK]),
-            partial: vec![T::default(); BATCH.min(input.rows) * weight.geometry().tile_rows],
-        };
+        let mut scratch = Scratch::new(weight, input.rows);
         for tile in tiles {
             if let Err(error) = body(tile, &mut scratch) {
-                *failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(error);
+                failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
                 return;
             }
         }
@@ -91,24 +108,9 @@ fn for_tiles<T: Real>(
     failure.map_or(Ok(()), Err)
 }
 
-/// Checks that x has whole rows and the scales the grid's number.
-pub(super) fn check<T>(
-    weight: &PackedWeight,
-    input: usize,
-    rows: usize,
-    width: usize,
-    scales: Option<&[T]>,
-) -> Result<()> {
-    if input != rows * width {
-        return Err(Error::argument("input elements", rows * width, input));
-    }
-    let count = weight.header.scale_grid.count(weight.geometry());
-    match scales {
-        Some(scales) if scales.len() != count => {
-            Err(Error::argument("scales", format!("{count} elements"), scales.len()))
-        }
-        _ => Ok(()),
-    }
+/// Checks that a matrix has `rows` rows of `width`.
+pub(super) fn check(what: &'static str, elements: usize, rows: usize, width: usize) -> Result<()> {
+    if elements == rows * width { Ok(()) } else { Err(Error::argument(what, rows * width, elements)) }
 }
 
 /// Refuses the gradient of scales that a lossless weight does not have.
@@ -119,10 +121,10 @@ pub(super) fn check_has_scales(weight: &PackedWeight) -> Result<()> {
     }
 }
 
-/// y = x·Wᵀ + b into `out` (rows of x by rows of W), summed in `T`. `scales` is empty for a lossless weight.
+/// y = x·Wᵀ + b into `out` (rows of x by rows of W), summed in `T`. A lossless weight has no scales.
 pub fn forward<T: Real, O: Scalar>(
     weight: &PackedWeight,
-    scales: &[T],
+    scales: Scales<T>,
     input: Input<T>,
     bias: Option<&[T]>,
     out: &mut [O],
@@ -130,10 +132,9 @@ pub fn forward<T: Real, O: Scalar>(
 ) -> Result<()> {
     let geometry = weight.geometry();
     let grid = weight.header.scale_grid;
-    check(weight, input.values.len(), input.rows, geometry.cols, Some(scales))?;
-    if out.len() != input.rows * geometry.rows {
-        return Err(Error::argument("output elements", input.rows * geometry.rows, out.len()));
-    }
+    weight.check_scales(scales)?;
+    check("input elements", input.values.len(), input.rows, geometry.cols)?;
+    check("output elements", out.len(), input.rows, geometry.rows)?;
     if let Some(bias) = bias.filter(|bias| bias.len() != geometry.rows) {
         return Err(Error::argument("bias elements", geometry.rows, bias.len()));
     }
@@ -151,15 +152,13 @@ pub fn forward<T: Real, O: Scalar>(
     }
     for_tiles(weight, input, pool, |tile, scratch| {
         let tile_rows = geometry.rows_of(tile);
-        let groups = geometry.cols.div_ceil(grid.group_cols(geometry));
-        // Several groups add up here; a single one is final as it comes.
-        let mut total = vec![T::default(); if groups > 1 { scratch.partial.len() } else { 0 }];
-        tile_products(weight, tile, input, scratch, |rows, group, partial| {
+        let groups = weight.groups();
+        tile_products(weight, tile, input, scratch, |rows, group, partial, total| {
             for (index, row) in rows.enumerate() {
                 let line = index * geometry.tile_rows..index * geometry.tile_rows + tile_rows.len();
                 let scaled = partial[line.clone()].iter().zip(tile_rows.clone()).map(|(&partial, w_row)| {
                     let scale = scales.get(grid.index(w_row, group, geometry));
-                    scale.map_or(partial, |&scale| scale * partial)
+                    scale.map_or(partial, |scale| scale * partial)
                 });
                 let total = total.get_mut(line).unwrap_or_default();
                 if group + 1 < groups {
@@ -194,9 +193,10 @@ pub fn scale_gradient<T: Real>(
     let geometry = weight.geometry();
     let grid = weight.header.scale_grid;
     check_has_scales(weight)?;
-    check(weight, input.values.len(), input.rows, geometry.cols, Some(out))?;
-    check::<T>(weight, gradient.values.len(), input.rows, geometry.rows, None)?;
-    let groups = geometry.cols.div_ceil(grid.group_cols(geometry).max(1));
+    check("input elements", input.values.len(), input.rows, geometry.cols)?;
+    check("gradient elements", gradient.values.len(), input.rows, geometry.rows)?;
+    weight.check_scales(Scales::Real(out))?;
+    let groups = weight.groups();
     // A sum for each row of W and column group; a scale that spans rows adds them up below, in order.
     let mut sums = vec![T::default(); geometry.rows * groups];
     let cells = DisjointSlice::new(&mut sums);
@@ -205,7 +205,7 @@ pub fn scale_gradient<T: Real>(
         // SAFETY: a tile owns the sums of its rows.
         #[allow(unsafe_code)]
         let cells = unsafe { cells.range_mut(tile_rows.start * groups..tile_rows.end * groups) };
-        tile_products(weight, tile, input, scratch, |rows, group, partial| {
+        tile_products(weight, tile, input, scratch, |rows, group, partial, _| {
             for (index, row) in rows.enumerate() {
                 let partial = &partial[index * geometry.tile_rows..];
                 let gradient = &gradient.values[row * geometry.rows..(row + 1) * geometry.rows];

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 /// Integer indices as int64.
 fn as_int64(indices: &Tensor) -> Result<Tensor> {
-    match indices.kind() {
+    match indices.f_kind()? {
         Kind::Int64 | Kind::Int => contiguous(&indices.f_to_kind(Kind::Int64)?, "indices", Kind::Int64),
         other => Err(Error::argument("indices", "an int64 or int32 tensor", format!("{other:?}"))),
     }
@@ -32,17 +32,23 @@ pub fn forward(indices: &Tensor, weight: &Weight, dtype: i32, pool: &dyn Pool) -
 }
 
 /// ds = Σ g·r(q) over the rows looked up, in the scales' shape, float64 if g is, else float32.
-pub fn scale_gradient(gradient: &Tensor, indices: &Tensor, weight: &Weight, pool: &dyn Pool) -> Result<Tensor> {
+pub fn scale_gradient(
+    gradient: &Tensor,
+    indices: &Tensor,
+    weight: &Weight,
+    shape: &[i64],
+    pool: &dyn Pool,
+) -> Result<Tensor> {
     let compute = compute_kind(float_kind(gradient, "gradient")?);
     let rows = rows_of(gradient, "gradient", weight.in_features)?;
     if rows != indices.numel() {
         return Err(Error::argument("gradient", format!("{} rows", indices.numel()), rows));
     }
     let (gradient, indices) = (contiguous(gradient, "gradient", compute)?, as_int64(indices)?);
-    with_real!(compute, T => weight.open_without_scales(|packed| {
-        let mut out = Tensor::f_empty(Weight::scale_shape(packed), (compute, gradient.device()))?;
-        let gradient = slice::<T>(&gradient)?;
-        linear::embedding_scale_gradient::<T>(packed, gradient, slice(&indices)?, slice_mut(&mut out)?, pool)?;
-        Ok(out)
-    }))
+    weight.open_for_scale_gradient(shape, compute, |packed, out| {
+        with_real!(compute, T => {
+            let gradient = slice::<T>(&gradient)?;
+            linear::embedding_scale_gradient::<T>(packed, gradient, slice(&indices)?, slice_mut(out)?, pool)
+        })
+    })
 }

@@ -56,7 +56,13 @@ pub fn input_gradient(gradient: &Tensor, weight: &Weight, exact: bool, pool: &dy
 }
 
 /// ds = Σ (gᵀx)·r(q) over the elements that share a scale, in the scales' shape, float64 if g is, else float32.
-pub fn scale_gradient(gradient: &Tensor, x: &Tensor, weight: &Weight, pool: &dyn Pool) -> Result<Tensor> {
+pub fn scale_gradient(
+    gradient: &Tensor,
+    x: &Tensor,
+    weight: &Weight,
+    shape: &[i64],
+    pool: &dyn Pool,
+) -> Result<Tensor> {
     let compute = compute_kind(float_kind(gradient, "gradient")?);
     float_kind(x, "x")?;
     let rows = rows_of(gradient, "gradient", weight.out_features)?;
@@ -64,12 +70,12 @@ pub fn scale_gradient(gradient: &Tensor, x: &Tensor, weight: &Weight, pool: &dyn
         return Err(Error::argument("x", format!("{rows} rows, as in the gradient"), format!("shape {:?}", x.size())));
     }
     let (gradient, x) = (contiguous(gradient, "gradient", compute)?, contiguous(x, "x", compute)?);
-    with_real!(compute, T => weight.open_without_scales(|packed| {
-        let mut out = Tensor::f_empty(Weight::scale_shape(packed), (compute, x.device()))?;
-        let (gradient, x) = (Input { values: slice::<T>(&gradient)?, rows }, Input { values: slice(&x)?, rows });
-        linear::scale_gradient::<T>(packed, gradient, x, slice_mut(&mut out)?, pool)?;
-        Ok(out)
-    }))
+    weight.open_for_scale_gradient(shape, compute, |packed, out| {
+        with_real!(compute, T => {
+            let (gradient, x) = (Input { values: slice::<T>(&gradient)?, rows }, Input { values: slice(&x)?, rows });
+            linear::scale_gradient::<T>(packed, gradient, x, slice_mut(out)?, pool)
+        })
+    })
 }
 
 /// Calls `body` with the dense weight in `kind`, in this thread's scratch.

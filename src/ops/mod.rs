@@ -7,10 +7,10 @@ mod tensor;
 
 use tch::{Kind, Tensor};
 
-use crate::codec::{PackedWeight, Real};
+use crate::codec::{MAX_DIMENSION, PackedWeight, Real, Scales};
 use crate::parallel::Pool;
 use crate::{Error, Result};
-use tensor::{contiguous, kind_of, slice, slice_mut};
+use tensor::{Element, contiguous, kind_of, slice, slice_mut};
 
 /// A packed weight's tensors and the integers that the operators' shapes depend on.
 pub struct Weight {
@@ -70,6 +70,16 @@ fn compute_kind(kind: Kind) -> Kind {
 }
 
 impl Weight {
+    /// Checks the integers that results are sized by, before anything is.
+    pub fn check_features(&self) -> Result<()> {
+        for (what, value) in [("out_features", self.out_features), ("in_features", self.in_features)] {
+            if !(0..MAX_DIMENSION as i64).contains(&value) {
+                return Err(Error::argument(what, format!("0 to {}", MAX_DIMENSION - 1), value));
+            }
+        }
+        Ok(())
+    }
+
     /// Opens the weight and calls `body` with it. The header must agree with the integers.
     fn open_without_scales<R>(&self, body: impl FnOnce(&PackedWeight) -> Result<R>) -> Result<R> {
         let payload = contiguous(&self.payload, "payload", Kind::Uint8)?;
@@ -90,23 +100,38 @@ impl Weight {
         body(&weight)
     }
 
-    /// Opens the weight and calls `body` with it and its scales in `T`; lossless weights have none, or an empty tensor.
-    fn open<T: Real + tensor::Element, R>(&self, body: impl FnOnce(&PackedWeight, &[T]) -> Result<R>) -> Result<R> {
-        let scales = self.scales.as_ref().map(|scales| contiguous(scales, "scales", T::KIND)).transpose()?;
-        let scales = scales.as_ref().map(slice::<T>).transpose()?.unwrap_or_default();
-        self.open_without_scales(|weight| {
-            let count = weight.header.scale_grid.count(weight.geometry());
-            if scales.len() != count {
-                return Err(Error::argument("scales", format!("{count} elements"), scales.len()));
-            }
-            body(weight, scales)
-        })
+    /// Opens the weight and calls `body` with it and its scales; lossless weights have none, or an empty tensor. Scales in
+    /// bf16 are read in place, others converted to `T`.
+    fn open<T: Real + Element, R>(&self, body: impl FnOnce(&PackedWeight, Scales<T>) -> Result<R>) -> Result<R> {
+        let Some(scales) = &self.scales else {
+            return self.open_without_scales(|weight| body(weight, Scales::Real(&[])));
+        };
+        if scales.f_kind()? == Kind::BFloat16 {
+            let scales = contiguous(scales, "scales", Kind::BFloat16)?;
+            return self.open_without_scales(|weight| body(weight, Scales::Bf16(slice(&scales)?)));
+        }
+        let scales = contiguous(scales, "scales", T::KIND)?;
+        self.open_without_scales(|weight| body(weight, Scales::Real(slice(&scales)?)))
     }
 
-    /// The shape of the scales, (0, 0) for a lossless weight.
-    fn scale_shape(weight: &PackedWeight) -> [i64; 2] {
-        let (rows, groups) = weight.header.scale_grid.shape(weight.geometry()).unwrap_or((0, 0));
-        [rows as i64, groups as i64]
+    /// Opens the weight, checks that its scales have the shape that the caller expects, and calls `body` with a tensor of
+    /// that shape for their gradient.
+    fn open_for_scale_gradient(
+        &self,
+        shape: &[i64],
+        kind: Kind,
+        body: impl FnOnce(&PackedWeight, &mut Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        self.open_without_scales(|weight| {
+            let (rows, groups) = weight.header.scale_grid.shape(weight.geometry()).unwrap_or((0, 0));
+            let expected = [rows as i64, groups as i64];
+            if shape != expected {
+                return Err(Error::argument("scale_shape", format!("{expected:?}"), format!("{shape:?}")));
+            }
+            let mut out = Tensor::f_empty(shape, (kind, self.payload.device()))?;
+            body(weight, &mut out)?;
+            Ok(out)
+        })
     }
 
     /// Fills `out` (out_features by in_features) with the dense weight.
@@ -128,7 +153,7 @@ pub fn unpack(weight: &Weight, dtype: i32, pool: &dyn Pool) -> Result<Tensor> {
 
 /// A tensor's float kind, or an error that names it.
 fn float_kind(tensor: &Tensor, what: &'static str) -> Result<Kind> {
-    match tensor.kind() {
+    match tensor.f_kind()? {
         kind @ (Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) => Ok(kind),
         other => Err(Error::argument(what, "a float32, float64, float16 or bfloat16 tensor", format!("{other:?}"))),
     }

@@ -13,7 +13,7 @@ fn pack(weight: &Tensor, pack: impl FnOnce(Weights, usize, usize) -> Result<Pack
         return Err(Error::argument("weight", "two dimensions", format!("shape {:?}", weight.size())));
     };
     let (rows, cols) = (rows as usize, cols as usize);
-    let kind = weight.kind();
+    let kind = weight.f_kind()?;
     let weight = contiguous(weight, "weight", kind)?;
     match kind {
         Kind::Float => pack(Weights::F32(slice(&weight)?), rows, cols),

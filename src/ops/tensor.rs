@@ -31,16 +31,26 @@ pub fn kind_of(scalar_type: i32) -> Result<Kind> {
     }
 }
 
-/// A CPU tensor of dtype `kind` without gaps, the same one where it is so already. Floats are converted, others refused.
+/// A CPU tensor of dtype `kind` without gaps, the same one where it is so already. Floats are converted to one another, other dtypes
+/// refused.
 pub fn contiguous(tensor: &Tensor, what: &'static str, kind: Kind) -> Result<Tensor> {
     if tensor.device() != Device::Cpu {
         return Err(Error::argument(what, "a CPU tensor", format!("one on {:?}", tensor.device())));
     }
+    let found = tensor.f_kind()?;
     let is_float = |kind| matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16);
-    if tensor.kind() != kind && !(is_float(kind) && is_float(tensor.kind())) {
-        return Err(Error::argument(what, format!("dtype {kind:?}"), format!("{:?}", tensor.kind())));
+    if found != kind && !(is_float(kind) && is_float(found)) {
+        return Err(Error::argument(what, format!("dtype {kind:?}"), format!("{found:?}")));
     }
-    Ok(tensor.f_to_kind(kind)?.f_contiguous()?)
+    let tensor = tensor.f_to_kind(kind)?.f_contiguous()?;
+    // A view of a byte buffer may begin anywhere; a Rust slice may not.
+    let aligned = (tensor.data_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes());
+    if aligned {
+        return Ok(tensor);
+    }
+    let mut copy = tensor.f_empty_like()?;
+    copy.f_copy_(&tensor)?;
+    Ok(copy)
 }
 
 fn check<T: Element>(tensor: &Tensor) -> Result<usize> {

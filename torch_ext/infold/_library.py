@@ -42,7 +42,11 @@ def build_info() -> dict[str, Any]:
     return info
 
 
-def as_corrupt(error: RuntimeError, tensor: str) -> Exception:
-    """The error that a caller should see for ``error`` while reading ``tensor``."""
-    match = _CORRUPT.search(str(error))
-    return CorruptWeightError(tensor, match["field"], match["detail"]) if match else error
+def as_corrupt(error: Exception, tensor: str) -> CorruptWeightError:
+    """The error that a caller should see for the library's ``error`` while reading ``tensor``."""
+    message = str(error).splitlines()[0]
+    match = _CORRUPT.search(message)
+    if match:
+        return CorruptWeightError(tensor, match["field"], match["detail"])
+    field, _, detail = message.partition(": ")
+    return CorruptWeightError(tensor, field, detail)

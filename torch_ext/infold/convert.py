@@ -19,7 +19,7 @@ from infold.report import ConversionReport, LayerReport
 FilterFn = Callable[[nn.Module, str], bool]
 Configs = FusedConfig | Mapping[str, FusedConfig | None]
 
-# Their forward hooks, or whatever else calls them, expect the module that was there.
+# What calls the layer expects the module that was there.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -39,6 +39,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if is_transposed_linear(module) else weight
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     config: Configs,
@@ -56,7 +57,7 @@ def convert(
 
     Tied weights stay tied and a shared module is converted once. Layers that cannot be packed are left as they are and
     listed in the report with the reason; one warning names them. Raises ValueError if ``model`` is itself such a layer,
-    or if a name in ``skip`` or a pattern in ``config`` matches nothing.
+    or if a name in ``skip`` or a pattern in ``config`` matches no layer.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -66,13 +67,15 @@ def convert(
             f"model: expected a module that contains layers, got a {type(model).__name__}; "
             "use FusedDecompressLinear.from_linear or FusedDecompressEmbedding.from_embedding"
         )
-    _check_patterns(config, skip, [name for all_names in names.values() for name in all_names])
+    layers_by_name = [name for module, all_names in names.items() if _is_candidate(module) for name in all_names]
+    _check_patterns(config, skip, layers_by_name)
 
     report = ConversionReport(model_bytes_before=_model_bytes(model))
     chosen: dict[nn.Module, FusedConfig] = {}
     for module, all_names in names.items():
         if not _is_candidate(module):
-            _note_experts(module, all_names[0], report)
+            if not filter_fn or filter_fn(module, all_names[0]):
+                _note_experts(module, all_names[0], report)
             continue
         layer_config = _config_for(config, all_names)
         skipped = any(fnmatchcase(name, pattern) for name in all_names for pattern in skip)
@@ -85,8 +88,8 @@ def convert(
             chosen[module] = layer_config
     _refuse_broken_ties(model, names, chosen, report)
 
+    shared = _shared_weights(chosen)
     packed: dict[tuple[int, FusedConfig], tuple[Packed, LayerReport]] = {}
-    keep_alive: list[Tensor] = []  # so that no id is used twice
     with tqdm(chosen.items(), desc="packing", unit="layer", disable=not progress, leave=False) as layers:
         for module, layer_config in layers:
             name = names[module][0]
@@ -104,8 +107,8 @@ def convert(
                 entry = LayerReport(**{**vars(tied[1]), "name": name, "kind": _kind(module), "tied_to": tied[1].name})
             else:
                 entry = _layer_report(name, module, new, dense)
-                packed[key] = (new.packed, entry)
-                keep_alive.append(weight)
+                if id(weight) in shared:
+                    packed[key] = (new.packed, entry)
             report.layers.append(entry)
             for place in names[module]:
                 parent, _, attribute = place.rpartition(".")
@@ -115,6 +118,12 @@ def convert(
         lines = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
         warnings.warn(f"left dense: {lines}", stacklevel=2)
     return report
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something hangs on this very module that a replacement would lose."""
+    hooked = any(getattr(module, hooks) for hooks in _HOOKS)
+    return hooked or hasattr(module, "_hf_hook") or "forward" in vars(module)
 
 
 def _kind(module: nn.Module) -> str:
@@ -129,8 +138,8 @@ def _refusal(module: nn.Module) -> str | None:
     """Why a layer cannot be packed."""
     if not is_transposed_linear(module) and type(module) not in (nn.Linear, nn.Embedding):
         return f"{type(module).__name__} is a subclass that may compute something else"
-    if any(getattr(module, hooks) for hooks in _HOOKS) or hasattr(module, "_hf_hook"):
-        return "it has hooks, which would be lost"
+    if has_hooks(module):
+        return "it has hooks or a forward of its own, which would be lost"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites the table on lookup"
     weight = weight_of(module)
@@ -148,8 +157,9 @@ def _note_experts(module: nn.Module, name: str, report: ConversionReport) -> Non
     if type(module).__module__.startswith("torch.nn."):
         return
     for attribute, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3:
-            report.refused[f"{name}.{attribute}"] = "a 3-D parameter (stacked experts?) is no linear layer"
+        if parameter.ndim == 3 and min(parameter.shape) > 1:
+            path = ".".join(filter(None, (name, attribute)))
+            report.refused[path] = "a 3-D parameter (stacked experts?) is no linear layer"
 
 
 def _refuse_broken_ties(
@@ -174,6 +184,14 @@ def _refuse_broken_ties(
         del chosen[module]
 
 
+def _shared_weights(chosen: Mapping[nn.Module, FusedConfig]) -> dict[int, Tensor]:
+    """The weights that several layers have, by id. They are kept alive here, so that no id is used twice."""
+    owners: dict[int, list[Tensor]] = {}
+    for module in chosen:
+        owners.setdefault(id(weight_of(module)), []).append(weight_of(module))
+    return {key: weights[0] for key, weights in owners.items() if len(weights) > 1}
+
+
 def _config_for(config: Configs, names: list[str]) -> FusedConfig | None:
     if isinstance(config, FusedConfig):
         return config
@@ -187,7 +205,9 @@ def _check_patterns(config: Configs, skip: Collection[str], names: list[str]) ->
     patterns = [*skip] if isinstance(config, FusedConfig) else [*skip, *config]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"name pattern {pattern!r}: expected to match a module of the model, matched none")
+            raise ValueError(
+                f"name pattern {pattern!r}: expected to match a layer, matched none (try {pattern + '.*'!r}?)"
+            )
 
 
 def _replacement(module: nn.Module, packed: Packed, config: FusedConfig, name: str) -> PackedModule:
@@ -201,13 +221,19 @@ def _replacement(module: nn.Module, packed: Packed, config: FusedConfig, name: s
     return new.train(module.training)
 
 
+def relative_error(exact: Tensor, approximation: Tensor) -> float:
+    """‖W − Ŵ‖ / ‖W‖ in float64, 0 only where every bit is equal (NaNs included)."""
+    difference = norm = 0.0
+    # A few rows at a time: a float64 copy of a whole vocabulary is large.
+    for start in range(0, len(exact), 1024):
+        a, b = exact[start : start + 1024], approximation[start : start + 1024]
+        if not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+            difference += float((b.double() - a.double()).square().sum())
+        norm += float(a.double().square().sum())
+    return (difference / norm) ** 0.5 if difference else 0.0
+
+
 def _layer_report(name: str, module: nn.Module, new: PackedModule, dense: Tensor) -> LayerReport:
-    unpacked = new.unpack(dense.dtype).detach()
-    if torch.equal(unpacked.view(torch.uint8), dense.contiguous().view(torch.uint8)):
-        error = 0.0
-    else:
-        exact = dense.double()
-        error = float((unpacked.double() - exact).norm() / exact.norm().clamp_min(1e-300))
     return LayerReport(
         name=name,
         kind=_kind(module),
@@ -215,7 +241,7 @@ def _layer_report(name: str, module: nn.Module, new: PackedModule, dense: Tensor
         shape=(new.header.out_features, new.header.in_features),
         bytes_before=dense.numel() * dense.element_size(),
         bytes_after=new.packed.nbytes,
-        relative_error=error,
+        relative_error=relative_error(dense, new.unpack(dense.dtype).detach()),
         predictor=new.header.predictor,
     )
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infold._library import CorruptWeightError
-from infold.convert import dense_weight, is_transposed_linear
+from infold.config import Mode
+from infold.convert import dense_weight, has_hooks, is_transposed_linear
 from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from infold.packed import Packed, read_header
 
@@ -36,12 +37,12 @@ def save(model: nn.Module, path: str | Path) -> None:
             modules[name] = {"kind": "linear", "mode": module.mode}
         elif isinstance(module, FusedDecompressEmbedding):
             modules[name] = {"kind": "embedding", "padding_idx": module.padding_idx}
-        if name in modules:
-            modules[name]["dtype"] = str(module.dtype).removeprefix("torch.")
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor in the state dict, got {type(tensor).__name__}")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and key in first:
             aliases[name] = first[key]
@@ -55,6 +56,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "aliases": json.dumps(aliases),
         "checksums": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()}),
     }
+    metadata["metadata_checksum"] = str(_metadata_checksum(metadata))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata)
@@ -66,16 +68,18 @@ def save(model: nn.Module, path: str | Path) -> None:
             temporary.unlink()
 
 
+@torch.inference_mode(False)
 def load_into(model: nn.Module, path: str | Path) -> None:
     """Loads a file of `save` into a model of the same architecture, dense or converted, in place.
 
     Everything is read and verified first: a bad file leaves the model as it was. Raises CorruptWeightError, which names
     the tensor and the field, and ValueError where the file is of another model.
     """
-    tensors, metadata = _read(Path(path))
-    modules = _json(metadata, "modules", path)
-    aliases = _json(metadata, "aliases", path)
-    _verify(tensors, _json(metadata, "checksums", path))
+    path = Path(path)
+    tensors, metadata = _read(path)
+    modules = _json(metadata, "modules", path, dict)
+    aliases = _json(metadata, "aliases", path, str)
+    _verify(tensors, _json(metadata, "checksums", path, int))
     for alias, name in aliases.items():
         if name not in tensors:
             raise CorruptWeightError(alias, "aliases", f"expected a tensor of the file, got {name!r}")
@@ -93,12 +97,15 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     rest = {name: tensor for name, tensor in tensors.items() if name not in own}
     rest.update({alias: tensors[name] for alias, name in aliases.items() if alias not in own})
     expected = {name: tensor for name, tensor in model.state_dict().items() if not _is_replaced(name, modules)}
-    _compare(rest, expected, modules)
+    _compare(rest, expected)
 
     for name, replacement in replacements.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
-    model.load_state_dict(rest, strict=False)
+    # A model on the meta device has no memory to copy into: it takes the file's tensors.
+    on_meta = {name for name in rest if expected[name].is_meta}
+    model.load_state_dict({name: rest[name].to(expected[name].dtype) for name in on_meta}, strict=False, assign=True)
+    model.load_state_dict({name: rest[name] for name in rest.keys() - on_meta}, strict=False)
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -115,16 +122,26 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     found = metadata.get("format")
     if found != _FORMAT:
         raise CorruptWeightError(str(path), "format", f"expected {_FORMAT!r}, got {found!r}")
+    checksum = str(_metadata_checksum(metadata))
+    if metadata.get("metadata_checksum") != checksum:
+        found = metadata.get("metadata_checksum")
+        raise CorruptWeightError(str(path), "metadata_checksum", f"expected {found}, got {checksum}")
     return tensors, metadata
 
 
-def _json(metadata: Mapping[str, str], field: str, path: str | Path) -> dict[str, Any]:
+def _metadata_checksum(metadata: Mapping[str, str]) -> int:
+    fields = (metadata.get(field, "") for field in ("format", "modules", "aliases", "checksums"))
+    return zlib.crc32("\n".join(fields).encode())
+
+
+def _json(metadata: Mapping[str, str], field: str, path: Path, kind: type) -> dict[str, Any]:
+    """An object of the metadata, whose values are all of one kind."""
     try:
         value = json.loads(metadata[field])
-    except (KeyError, ValueError) as error:
-        raise CorruptWeightError(str(path), field, f"expected JSON, got {error}") from error
-    if not isinstance(value, dict):
-        raise CorruptWeightError(str(path), field, f"expected an object, got {type(value).__name__}")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CorruptWeightError(str(path), field, f"expected JSON, got {type(error).__name__}") from error
+    if not isinstance(value, dict) or not all(isinstance(item, kind) for item in value.values()):
+        raise CorruptWeightError(str(path), field, f"expected an object of {kind.__name__}s")
     return value
 
 
@@ -144,6 +161,8 @@ def _target(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Modul
         raise ValueError(f"{name}: expected a layer of the model, got none") from error
     embedding = isinstance(target, nn.Embedding | FusedDecompressEmbedding)
     linear = isinstance(target, nn.Linear | FusedDecompressLinear) or is_transposed_linear(target)
+    if has_hooks(target):
+        raise ValueError(f"{name}: expected a layer without hooks, for they would be lost")
     kind = options.get("kind")
     if (kind, True) not in (("embedding", embedding), ("linear", linear)):
         raise ValueError(f"{name}: expected a layer of kind {kind!r}, got {type(target).__name__}")
@@ -171,14 +190,18 @@ def _packed_module(
 
     packed = Packed(*(parameter(field) for field in _FIELDS))
     header = read_header(packed, name, verify=True)
-    dtype = getattr(torch, str(options.get("dtype")), header.dtype)
+    # As when a state dict is loaded: the model's dtype stays.
+    dtype = target.dtype if isinstance(target, PackedModule) else dense_weight(target).dtype
     module: PackedModule
     if options["kind"] == "embedding":
-        module = FusedDecompressEmbedding(packed, options.get("padding_idx"), dtype=dtype, name=name)
+        padding = options.get("padding_idx")
+        if not isinstance(padding, int | None):
+            raise CorruptWeightError(name, "padding_idx", f"expected an integer or null, got {padding!r}")
+        module = FusedDecompressEmbedding(packed, padding, dtype=dtype, name=name)
     else:
         bias: nn.Parameter | None = target.bias  # type: ignore[assignment]
-        mode = "exact" if options.get("mode") == "exact" else "fused"
-        module = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, name=name)  # type: ignore[arg-type]
+        mode: Mode = "exact" if options.get("mode") == "exact" else "fused"
+        module = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, name=name)
     if isinstance(target, PackedModule):
         shape = (target.header.out_features, target.header.in_features)
     else:
@@ -194,12 +217,15 @@ def _is_replaced(name: str, modules: Mapping[str, Any]) -> bool:
     return module in modules and field in ("weight", *_FIELDS)
 
 
-def _compare(rest: Mapping[str, Tensor], expected: Mapping[str, Tensor], modules: Mapping[str, Any]) -> None:
+def _compare(rest: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     missing, unexpected = expected.keys() - rest.keys(), rest.keys() - expected.keys()
     if missing or unexpected:
         raise ValueError(
             f"file: expected the model's tensors, missing {sorted(missing)}, unexpected {sorted(unexpected)}"
         )
     for name, tensor in rest.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name}: expected shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
+        like = expected[name]
+        if tensor.shape != like.shape:
+            raise ValueError(f"{name}: expected shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != like.dtype and not (tensor.is_floating_point() and like.is_floating_point()):
+            raise ValueError(f"{name}: expected dtype {like.dtype}, got {tensor.dtype}")

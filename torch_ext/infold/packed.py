@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infold._library import as_corrupt, ops
+from infold._library import CorruptWeightError, as_corrupt, ops
 from infold.config import FusedConfig
 
 QUANTIZERS = ("lossless", "ecsq", "int8", "int4")
@@ -43,6 +43,7 @@ class Header(NamedTuple):
     scale_shape: tuple[int, int]
 
 
+@torch.inference_mode(False)
 def pack(weight: Tensor, config: FusedConfig) -> Packed:
     """Packs a dense (out_features, in_features) weight of dtype float32, float16 or bfloat16 on the CPU.
 
@@ -63,14 +64,19 @@ def read_header(packed: Packed, name: str, *, verify: bool) -> Header:
 
     Raises CorruptWeightError, which names the weight and the field.
     """
+    payload, directory, tables, scales = (tensor.detach().cpu() for tensor in packed)
     # Trained scales are their own truth: the header's checksum is of those that were packed.
-    frozen = packed.scales.dtype in (torch.int16, torch.int32)
-    scales = float_scales(packed.scales) if frozen else None
+    frozen = float_scales(scales) if is_frozen(scales) else None
     try:
-        fields = ops.inspect_packed(packed.payload, packed.directory, packed.tables, scales, verify)
+        fields = ops.inspect_packed(payload, directory, tables, frozen, verify)
     except (RuntimeError, ValueError) as error:
-        raise as_corrupt(RuntimeError(str(error)), name) from error
+        raise as_corrupt(error, name) from error
     version, codec, layout, dtype, rows, cols, quantizer, predictor, scale_rows, scale_cols = fields
+    if tuple(scales.shape) != (scale_rows, scale_cols) and scales.numel() + scale_rows:
+        got = f"expected {(scale_rows, scale_cols)}, got {tuple(scales.shape)}"
+        raise CorruptWeightError(f"{name}.scales", "shape", got)
+    if not is_frozen(scales) and not scales.is_floating_point():
+        raise CorruptWeightError(f"{name}.scales", "dtype", f"expected floats or their bits, got {scales.dtype}")
     return Header(
         version,
         codec,
@@ -82,6 +88,11 @@ def read_header(packed: Packed, name: str, *, verify: bool) -> Header:
         PREDICTORS[predictor],
         (scale_rows, scale_cols),
     )
+
+
+def is_frozen(scales: Tensor) -> bool:
+    """Whether scales are the integer bits of floats."""
+    return scales.dtype in (torch.int16, torch.int32)
 
 
 def frozen_scales(scales: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,6 @@ class LayerReport:
     #: ‖W − Ŵ‖ / ‖W‖, Frobenius; 0 exactly where every bit is kept.
     relative_error: float
     predictor: str = "none"
-    layout: str = "compact"
     #: The layer that this one shares its weight with; its bytes are counted there.
     tied_to: str | None = None
 
@@ -80,6 +80,9 @@ class ConversionReport:
             "model_bytes_after": self.model_bytes_after,
         }
         layers = [{**asdict(layer), "bits_per_weight": layer.bits_per_weight} for layer in self.layers]
+        for layer in layers:
+            # JSON has no infinity; null says that there is no such number.
+            layer["relative_error"] = layer["relative_error"] if math.isfinite(layer["relative_error"]) else None
         text = json.dumps({"total": total, "layers": layers, "refused": self.refused}, indent=2)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infold._library import CorruptWeightError, ops
+from infold._library import ops
 from infold.config import FusedConfig, Mode
-from infold.packed import Packed, float_scales, frozen_scales, pack, read_header
+from infold.packed import Packed, float_scales, frozen_scales, is_frozen, pack, read_header
+
+_FIELDS = Packed._fields
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -48,22 +50,15 @@ class PackedModule(nn.Module):
             self.scales = nn.Parameter(float_scales(packed.scales).float())
         else:
             scales = packed.scales
-            self.scales = _frozen(frozen_scales(scales) if scales.is_floating_point() else scales)
-        self._read_header(name, verify=False)
+            self.scales = _frozen(scales if is_frozen(scales) else frozen_scales(scales))
+        self.header = read_header(self.packed, name, verify=False)
         # Follows `.to(dtype)` as a dense weight would; holds nothing.
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype or self.header.dtype), persistent=False)
-
-    def _read_header(self, name: str, *, verify: bool) -> None:
-        self.header = read_header(self.packed, name, verify=verify)
-        expected = self.header.scale_shape
-        got = (0, 0) if self.scales is None else tuple(self.scales.shape)
-        if got != expected:
-            raise CorruptWeightError(f"{name}.scales", "shape", f"expected {expected}, got {got}")
 
     @property
     def packed(self) -> Packed:
         """The packed weight's tensors; they are this module's parameters."""
-        scales = self.payload.new_empty((0, 0), dtype=torch.float32) if self.scales is None else self.scales
+        scales = self._no_scales() if self.scales is None else self.scales
         return Packed(self.payload, self.directory, self.tables, scales)
 
     @property
@@ -89,22 +84,47 @@ class PackedModule(nn.Module):
         return header.codec, header.layout, header.out_features, header.in_features
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
-        # Another weight has another size. `data` is replaced, not the parameter: modules that share it still do.
-        for field, parameter in self._parameters.items():
-            loaded = state_dict.get(prefix + field)
-            if field == "bias" or parameter is None or loaded is None:
-                continue
-            if loaded.dtype == parameter.dtype and loaded.shape != parameter.shape:
-                parameter.data = torch.empty(loaded.shape, dtype=parameter.dtype, device=parameter.device)
-        shape = self.header.out_features, self.header.in_features
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-        self._read_header(prefix.removesuffix("."), verify=True)
-        loaded_shape = self.header.out_features, self.header.in_features
-        if loaded_shape != shape:
-            errors: list[str] = rest[-1]
-            errors.append(f"size mismatch for {prefix}payload: a packed weight of {loaded_shape}, expected {shape}")
+        """Takes any packed weight of this shape, whatever its format and size; verifies it before anything changes."""
+        missing_keys, unexpected_keys, error_msgs = lists
+        missing = [prefix + field for field in _FIELDS[:3] if prefix + field not in state_dict]
+        if missing:
+            # Part of a weight is no weight: what is there stays.
+            missing_keys.extend(missing)
+        else:
+            loaded = Packed(*(state_dict.get(prefix + field, self._no_scales()) for field in _FIELDS))
+            header = read_header(loaded, prefix.removesuffix(".") or "weight", verify=True)
+            shape, expected = header[4:6], self.header[4:6]
+            if shape != expected:
+                error_msgs.append(f"size mismatch for {prefix}payload: a packed weight of {shape}, expected {expected}")
+            else:
+                self._take(loaded, assign=local_metadata.get("assign_to_params_buffers", False))
+                self.header = header
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in {prefix + f for f in _FIELDS}}
+        found: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, found, unexpected_keys, error_msgs)
+        missing_keys.extend(name for name in found if name.removeprefix(prefix) not in _FIELDS)
+
+    def _take(self, loaded: Packed, *, assign: bool) -> None:
+        """Makes a loaded weight this module's. Parameters keep their identity: modules that share them still do."""
+        for field in _FIELDS[:3]:
+            parameter, tensor = getattr(self, field), getattr(loaded, field).detach()
+            parameter.data = tensor if assign else tensor.to(parameter.device, copy=True)
+        scales = loaded.scales.detach()
+        if scales.numel() == 0:
+            self.register_parameter("scales", None)
+            return
+        # Scales that trained there, or that train here, are floats that train.
+        trains = not is_frozen(scales) or (self.scales is not None and self.scales.is_floating_point())
+        scales = (float_scales(scales).float() if trains else scales).to(self.payload.device, copy=not assign)
+        if self.scales is not None and self.scales.dtype == scales.dtype:
+            self.scales.data = scales
+        else:
+            self.scales = nn.Parameter(scales, requires_grad=trains)
+
+    def _no_scales(self) -> Tensor:
+        return self.payload.new_empty((0, 0), dtype=torch.float32)
 
     def _describe(self) -> str:
         bits = 8 * self.packed.nbytes / max(self.header.out_features * self.header.in_features, 1)
@@ -214,7 +234,11 @@ class FusedDecompressEmbedding(PackedModule):
         return embedding.train(self.training)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return ops.fused_embedding(indices, *self._tensors(), *self._layout(), self.dtype)  # type: ignore[no-any-return]
+        rows: Tensor = ops.fused_embedding(indices, *self._tensors(), *self._layout(), self.dtype)
+        if self.padding_idx is not None and rows.requires_grad:
+            # As in nn.Embedding, the padding row trains nothing.
+            rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return rows
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
