@@ -31,6 +31,7 @@ bench: $(LIBRARY)
 	$(call step,benchmarks,$(PYTHON) benchmarks/codec_sizes.py --json build/bench/codec_sizes.json && $(PYTHON) benchmarks/fused_linear.py --json build/bench/fused_linear.json)
 
 lint: $(LIBRARY)
+	@cargo clippy --version >/dev/null 2>&1 && cargo fmt --version >/dev/null 2>&1 || { echo "clippy or rustfmt is missing: rustup component add clippy rustfmt"; exit 1; }
 	$(call step,rustfmt and clippy,cargo fmt --check && cargo clippy --release --locked --quiet --lib -- -D warnings && cargo clippy --release --locked --quiet --no-default-features --all-targets -- -D warnings)
 	$(call step,ruff and mypy,$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check && $(PYTHON) -m mypy)
 	$(call step,clang-format,$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))

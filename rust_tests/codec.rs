@@ -4,7 +4,7 @@ mod support;
 
 use half::{bf16, f16};
 use infold::codec::{
-    Codec, EcsqTarget, Packed, Predictor, Quantizer, ScaleGrid, Weights, pack_ecsq, pack_int4, pack_int8, pack_lossless,
+    Codec, EcsqTarget, Packed, Predictor, ScaleGrid, Weights, pack_ecsq, pack_int4, pack_int8, pack_lossless,
 };
 use infold::parallel::{Serial, Threads};
 use proptest::prelude::*;

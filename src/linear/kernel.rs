@@ -51,69 +51,91 @@ pub fn instruction_set() -> &'static str {
 impl<T: Real> BlockProduct<'_, T> {
     /// Runs the product on the best instruction set.
     pub fn run<const N: usize>(self) {
+        let Self { a, a_stride, depth, b, c, c_stride, rows } = self;
         match isa() {
             // SAFETY: `isa` found the instructions on this CPU.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Isa::Avx512 => unsafe { self.avx512::<N>() },
+            Isa::Avx512 => unsafe { avx512::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Isa::Avx2 => unsafe { self.avx2::<N>() },
-            Isa::Generic => self.tiled::<N, 4, 16, false>(),
+            Isa::Avx2 => unsafe { avx2::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
+            Isa::Generic => generic::<T, N>(a, a_stride, depth, b, c, c_stride, rows),
         }
     }
+}
 
-    /// 6 rows by 2 registers of f32: twelve sums, two of b, one broadcast.
+/// The product in tiles of `$m` rows by `$strip` columns, whose sums stay in registers. The fields are arguments here: from
+/// a struct the compiler could not tell that they do not overlap, and the tiles came out ten times slower.
+macro_rules! tiled {
+    ($(#[$attribute:meta])* $name:ident, $m:literal x $strip:literal, fused: $fused:literal) => {
+        $(#[$attribute])*
+        fn $name<T: Real, const N: usize>(
+            a: &[T],
+            a_stride: usize,
+            depth: usize,
+            b: &[T; BLOCK],
+            c: &mut [T],
+            c_stride: usize,
+            rows: usize,
+        ) {
+            let mut row = 0;
+            while row + $m <= rows {
+                tile::<T, N, $m, $strip, $fused>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
+                row += $m;
+            }
+            while row + 2 <= rows {
+                tile::<T, N, 2, $strip, $fused>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
+                row += 2;
+            }
+            if row < rows {
+                tile::<T, N, 1, $strip, $fused>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
+            }
+        }
+    };
+}
+
+tiled!(generic, 4 x 16, fused: false);
+tiled!(
+    /// In f32, twelve registers of sums, two of b, one broadcast.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    fn avx2<const N: usize>(self) {
-        self.tiled::<N, 6, 16, true>();
-    }
-
-    /// 12 rows by 2 registers of f32: 24 sums of 32 registers.
+    avx2, 6 x 16, fused: true
+);
+tiled!(
+    /// In f32, 24 registers of sums, of 32.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx2,fma")]
-    fn avx512<const N: usize>(self) {
-        self.tiled::<N, 12, 32, true>();
-    }
+    avx512, 12 x 32, fused: true
+);
 
-    /// In tiles of `M` rows by `STRIP` columns, whose sums stay in registers. `FUSED` says whether the target has a fused
-    /// multiply-add; without one, `mul_add` would be a library call.
-    #[inline(always)]
-    fn tiled<const N: usize, const M: usize, const STRIP: usize, const FUSED: bool>(mut self) {
-        let mut row = 0;
-        while row + M <= self.rows {
-            self.tile::<N, M, STRIP, FUSED>(row);
-            row += M;
-        }
-        while row + 2 <= self.rows {
-            self.tile::<N, 2, STRIP, FUSED>(row);
-            row += 2;
-        }
-        if row < self.rows {
-            self.tile::<N, 1, STRIP, FUSED>(row);
-        }
-    }
-
-    #[inline(always)]
-    fn tile<const N: usize, const M: usize, const STRIP: usize, const FUSED: bool>(&mut self, row: usize) {
-        let inputs: [&[T]; M] = std::array::from_fn(|m| &self.a[(row + m) * self.a_stride..][..self.depth]);
-        for strip in (0..N).step_by(STRIP) {
-            let mut sums = [[T::default(); STRIP]; M];
-            for (p, b) in self.b.chunks_exact(N).take(self.depth).enumerate() {
-                let b = &b[strip..strip + STRIP];
-                for (sums, input) in sums.iter_mut().zip(&inputs) {
-                    let x = input[p];
-                    for (sum, &b) in sums.iter_mut().zip(b) {
-                        *sum = if FUSED { x.fused_multiply_add(b, *sum) } else { x * b + *sum };
-                    }
+/// `M` rows of the product. `FUSED` says whether the target has a fused multiply-add; without one, `mul_add` would be a
+/// library call.
+#[inline(always)]
+fn tile<T: Real, const N: usize, const M: usize, const STRIP: usize, const FUSED: bool>(
+    a: &[T],
+    a_stride: usize,
+    depth: usize,
+    b: &[T; BLOCK],
+    c: &mut [T],
+    c_stride: usize,
+) {
+    let inputs: [&[T]; M] = std::array::from_fn(|m| &a[m * a_stride..m * a_stride + depth]);
+    for strip in (0..N).step_by(STRIP) {
+        let mut sums = [[T::default(); STRIP]; M];
+        for (p, b) in b.chunks_exact(N).take(depth).enumerate() {
+            let b = &b[strip..strip + STRIP];
+            for (sums, input) in sums.iter_mut().zip(&inputs) {
+                let x = input[p];
+                for (sum, &b) in sums.iter_mut().zip(b) {
+                    *sum = if FUSED { x.fused_multiply_add(b, *sum) } else { x * b + *sum };
                 }
             }
-            for (m, sums) in sums.iter().enumerate() {
-                let c = &mut self.c[(row + m) * self.c_stride + strip..][..STRIP];
-                c.iter_mut().zip(sums).for_each(|(c, &sum)| *c += sum);
-            }
+        }
+        for (m, sums) in sums.iter().enumerate() {
+            let c = &mut c[m * c_stride + strip..m * c_stride + strip + STRIP];
+            c.iter_mut().zip(sums).for_each(|(c, &sum)| *c += sum);
         }
     }
 }

@@ -25,7 +25,8 @@ class FusedConfig:
     max_error: for ecsq, the relative Frobenius error, instead of ``bits``.
     group_size: for int4, a multiple of 64.
     round_to: for lossless, a dtype to round the weight to first. This loses precision, and so has to be asked for.
-    trainable_scales: scales of a quantised weight become float32 parameters that train.
+    trainable_scales: scales of a quantised weight become float32 parameters that train. A weight that does not pay for
+        quantising (a tiny one) is stored lossless and has none.
     layout: ``"compact"`` is the smallest; ``"fast"`` and ``"auto"`` equal it in this version.
     mode: ``"fused"`` decodes inside the product; ``"exact"`` unpacks into a scratch that all layers share and calls
         ``F.linear``: for a lossless weight, the bits of the dense layer at equal shape and thread count.
