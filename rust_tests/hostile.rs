@@ -149,3 +149,47 @@ proptest! {
         });
     }
 }
+
+/// A digest of what damaged weights decode to.
+fn digest_of_damage() -> u32 {
+    let mut random = Random(22);
+    let mut hasher = crc32fast::Hasher::new();
+    for packed in victims() {
+        for _ in 0..20 {
+            let mut payload = packed.payload.clone();
+            for _ in 0..30 {
+                let at = random.next() as usize % payload.len();
+                payload[at] = random.next() as u8;
+            }
+            let weight = PackedWeight::new(&payload, &packed.directory, &packed.tables).unwrap();
+            let mut out = vec![0.0f32; weight.geometry().elements()];
+            let done = weight.unpack(Scales::Real(&packed.scales), &mut out, &Serial).is_ok();
+            out.iter().for_each(|v| hasher.update(&v.to_bits().to_le_bytes()));
+            hasher.update(&[u8::from(done)]);
+        }
+    }
+    hasher.finalize()
+}
+
+/// Wrong bytes give the same wrong numbers everywhere: the vector decoders are the portable one in other words.
+#[test]
+fn damage_decodes_alike_on_every_instruction_set() {
+    const PRINT: &str = "INFOLD_TEST_PRINT_DIGEST";
+    if std::env::var_os(PRINT).is_some() {
+        println!("digest {:08x}", digest_of_damage());
+        return;
+    }
+    let digest = |isa: &str| {
+        let run = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "damage_decodes_alike_on_every_instruction_set", "--nocapture"])
+            .env("INFOLD_ISA", isa)
+            .env(PRINT, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8(run.stdout).unwrap();
+        let at = text.find("digest ").expect("the child prints its digest");
+        text[at..at + 15].to_owned()
+    };
+    assert_eq!(digest("avx512"), digest("generic"));
+    assert_eq!(digest("avx2"), digest("generic"));
+}

@@ -247,6 +247,6 @@ fn build_info() -> String {
         quoted(crate::cuda::architectures()),
         quoted(&kernels),
         crate::cuda::fatbins().iter().map(|fatbin| fatbin.bytes.len()).sum::<usize>(),
-        crate::linear::instruction_set(),
+        crate::codec::Isa::get().name(),
     )
 }

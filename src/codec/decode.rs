@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::element::{Element, Real, Scalar, Scales, bits_to_f32};
+use super::arch::per_isa;
+use super::element::{Dtype, Element, Real, Scalar, Scales, bits_to_f32};
 use super::format::{Header, TILE_ALIGN};
 use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
 use super::predict::{Predictor, Restorer};
@@ -226,33 +227,18 @@ impl TileDecoder<'_> {
     /// The current block before its scales, `[column][lane]`: floats of a lossless weight, reconstruction points r(q) of
     /// levels. Lanes without a row are zero.
     pub fn points<T: Real>(&self, shape: BlockShape, out: &mut [T; BLOCK]) {
-        let codes = self.codes[..shape.cols * LANES].iter();
-        let pairs = out.iter_mut().zip(codes);
-        match self.weight.header.element {
-            Element::Bits(dtype) => pairs.for_each(|(out, &code)| *out = T::from_f32(bits_to_f32(code, dtype))),
-            Element::Level { .. } if self.weight.centroids.1.is_empty() => {
-                pairs.for_each(|(out, &code)| *out = T::from_f32(code as i32 as f32));
-            }
-            Element::Level { .. } => pairs.for_each(|(out, &code)| *out = T::from_f32(self.level_point(code))),
-        }
+        let (lo, centroids) = &self.weight.centroids;
+        points(&self.codes[..shape.cols * LANES], self.weight.header.element, *lo, centroids, out);
         if shape.lanes < LANES {
             out.chunks_exact_mut(LANES).for_each(|column| column[shape.lanes..].fill(T::default()));
         }
-    }
-
-    /// r(q) of a level.
-    #[inline(always)]
-    fn level_point(&self, code: u32) -> f32 {
-        let (lo, points) = &self.weight.centroids;
-        let level = code as i32;
-        points.get(level.wrapping_sub(*lo) as usize).copied().unwrap_or(level as f32)
     }
 
     #[inline(always)]
     fn point(&self, code: u32) -> f32 {
         match self.weight.header.element {
             Element::Bits(dtype) => bits_to_f32(code, dtype),
-            Element::Level { .. } => self.level_point(code),
+            Element::Level { .. } => level_point(code, self.weight.centroids.0, &self.weight.centroids.1),
         }
     }
 
@@ -276,6 +262,30 @@ impl TileDecoder<'_> {
         let scale = scales.get(header.scale_grid.index(row, group, header.geometry));
         O::from_real(scale.map_or(point, |scale| scale * point))
     }
+}
+
+per_isa! {
+    /// What codes stand for: floats, or reconstruction points.
+    fn points<T: Real>(codes: &[u32], element: Element, lo: i32, centroids: &[f32], out: &mut [T; BLOCK]) {
+        let pairs = out.iter_mut().zip(codes);
+        match element {
+            Element::Bits(Dtype::Bf16) => pairs.for_each(|(out, &code)| *out = T::from_f32(f32::from_bits(code << 16))),
+            Element::Bits(dtype) => pairs.for_each(|(out, &code)| *out = T::from_f32(bits_to_f32(code, dtype))),
+            Element::Level { .. } if centroids.is_empty() => {
+                pairs.for_each(|(out, &code)| *out = T::from_f32(code as i32 as f32));
+            }
+            Element::Level { .. } => {
+                pairs.for_each(|(out, &code)| *out = T::from_f32(level_point(code, lo, centroids)));
+            }
+        }
+    }
+}
+
+/// r(q) of a level.
+#[inline(always)]
+fn level_point(code: u32, lo: i32, centroids: &[f32]) -> f32 {
+    let level = code as i32;
+    centroids.get(level.wrapping_sub(lo) as usize).copied().unwrap_or(level as f32)
 }
 
 /// A plane of a tile, being read.
@@ -339,18 +349,19 @@ impl<'a> Data<'a> {
 impl Stream<'_> {
     /// Decodes a block's symbols, `[column][lane]`, and returns the value that symbol 0 stands for.
     fn symbols(&mut self, shape: BlockShape, symbols: &mut [u8; BLOCK]) -> i32 {
-        let steps = symbols.chunks_exact_mut(LANES).take(shape.cols).map(|step| &mut step[..shape.lanes]);
         let lo = match &mut self.data {
             Data::Constant(value) => {
                 symbols.fill(0);
                 return *value;
             }
             Data::Plain { lo, width, bytes } => {
-                steps.for_each(|step| bytes.unpack_step(*width, step));
+                for step in symbols.chunks_exact_mut(LANES).take(shape.cols) {
+                    bytes.unpack_step(*width, &mut step[..shape.lanes]);
+                }
                 *lo
             }
             Data::Modelled { lo, table, decoder, .. } => {
-                steps.for_each(|step| decoder.step(table, step));
+                decoder.block(table, shape.cols, shape.lanes, symbols);
                 *lo
             }
         };

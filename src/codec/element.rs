@@ -9,6 +9,8 @@
 
 use half::{bf16, f16};
 
+use super::arch::per_isa;
+
 /// The dtype of the dense weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -74,25 +76,7 @@ impl Element {
 
     /// Adds the values `lo + symbol` of plane `plane` to codes whose bits there are zero; the inverse of [`Element::split`].
     pub fn place(self, plane: usize, lo: i32, symbols: &[u8], codes: &mut [u32]) {
-        // A loop for each kind of plane, so that each is a vector loop.
-        #[inline(always)]
-        fn each(lo: i32, symbols: &[u8], codes: &mut [u32], place: impl Fn(u32) -> u32) {
-            for (code, &symbol) in codes.iter_mut().zip(symbols) {
-                *code |= place(lo.wrapping_add(i32::from(symbol)) as u32);
-            }
-        }
-        match (self, plane) {
-            (Self::Bits(Dtype::Bf16), 0) => each(lo, symbols, codes, |v| (v & 0xff) << 7),
-            (Self::Bits(Dtype::Bf16), _) => each(lo, symbols, codes, |v| (v & 0x80) << 8 | v & 0x7f),
-            (Self::Bits(Dtype::F32), 0) => each(lo, symbols, codes, |v| (v & 0xff) << 23),
-            (Self::Bits(Dtype::F32), 1) => each(lo, symbols, codes, |v| (v & 0x80) << 24 | (v & 0x7f) << 16),
-            (Self::Bits(dtype), plane) => {
-                let shift = 8 * (dtype.bytes() - 1 - plane);
-                each(lo, symbols, codes, |v| (v & 0xff) << shift);
-            }
-            (Self::Level { low_bits }, 0) => each(lo, symbols, codes, |v| v << low_bits),
-            (Self::Level { .. }, _) => each(lo, symbols, codes, |v| v),
-        }
+        place(self, plane, lo, symbols, codes);
     }
 
     /// [`Element::place`] of one value: its bits in a code.
@@ -100,6 +84,30 @@ impl Element {
         let mut code = [0];
         self.place(plane, value, &[0], &mut code);
         code[0]
+    }
+}
+
+per_isa! {
+    fn place(element: Element, plane: usize, lo: i32, symbols: &[u8], codes: &mut [u32]) {
+        // A loop for each kind of plane, so that each is a vector loop.
+        #[inline(always)]
+        fn each(lo: i32, symbols: &[u8], codes: &mut [u32], place: impl Fn(u32) -> u32) {
+            for (code, &symbol) in codes.iter_mut().zip(symbols) {
+                *code |= place(lo.wrapping_add(i32::from(symbol)) as u32);
+            }
+        }
+        match (element, plane) {
+            (Element::Bits(Dtype::Bf16), 0) => each(lo, symbols, codes, |v| (v & 0xff) << 7),
+            (Element::Bits(Dtype::Bf16), _) => each(lo, symbols, codes, |v| (v & 0x80) << 8 | v & 0x7f),
+            (Element::Bits(Dtype::F32), 0) => each(lo, symbols, codes, |v| (v & 0xff) << 23),
+            (Element::Bits(Dtype::F32), 1) => each(lo, symbols, codes, |v| (v & 0x80) << 24 | (v & 0x7f) << 16),
+            (Element::Bits(dtype), plane) => {
+                let shift = 8 * (dtype.bytes() - 1 - plane);
+                each(lo, symbols, codes, |v| (v & 0xff) << shift);
+            }
+            (Element::Level { low_bits }, 0) => each(lo, symbols, codes, |v| v << low_bits),
+            (Element::Level { .. }, _) => each(lo, symbols, codes, |v| v),
+        }
     }
 }
 

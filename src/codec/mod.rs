@@ -7,8 +7,9 @@
 //!        ── encode.rs, rans.rs, predict.rs ──► one stream per tile of rows
 //! ```
 //! `decode.rs` goes the other way, a block of 64 columns by 32 rows at a time, and is the oracle for every faster path.
-//! Nothing here is `unsafe` or trusts a byte that it reads: wrong bytes give wrong numbers or an error.
+//! `arch/` holds the same for wider instruction sets. Nothing else here is `unsafe`, and nothing trusts a byte that it reads: wrong bytes give wrong numbers or an error.
 
+mod arch;
 mod decode;
 mod element;
 mod encode;
@@ -19,6 +20,7 @@ mod quantize;
 mod rans;
 mod symbols;
 
+pub use arch::Isa;
 pub use decode::{PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
 pub use encode::{Packed, pack_lossless};

@@ -12,14 +12,15 @@
 //! and encoding is the same backwards, from the last symbol to the first. Lanes share nothing but the word stream, so a
 //! vector unit or a warp runs a whole step at once and hands out words by counting who needs one.
 
-use super::geometry::LANES;
+use super::arch::decode_steps;
+use super::geometry::{BLOCK, LANES};
 
 /// log2 of the sum of a model's frequencies.
 pub const MODEL_BITS: u32 = 12;
 /// The sum of a model's frequencies.
 pub const MODEL_TOTAL: u32 = 1 << MODEL_BITS;
-const LOWER: u32 = 1 << 16;
-const SLOT_MASK: u32 = MODEL_TOTAL - 1;
+pub const LOWER: u32 = 1 << 16;
+pub const SLOT_MASK: u32 = MODEL_TOTAL - 1;
 
 /// The decoder's view of a model: for each of 4096 slots, frequency, offset in the symbol's interval, and symbol.
 pub struct SlotTable(Box<[u32; MODEL_TOTAL as usize]>);
@@ -37,6 +38,11 @@ impl SlotTable {
             start += frequency;
         }
         Self(slots)
+    }
+
+    /// Of each slot: frequency (12 bits), offset in the symbol's interval (12 bits), symbol (8 bits).
+    pub fn slots(&self) -> &[u32; MODEL_TOTAL as usize] {
+        &self.0
     }
 }
 
@@ -57,8 +63,21 @@ impl<'a> Decoder<'a> {
         Self { states: lanes, words, read: 0 }
     }
 
+    /// The symbols of the next `steps` steps of `lanes` lanes, `[step][lane of 32]`.
+    pub fn block(&mut self, table: &SlotTable, steps: usize, lanes: usize, out: &mut [u8; BLOCK]) {
+        let mut done = 0;
+        if lanes == LANES {
+            let (steps, bytes) = decode_steps(&mut self.states, table, &self.words[self.read..], steps, out);
+            self.read += bytes;
+            done = steps;
+        }
+        for step in out.chunks_exact_mut(LANES).take(steps).skip(done) {
+            self.step(table, &mut step[..lanes]);
+        }
+    }
+
     /// The next symbol of each of `out`'s lanes (at most 32). Past the stream's end, words read as zero.
-    pub fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
+    fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
         // All of a step's words, so that each lane reads without a check or a branch.
         let mut tail = [0u8; 2 * LANES];
         let rest = &self.words[self.read..];

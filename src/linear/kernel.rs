@@ -1,6 +1,6 @@
 //! The inner product of activations with one decoded block, compiled once per instruction set.
 
-use crate::codec::{BLOCK, Real};
+use crate::codec::{BLOCK, Isa, Real};
 
 /// `c[m][..N] += Σ_p a[m][p] · b[p][..N]` for rows `m` and `p` below `depth`, with `N` the row length of `b`. The sum over
 /// `p` is in order and starts from zero, so a row's result does not depend on the others.
@@ -14,46 +14,12 @@ pub struct BlockProduct<'a, T> {
     pub rows: usize,
 }
 
-#[derive(Clone, Copy)]
-enum Isa {
-    Generic,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-/// The best instruction set that this CPU has.
-fn isa() -> Isa {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            return Isa::Avx512;
-        }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            return Isa::Avx2;
-        }
-    }
-    Isa::Generic
-}
-
-/// The name of the instruction set that products run on.
-pub fn instruction_set() -> &'static str {
-    match isa() {
-        Isa::Generic => "generic",
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => "avx2",
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => "avx512",
-    }
-}
-
 impl<T: Real> BlockProduct<'_, T> {
     /// Runs the product on the best instruction set.
     pub fn run<const N: usize>(self) {
         let Self { a, a_stride, depth, b, c, c_stride, rows } = self;
-        match isa() {
-            // SAFETY: `isa` found the instructions on this CPU.
+        match Isa::get() {
+            // SAFETY: `Isa::get` names only what the CPU has.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
             Isa::Avx512 => unsafe { avx512::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
@@ -61,7 +27,7 @@ impl<T: Real> BlockProduct<'_, T> {
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
             Isa::Avx2 => unsafe { avx2::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
-            Isa::Generic => generic::<T, N>(a, a_stride, depth, b, c, c_stride, rows),
+            _ => generic::<T, N>(a, a_stride, depth, b, c, c_stride, rows),
         }
     }
 }
