@@ -59,7 +59,7 @@ clean:
 # --- set-up ---
 
 tools:
-	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.88 or newer (rustup or your distribution)"; exit 1; }
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.89 or newer (rustup or your distribution)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is missing: install it (Debian: apt-get install g++)"; exit 1; }
 	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.10 or newer"; exit 1; }
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python3 is too old: install Python 3.10 or newer"; exit 1; }

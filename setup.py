@@ -34,7 +34,7 @@ class CargoBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if shutil.which("cargo") is None:
-            sys.exit("cargo is missing: install Rust 1.88 or newer (rustup, or your distribution's packages)")
+            sys.exit("cargo is missing: install Rust 1.89 or newer (rustup, or your distribution's packages)")
         environment = {**os.environ, "LIBTORCH": os.environ.get("LIBTORCH", str(torch_folder()))}
         subprocess.run(["cargo", "build", "--release", "--lib", "--locked"], cwd=ROOT, env=environment, check=True)
         target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))

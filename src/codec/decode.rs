@@ -420,18 +420,25 @@ impl<'a> Bytes<'a> {
     /// The next step of plain bits, least significant first. The size was taken whole, so the bytes are there.
     fn unpack_step(&mut self, width: u32, out: &mut [u8]) {
         let (step, rest) = self.0.split_at(step_bytes(out.len(), width));
-        self.0 = rest;
         if width == 8 {
             out.copy_from_slice(step);
-            return;
+        } else {
+            let mask = (1u8 << width) - 1;
+            // Eight symbols are `width` bytes. Reading eight of them at once may run on into the next step's.
+            for (group, symbols) in out.chunks_mut(8).enumerate() {
+                let bytes = &self.0[group * width as usize..];
+                let word = bytes.first_chunk().copied().unwrap_or_else(|| {
+                    let mut end = [0; 8];
+                    end[..bytes.len()].copy_from_slice(bytes);
+                    end
+                });
+                let word = u64::from_le_bytes(word);
+                for (lane, symbol) in symbols.iter_mut().enumerate() {
+                    *symbol = (word >> (lane * width as usize)) as u8 & mask;
+                }
+            }
         }
-        let mask = (1u16 << width) - 1;
-        for (lane, symbol) in out.iter_mut().enumerate() {
-            let bit = lane * width as usize;
-            let low = u16::from(step[bit / 8]);
-            let high = u16::from(step.get(bit / 8 + 1).copied().unwrap_or(0));
-            *symbol = ((high << 8 | low) >> (bit % 8) & mask) as u8;
-        }
+        self.0 = rest;
     }
 
     /// Takes the next escape if it lies in this block: its place there and its value.

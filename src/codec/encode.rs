@@ -188,16 +188,22 @@ fn choose_predictor(
     tile_codes: &(dyn Fn(usize) -> Vec<u32> + Sync),
     pool: &dyn Pool,
 ) -> Predictor {
-    let Coding::Modelled(model) = &plane.coding else {
-        return Predictor::None;
+    // The alphabet that residuals are taken in.
+    let model = match &plane.coding {
+        Coding::Modelled(model) if !model.escapes => model.clone(),
+        Coding::Plain { lo, width } => Model { lo: *lo, frequencies: vec![1; 1 << width], escapes: false },
+        _ => return Predictor::None,
     };
-    if model.escapes {
-        return Predictor::None;
-    }
-    let histograms = predictor_histograms(model, geometry, element, tile_codes, pool);
+    let histograms = predictor_histograms(&model, geometry, element, tile_codes, pool);
     let bits: Vec<f64> = histograms.iter().map(Histogram::entropy).collect();
     let best = (0..bits.len()).min_by(|&a, &b| bits[a].total_cmp(&bits[b]));
-    let Some(best) = best.filter(|&best| bits[best] < PREDICTOR_GAIN * bits[0]) else {
+    // Where the plane was plain, a model comes with it: its table, and states and a head for each tile.
+    let model_bits = (24 * model.frequencies.len() + 8 * (4 * LANES + 4) * geometry.tiles()) as f64;
+    let pays = |best: &usize| {
+        let saved = (bits[0] - bits[*best]) * geometry.elements() as f64;
+        bits[*best] < PREDICTOR_GAIN * bits[0] && saved > model_bits
+    };
+    let Some(best) = best.filter(pays) else {
         return Predictor::None;
     };
     plane.coding = model_of_all(&histograms[best].counts, model.lo);

@@ -26,6 +26,8 @@ pub enum EcsqTarget {
 const WORTHWHILE: f64 = 0.97;
 /// Levels beyond this are escapes; the histogram holds the rest.
 const WINDOW: i32 = 4096;
+/// Plain low bits must save this share to be worth a second plane.
+const LOW_BITS_GAIN: f64 = 0.995;
 /// f32 holds every integer up to here.
 const MAX_LEVEL: f32 = (1 << 24) as f32;
 /// 2^−100: a step of 2^−26 of it is still a normal f32.
@@ -147,7 +149,9 @@ impl Statistics {
             let bits = plan.bits + f64::from(low_bits) * elements;
             (low_bits, plan, bits)
         };
-        let better = |best: (u32, Plan, f64), other: (u32, Plan, f64)| if other.2 < best.2 { other } else { best };
+        let better = |best: (u32, Plan, f64), other: (u32, Plan, f64)| {
+            if other.2 < LOW_BITS_GAIN * best.2 { other } else { best }
+        };
         (1..=8).map(candidate).fold(candidate(0), better)
     }
 
