@@ -1,9 +1,10 @@
 //! y = x·Wᵀ + b and its derivative by the scales: both need x times the unscaled weight, tile by tile.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::kernel::BlockProduct;
-use crate::codec::{BLOCK, LANES, PackedWeight, Real, Scalar, ScaleGrid, Scales};
+use crate::codec::{BLOCK, CHUNK, LANES, PackedWeight, Real, Scalar, ScaleGrid, Scales};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
@@ -16,6 +17,43 @@ const SUM_BYTES: usize = 24 << 10;
 pub struct Input<'a, T> {
     pub values: &'a [T],
     pub rows: usize,
+}
+
+/// x chunk by chunk of 64 columns, all rows of a chunk together: `[chunk][row][column]`. A block's product then reads rows
+/// that lie side by side; in x itself they are often a power of two apart and evict each other.
+struct Chunked<'a, T: Real> {
+    values: Cow<'a, [T]>,
+    rows: usize,
+}
+
+impl<'a, T: Real> Chunked<'a, T> {
+    fn new(input: Input<'a, T>, cols: usize, pool: &dyn Pool) -> Self {
+        let rows = input.rows;
+        if rows <= 1 {
+            // One row is in this order already; its last chunk may be short.
+            return Self { values: Cow::Borrowed(input.values), rows };
+        }
+        let mut values = vec![T::default(); cols.next_multiple_of(CHUNK) * rows];
+        let chunks = DisjointSlice::new(&mut values);
+        pool.for_ranges(cols.div_ceil(CHUNK), &|range| {
+            for chunk in range {
+                let size = rows * CHUNK;
+                // SAFETY: a pool visits each chunk once.
+                #[allow(unsafe_code)]
+                let out = unsafe { chunks.range_mut(chunk * size..(chunk + 1) * size) };
+                let columns = chunk * CHUNK..((chunk + 1) * CHUNK).min(cols);
+                for (out, row) in out.chunks_exact_mut(CHUNK).zip(input.values.chunks_exact(cols)) {
+                    out[..columns.len()].copy_from_slice(&row[columns.clone()]);
+                }
+            }
+        });
+        Self { values: Cow::Owned(values), rows }
+    }
+
+    /// The chunk that begins at column `col`, from row `row` on.
+    fn at(&self, row: usize, col: usize) -> &[T] {
+        &self.values[col * self.rows + row * CHUNK..]
+    }
 }
 
 /// A thread's scratch.
@@ -49,7 +87,7 @@ impl<T: Real> Scratch<T> {
 fn tile_products<T: Real>(
     weight: &PackedWeight,
     tile: usize,
-    input: Input<T>,
+    input: &Chunked<T>,
     scratch: &mut Scratch<T>,
     mut visit: impl FnMut(Range<usize>, usize, &[T], &mut [T]),
 ) -> Result<()> {
@@ -72,8 +110,8 @@ fn tile_products<T: Real>(
             decoder.decode(shape);
             decoder.points(shape, &mut scratch.block);
             let product = BlockProduct {
-                a: &input.values[rows.start * geometry.cols + shape.col..],
-                a_stride: geometry.cols,
+                a: input.at(rows.start, shape.col),
+                a_stride: CHUNK,
                 depth: shape.cols,
                 b: &scratch.block,
                 c: &mut partial[shape.row - first_row..],
@@ -90,13 +128,13 @@ fn tile_products<T: Real>(
 /// Runs `body` with a scratch of its own for each range of tiles, and returns an error if there was one.
 fn for_tiles<T: Real>(
     weight: &PackedWeight,
-    input: Input<T>,
+    rows: usize,
     pool: &dyn Pool,
     body: impl Fn(usize, &mut Scratch<T>) -> Result<()> + Sync,
 ) -> Result<()> {
     let failure = std::sync::Mutex::new(None);
     pool.for_ranges(weight.geometry().tiles(), &|tiles| {
-        let mut scratch = Scratch::new(weight, input.rows);
+        let mut scratch = Scratch::new(weight, rows);
         for tile in tiles {
             if let Err(error) = body(tile, &mut scratch) {
                 failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
@@ -150,10 +188,11 @@ pub fn forward<T: Real, O: Scalar>(
         }
         return Ok(());
     }
-    for_tiles(weight, input, pool, |tile, scratch| {
+    let chunked = Chunked::new(input, geometry.cols, pool);
+    for_tiles(weight, input.rows, pool, |tile, scratch| {
         let tile_rows = geometry.rows_of(tile);
         let groups = weight.groups();
-        tile_products(weight, tile, input, scratch, |rows, group, partial, total| {
+        tile_products(weight, tile, &chunked, scratch, |rows, group, partial, total| {
             for (index, row) in rows.enumerate() {
                 let line = index * geometry.tile_rows..index * geometry.tile_rows + tile_rows.len();
                 let scaled = partial[line.clone()].iter().zip(tile_rows.clone()).map(|(&partial, w_row)| {
@@ -200,12 +239,13 @@ pub fn scale_gradient<T: Real>(
     // A sum for each row of W and column group; a scale that spans rows adds them up below, in order.
     let mut sums = vec![T::default(); geometry.rows * groups];
     let cells = DisjointSlice::new(&mut sums);
-    for_tiles(weight, input, pool, |tile, scratch| {
+    let chunked = Chunked::new(input, geometry.cols, pool);
+    for_tiles(weight, input.rows, pool, |tile, scratch| {
         let tile_rows = geometry.rows_of(tile);
         // SAFETY: a tile owns the sums of its rows.
         #[allow(unsafe_code)]
         let cells = unsafe { cells.range_mut(tile_rows.start * groups..tile_rows.end * groups) };
-        tile_products(weight, tile, input, scratch, |rows, group, partial, _| {
+        tile_products(weight, tile, &chunked, scratch, |rows, group, partial, _| {
             for (index, row) in rows.enumerate() {
                 let partial = &partial[index * geometry.tile_rows..];
                 let gradient = &gradient.values[row * geometry.rows..(row + 1) * geometry.rows];
