@@ -319,7 +319,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_a_thousand_passes_leak_nothing(case: Case) -> None:
+def test_twelve_hundred_passes_leak_nothing(case: Case) -> None:
     x = torch.randn(16, 160, requires_grad=True)
 
     def passes(count: int) -> None:
@@ -329,11 +329,14 @@ def test_a_thousand_passes_leak_nothing(case: Case) -> None:
             ops.fused_embedding(torch.tensor([1, 2]), *case.tensors, case.scales, *case.layout, torch.float32)
             x.grad = None
 
+    # A leak grows in every round; whatever else the process does, in some.
     passes(200)
-    before = resident_bytes()
-    passes(1000)
-    grown = resident_bytes() - before
-    assert grown < 1 << 20, f"{grown} bytes more after a thousand passes"
+    grown = []
+    for _ in range(3):
+        before = resident_bytes()
+        passes(400)
+        grown.append(resident_bytes() - before)
+    assert min(grown) < 200_000, f"{grown} bytes more in three rounds of 400 passes"
 
 
 def test_a_forward_allocates_its_output_and_a_converted_input(config: FusedConfig) -> None:
