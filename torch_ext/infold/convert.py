@@ -93,7 +93,7 @@ def convert(
     with tqdm(chosen.items(), desc="packing", unit="layer", disable=not progress, leave=False) as layers:
         for module, layer_config in layers:
             name = names[module][0]
-            layers.set_postfix_str(name)
+            layers.set_postfix_str(name, refresh=False)
             weight = weight_of(module)
             key = (id(weight), layer_config)
             dense = dense_weight(module)
