@@ -9,7 +9,7 @@ use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
 use super::predict::{Predictor, Restorer};
 use super::rans::{Decoder, SlotTable};
 use super::symbols::{Coding, ESCAPE_BYTES};
-use crate::parallel::{DisjointSlice, Pool};
+use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
 
 /// Bytes before a modelled plane's states: its word count, and whether escapes follow.
@@ -134,7 +134,7 @@ impl<'a> PackedWeight<'a> {
             return Err(Error::argument("output elements", geometry.elements(), out.len()));
         }
         let out = DisjointSlice::new(out);
-        try_tiles(pool, geometry.tiles(), |tile| {
+        let results = map(pool, geometry.tiles(), |tile| {
             let rows = geometry.rows_of(tile);
             let elements = rows.start * geometry.cols..rows.end * geometry.cols;
             // SAFETY: tiles own disjoint rows, and each tile is visited once.
@@ -152,7 +152,8 @@ impl<'a> PackedWeight<'a> {
                 }
             }
             Ok(())
-        })
+        });
+        results.into_iter().collect()
     }
 }
 
@@ -169,11 +170,6 @@ fn centroids(header: &Header) -> (i32, Vec<f32>) {
         }
         _ => (0, Vec::new()),
     }
-}
-
-/// Runs `body` for each tile on the pool's threads and returns the first error.
-pub fn try_tiles(pool: &dyn Pool, tiles: usize, body: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
-    crate::parallel::map(pool, tiles, body).into_iter().collect()
 }
 
 /// CRC-32 of integers' little-endian bytes.
@@ -234,14 +230,6 @@ impl TileDecoder<'_> {
         }
     }
 
-    #[inline(always)]
-    fn point(&self, code: u32) -> f32 {
-        match self.weight.header.element {
-            Element::Bits(dtype) => bits_to_f32(code, dtype),
-            Element::Level { .. } => level_point(code, self.weight.centroids.0, &self.weight.centroids.1),
-        }
-    }
-
     /// One weight of the current block, scaled.
     #[inline(always)]
     pub fn value<S: Real, O: Scalar>(
@@ -258,7 +246,8 @@ impl TileDecoder<'_> {
             return O::from_bits(code, dtype).unwrap_or_else(|| O::from_f32(bits_to_f32(code, dtype)));
         }
         let group = weight_col / header.scale_grid.group_cols(header.geometry).max(1);
-        let point = S::from_f32(self.point(code));
+        let (lo, centroids) = &self.weight.centroids;
+        let point = S::from_f32(level_point(code, *lo, centroids));
         let scale = scales.get(header.scale_grid.index(row, group, header.geometry));
         O::from_real(scale.map_or(point, |scale| scale * point))
     }

@@ -6,7 +6,7 @@ use super::format::{FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Plane, Quanti
 use super::geometry::{CHUNK, Geometry, LANES};
 use super::predict::Predictor;
 use super::rans::Encoder;
-use super::symbols::{Coding, Histogram, Model, model_of_all, plan};
+use super::symbols::{Coding, Histogram, Model, SYMBOL_TABLE_BITS, model_of_all, plan};
 use crate::parallel::{Pool, map};
 use crate::{Error, Result};
 
@@ -198,7 +198,8 @@ fn choose_predictor(
     let bits: Vec<f64> = histograms.iter().map(Histogram::entropy).collect();
     let best = (0..bits.len()).min_by(|&a, &b| bits[a].total_cmp(&bits[b]));
     // Where the plane was plain, a model comes with it: its table, and states and a head for each tile.
-    let model_bits = (24 * model.frequencies.len() + 8 * (4 * LANES + 4) * geometry.tiles()) as f64;
+    let stream_bits = (8 * (4 * LANES + 4) * geometry.tiles()) as f64;
+    let model_bits = SYMBOL_TABLE_BITS * model.frequencies.len() as f64 + stream_bits;
     let pays = |best: &usize| {
         let saved = (bits[0] - bits[*best]) * geometry.elements() as f64;
         bits[*best] < PREDICTOR_GAIN * bits[0] && saved > model_bits

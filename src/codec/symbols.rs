@@ -6,7 +6,7 @@ use super::rans::MODEL_TOTAL;
 pub const ESCAPE_BYTES: usize = 8;
 const ESCAPE_BITS: f64 = 8.0 * ESCAPE_BYTES as f64;
 /// Bytes that a symbol of a model takes in the tables: its frequency and its centroid.
-const SYMBOL_TABLE_BITS: f64 = 24.0;
+pub const SYMBOL_TABLE_BITS: f64 = 24.0;
 /// Symbols a model can tell apart; an escape, where there is one, is among them.
 const MAX_SYMBOLS: usize = 256;
 /// rANS must save this share of the plain bits to be worth decoding.
