@@ -87,8 +87,8 @@ fn float32_planes_are_exact_and_use_what_is_there() {
 
 #[test]
 fn lossless_size_is_near_the_entropy() {
-    let values = to_bf16(&Random(4).normals(4096 * 1024, 0.02));
-    let packed = lossless_bf16(&values, 4096, 1024);
+    let values = to_bf16(&Random(4).normals(1024 * 4096, 0.02));
+    let packed = lossless_bf16(&values, 1024, 4096);
     let mut counts = [0u64; 256];
     values.iter().for_each(|v| counts[usize::from(v.to_bits() >> 7 & 0xff)] += 1);
     let n = values.len() as f64;

@@ -114,9 +114,9 @@ fn a_forged_header_is_survived() {
 #[test]
 fn a_newer_version_is_refused_by_name() {
     let mut tables = victims()[0].tables.clone();
-    tables[4] = 2;
+    tables[4] = 3;
     let error = PackedWeight::new(&[], &[], &tables).err().unwrap();
-    assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at most 1, got 2");
+    assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at most 2, got 3");
     tables[4] = 0;
     let error = PackedWeight::new(&[], &[], &tables).err().unwrap();
     assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at least 1, got 0");

@@ -1,33 +1,24 @@
-//! Reading a packed weight: any tile, block by block. This is the portable decoder, the oracle for every faster one.
+//! Reading a packed weight: any tile, block by block.
 
 use std::ops::Range;
 
 use super::arch::per_isa;
-use super::element::{Dtype, Element, Real, Scalar, Scales, bits_to_f32};
+use super::element::{Element, Real, Scalar, Scales};
 use super::format::{Header, TILE_ALIGN};
 use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
-use super::predict::{Predictor, Restorer};
-use super::rans::{Decoder, SlotTable};
-use super::symbols::{Coding, ESCAPE_BYTES};
+use super::points::{self, Assembly};
+use super::stream::{Bytes, Stream, Symbols, Table, unpack_steps};
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
-
-/// Bytes before a modelled plane's states: its word count, and whether escapes follow.
-const STREAM_HEAD: usize = 4;
-/// The bit of a stream's head that says that escapes follow the words.
-const HAS_ESCAPES: u32 = 1 << 31;
-/// The bits of an escape's position that hold the row in its tile.
-const ESCAPE_ROW_BITS: u32 = 6;
 
 /// A packed weight, borrowed from its four tensors and ready to decode.
 pub struct PackedWeight<'a> {
     pub header: Header,
     payload: &'a [u8],
     directory: &'a [i32],
-    /// The decoder's table of each plane that has a model.
-    tables: Vec<Option<SlotTable>>,
-    /// For levels with centroids: the first level, and r(q) of it and those that follow.
-    centroids: (i32, Vec<f32>),
+    /// The decoder's table of each plane's model.
+    tables: Vec<Table>,
+    assembly: Assembly,
 }
 
 impl<'a> PackedWeight<'a> {
@@ -38,13 +29,9 @@ impl<'a> PackedWeight<'a> {
         if directory.len() != expected {
             return Err(Error::corrupt("directory", format!("{expected} entries"), directory.len()));
         }
-        let table = |coding: &Coding| match coding {
-            Coding::Modelled(model) => Some(SlotTable::new(&model.frequencies)),
-            _ => None,
-        };
         Ok(Self {
-            tables: header.planes.iter().map(|p| table(&p.coding)).collect(),
-            centroids: centroids(&header),
+            tables: header.planes.iter().map(|plane| Table::new(&plane.coding)).collect(),
+            assembly: Assembly::new(&header),
             header,
             payload,
             directory,
@@ -98,32 +85,34 @@ impl<'a> PackedWeight<'a> {
         }
     }
 
-    /// A decoder at the start of tile `tile`.
+    /// A decoder before the first block of tile `tile`.
     pub fn tile(&self, tile: usize) -> Result<TileDecoder<'_>> {
-        let geometry = self.geometry();
-        let mut bytes = Bytes(&self.payload[self.tile_range(tile)?]);
-        let streams = self
-            .header
-            .planes
-            .iter()
-            .zip(&self.tables)
-            .enumerate()
-            .map(|(index, (plane, table))| {
-                let data = Data::read(&mut bytes, &plane.coding, table.as_ref(), geometry, tile)?;
-                let restorer = (index == 0 && self.header.predictor != Predictor::None).then(|| {
-                    let rows = geometry.rows_of(tile);
-                    Restorer::new(self.header.predictor, plane.alphabet(), rows.start, rows.len())
-                });
-                Ok(Stream { data, restorer })
-            })
-            .collect::<Result<_>>()?;
+        let range = self.tile_range(tile)?;
+        let mut bytes = Bytes::new(&self.payload[range.start..], range.len());
+        let planes = self.tables.iter().enumerate();
+        let streams = planes.map(|(plane, table)| Stream::open(&mut bytes, &self.header, plane, table, tile));
         Ok(TileDecoder {
             weight: self,
-            first_row: geometry.rows_of(tile).start,
-            streams,
-            symbols: [0; BLOCK],
-            codes: [0; BLOCK],
+            tile,
+            streams: streams.collect::<Result<_>>()?,
+            shape: BlockShape { row: 0, col: 0, lanes: 0, cols: 0 },
+            next: 0,
+            far: Vec::new(),
         })
+    }
+
+    /// One weight, scaled.
+    #[inline(always)]
+    pub fn value<S: Real, O: Scalar>(&self, code: u32, row: usize, col: usize, scales: Scales<S>) -> O {
+        let header = &self.header;
+        let point = self.assembly.point(code);
+        if let Element::Bits(dtype) = header.element {
+            return O::from_bits(code, dtype).unwrap_or_else(|| O::from_f32(point));
+        }
+        let group = col / header.scale_grid.group_cols(header.geometry).max(1);
+        let scale = scales.get(header.scale_grid.index(row, group, header.geometry));
+        let point = S::from_f32(point);
+        O::from_real(scale.map_or(point, |scale| scale * point))
     }
 
     /// The dense weight, row-major, into `out`. A lossless weight whose dtype is `O` comes bit for bit.
@@ -141,34 +130,20 @@ impl<'a> PackedWeight<'a> {
             #[allow(unsafe_code)]
             let out = unsafe { out.range_mut(elements) };
             let mut decoder = self.tile(tile)?;
-            for shape in geometry.blocks(tile) {
-                decoder.decode(shape);
+            let mut codes = Box::new([0; BLOCK]);
+            while let Some(shape) = decoder.next_block() {
+                decoder.codes(&mut codes);
                 for lane in 0..shape.lanes {
                     let row = shape.row + lane;
                     let at = (row - rows.start) * geometry.cols + shape.col;
                     for (col, value) in out[at..at + shape.cols].iter_mut().enumerate() {
-                        *value = decoder.value(col, lane, row, shape.col + col, scales);
+                        *value = self.value(codes[col * LANES + lane], row, shape.col + col, scales);
                     }
                 }
             }
             Ok(())
         });
         results.into_iter().collect()
-    }
-}
-
-/// The reconstruction points of a weight whose levels have centroids.
-fn centroids(header: &Header) -> (i32, Vec<f32>) {
-    let plane = &header.planes[0];
-    match (&plane.coding, header.element) {
-        (Coding::Modelled(model), Element::Level { .. }) => {
-            let levels = plane.centroids.iter().enumerate();
-            let point = |(symbol, &offset): (usize, &i8)| {
-                model.lo.wrapping_add(symbol as i32) as f32 + f32::from(offset) / 256.0
-            };
-            (model.lo, levels.map(point).collect())
-        }
-        _ => (0, Vec::new()),
     }
 }
 
@@ -196,251 +171,124 @@ fn check(field: &'static str, expected: u32, found: u32) -> Result<()> {
 /// Decodes one tile's blocks in order.
 pub struct TileDecoder<'a> {
     weight: &'a PackedWeight<'a>,
-    first_row: usize,
+    tile: usize,
     streams: Vec<Stream<'a>>,
-    symbols: [u8; BLOCK],
-    /// The current block, `[column][lane]`.
-    codes: [u32; BLOCK],
+    /// The current block.
+    shape: BlockShape,
+    next: usize,
+    /// See [`TileDecoder::far`].
+    far: Vec<(usize, i32)>,
 }
 
 impl TileDecoder<'_> {
-    /// Decodes the next block, whose shape is `shape`, to codes.
-    pub fn decode(&mut self, shape: BlockShape) {
-        let element = self.weight.header.element;
-        let size = shape.cols * LANES;
-        self.codes[..size].fill(0);
+    /// Goes on to the next block and returns its shape, or None after the last.
+    pub fn next_block(&mut self) -> Option<BlockShape> {
+        let header = &self.weight.header;
+        let geometry = header.geometry;
+        if self.next >= geometry.block_count(self.tile) {
+            return None;
+        }
+        self.shape = geometry.block(self.tile, self.next);
+        self.far.clear();
+        let first_row = geometry.rows_of(self.tile).start;
         for (plane, stream) in self.streams.iter_mut().enumerate() {
-            let lo = stream.symbols(shape, &mut self.symbols);
-            element.place(plane, lo, &self.symbols[..size], &mut self.codes[..size]);
-            while let Some((index, value)) = stream.escape(shape, self.first_row) {
-                // An escape's own symbol was placed; planes have bits apart, so this takes it out and puts the value in.
-                let placed = lo.wrapping_add(i32::from(self.symbols[index]));
-                self.codes[index] ^= element.bits_of(plane, placed) ^ element.bits_of(plane, value);
+            stream.advance(geometry, self.tile, self.next);
+            let symbols_say_all = plane > 0 || matches!(header.element, Element::Bits(_));
+            while let Some((index, value)) = stream.escape(self.shape, first_row) {
+                if symbols_say_all {
+                    stream.patch(index, value.wrapping_sub(stream.lo()) as u8);
+                } else {
+                    self.far.push((index, value));
+                }
             }
+        }
+        self.next += 1;
+        Some(self.shape)
+    }
+
+    /// The current block in one plane: the value of symbol 0, and the symbols as bytes, `[column][lane]`, in the payload or
+    /// in `buffer`.
+    pub fn plane<'b>(&'b self, plane: usize, buffer: &'b mut [u8; BLOCK]) -> (i32, &'b [u8]) {
+        let stream = &self.streams[plane];
+        let symbols = match stream.symbols() {
+            Symbols::Packed { width: 8, bytes } => bytes,
+            Symbols::Packed { width, bytes } => {
+                unpack_steps(bytes, width, self.shape, buffer);
+                buffer
+            }
+            Symbols::Zero => {
+                buffer.fill(0);
+                buffer
+            }
+        };
+        (stream.lo(), symbols)
+    }
+
+    /// Levels of the current block that their symbols cannot say: place and value in the first plane.
+    pub fn far(&self) -> &[(usize, i32)] {
+        &self.far
+    }
+
+    /// The current block's codes, `[column][lane]`.
+    pub fn codes(&self, out: &mut [u32; BLOCK]) {
+        let element = self.weight.header.element;
+        let size = self.shape.cols * LANES;
+        out[..size].fill(0);
+        let mut unpacked = [0; BLOCK];
+        for plane in 0..self.streams.len() {
+            let (lo, symbols) = self.plane(plane, &mut unpacked);
+            element.place(plane, lo, &symbols[..size], &mut out[..size]);
+        }
+        for &(index, value) in &self.far {
+            out[index] = self.far_code(index, value);
         }
     }
 
     /// The current block before its scales, `[column][lane]`: floats of a lossless weight, reconstruction points r(q) of
     /// levels. Lanes without a row are zero.
-    pub fn points<T: Real>(&self, shape: BlockShape, out: &mut [T; BLOCK]) {
-        let (lo, centroids) = &self.weight.centroids;
-        points(&self.codes[..shape.cols * LANES], self.weight.header.element, *lo, centroids, out);
+    pub fn points(&self, out: &mut [f32; BLOCK]) {
+        let Self { weight, shape, .. } = self;
+        let assembly = &weight.assembly;
+        let vector = assembly.is_vector();
+        if !vector || points::assemble(assembly, self.two_planes(), shape.cols, out).is_none() {
+            let mut codes = [0; BLOCK];
+            self.codes(&mut codes);
+            convert(assembly, &codes[..shape.cols * LANES], out);
+        }
+        for &(index, value) in &self.far {
+            out[index] = assembly.point(self.far_code(index, value));
+        }
         if shape.lanes < LANES {
-            out.chunks_exact_mut(LANES).for_each(|column| column[shape.lanes..].fill(T::default()));
+            out.chunks_exact_mut(LANES).for_each(|column| column[shape.lanes..].fill(0.0));
         }
     }
 
-    /// One weight of the current block, scaled.
-    #[inline(always)]
-    pub fn value<S: Real, O: Scalar>(
-        &self,
-        col: usize,
-        lane: usize,
-        row: usize,
-        weight_col: usize,
-        scales: Scales<S>,
-    ) -> O {
-        let header = &self.weight.header;
-        let code = self.codes[col * LANES + lane];
-        if let Element::Bits(dtype) = header.element {
-            return O::from_bits(code, dtype).unwrap_or_else(|| O::from_f32(bits_to_f32(code, dtype)));
-        }
-        let group = weight_col / header.scale_grid.group_cols(header.geometry).max(1);
-        let (lo, centroids) = &self.weight.centroids;
-        let point = S::from_f32(level_point(code, *lo, centroids));
-        let scale = scales.get(header.scale_grid.index(row, group, header.geometry));
-        O::from_real(scale.map_or(point, |scale| scale * point))
+    /// Adds x (one value for each column) times the current block to `sums` without writing the block down. Returns whether
+    /// it could: if not, [`TileDecoder::points`] and a product of them give the same bits.
+    pub fn multiply(&self, x: &[f32], sums: &mut [f32; LANES]) -> bool {
+        let assembly = &self.weight.assembly;
+        let plain = self.far.is_empty() && self.shape.lanes == LANES;
+        plain && assembly.is_vector() && points::multiply(assembly, self.two_planes(), x, sums).is_some()
+    }
+
+    fn two_planes(&self) -> [Symbols<'_>; 2] {
+        [0, 1].map(|plane| self.streams.get(plane).map_or(Symbols::Zero, Stream::symbols))
+    }
+
+    /// The code of a level whose first plane has the value `value`.
+    fn far_code(&self, index: usize, value: i32) -> u32 {
+        let Element::Level { low_bits } = self.weight.header.element else { return 0 };
+        let low = self.streams.get(1).map_or(0, |stream| {
+            let low = i32::from(stream.symbols().at(index));
+            stream.lo().wrapping_add(low) as u32
+        });
+        (value as u32) << low_bits | low
     }
 }
 
 per_isa! {
-    /// What codes stand for: floats, or reconstruction points.
-    fn points<T: Real>(codes: &[u32], element: Element, lo: i32, centroids: &[f32], out: &mut [T; BLOCK]) {
-        let pairs = out.iter_mut().zip(codes);
-        match element {
-            Element::Bits(Dtype::Bf16) => pairs.for_each(|(out, &code)| *out = T::from_f32(f32::from_bits(code << 16))),
-            Element::Bits(dtype) => pairs.for_each(|(out, &code)| *out = T::from_f32(bits_to_f32(code, dtype))),
-            Element::Level { .. } if centroids.is_empty() => {
-                pairs.for_each(|(out, &code)| *out = T::from_f32(code as i32 as f32));
-            }
-            Element::Level { .. } => {
-                pairs.for_each(|(out, &code)| *out = T::from_f32(level_point(code, lo, centroids)));
-            }
-        }
-    }
-}
-
-/// r(q) of a level.
-#[inline(always)]
-fn level_point(code: u32, lo: i32, centroids: &[f32]) -> f32 {
-    let level = code as i32;
-    centroids.get(level.wrapping_sub(lo) as usize).copied().unwrap_or(level as f32)
-}
-
-/// A plane of a tile, being read.
-struct Stream<'a> {
-    data: Data<'a>,
-    restorer: Option<Restorer>,
-}
-
-enum Data<'a> {
-    Constant(i32),
-    Plain {
-        lo: i32,
-        width: u32,
-        bytes: Bytes<'a>,
-    },
-    Modelled {
-        lo: i32,
-        table: &'a SlotTable,
-        decoder: Decoder<'a>,
-        /// Escapes not yet reached, in stream order.
-        escapes: Bytes<'a>,
-    },
-}
-
-impl<'a> Data<'a> {
-    fn read(
-        bytes: &mut Bytes<'a>,
-        coding: &Coding,
-        table: Option<&'a SlotTable>,
-        geometry: Geometry,
-        tile: usize,
-    ) -> Result<Self> {
-        match (coding, table) {
-            (Coding::Plain { lo, width }, _) => {
-                let size: usize = geometry.blocks(tile).map(|b| b.cols * step_bytes(b.lanes, *width)).sum();
-                Ok(Self::Plain { lo: *lo, width: *width, bytes: Bytes(bytes.take(size)?) })
-            }
-            (Coding::Modelled(model), Some(table)) => {
-                let head = bytes.word()?;
-                let states = bytes.take(4 * geometry.lanes_of(tile))?;
-                let words = bytes.take(2 * (head & !HAS_ESCAPES) as usize)?;
-                let escapes = if head & HAS_ESCAPES != 0 {
-                    let count = bytes.word()? as usize;
-                    bytes.take(count.saturating_mul(ESCAPE_BYTES))?
-                } else {
-                    &[]
-                };
-                Ok(Self::Modelled {
-                    lo: model.lo,
-                    table,
-                    decoder: Decoder::new(states, words),
-                    escapes: Bytes(escapes),
-                })
-            }
-            (Coding::Constant(value), _) => Ok(Self::Constant(*value)),
-            (Coding::Modelled(_), None) => Err(Error::corrupt("plane", "a model", "none")),
-        }
-    }
-}
-
-impl Stream<'_> {
-    /// Decodes a block's symbols, `[column][lane]`, and returns the value that symbol 0 stands for.
-    fn symbols(&mut self, shape: BlockShape, symbols: &mut [u8; BLOCK]) -> i32 {
-        let lo = match &mut self.data {
-            Data::Constant(value) => {
-                symbols.fill(0);
-                return *value;
-            }
-            Data::Plain { lo, width, bytes } => {
-                for step in symbols.chunks_exact_mut(LANES).take(shape.cols) {
-                    bytes.unpack_step(*width, &mut step[..shape.lanes]);
-                }
-                *lo
-            }
-            Data::Modelled { lo, table, decoder, .. } => {
-                decoder.block(table, shape.cols, shape.lanes, symbols);
-                *lo
-            }
-        };
-        if let Some(restorer) = &mut self.restorer {
-            restorer.restore(shape, symbols);
-        }
-        lo
-    }
-
-    /// The next escape in this block: its place in `[column][lane]` and its value.
-    fn escape(&mut self, shape: BlockShape, first_row: usize) -> Option<(usize, i32)> {
-        match &mut self.data {
-            Data::Modelled { escapes, .. } => escapes.escape_in(shape, first_row),
-            _ => None,
-        }
-    }
-}
-
-/// Bytes of a step of plain bits.
-pub fn step_bytes(lanes: usize, width: u32) -> usize {
-    (lanes * width as usize).div_ceil(8)
-}
-
-/// The head of a modelled plane's stream.
-pub fn stream_head(words: usize, escapes: bool) -> [u8; STREAM_HEAD] {
-    (words as u32 | if escapes { HAS_ESCAPES } else { 0 }).to_le_bytes()
-}
-
-/// An escape as stored.
-pub fn escape_bytes(col: usize, row_in_tile: usize, value: i32) -> [u8; ESCAPE_BYTES] {
-    let position = (col as u32) << ESCAPE_ROW_BITS | row_in_tile as u32;
-    let mut bytes = [0; ESCAPE_BYTES];
-    bytes[..4].copy_from_slice(&position.to_le_bytes());
-    bytes[4..].copy_from_slice(&value.to_le_bytes());
-    bytes
-}
-
-/// Unread bytes.
-struct Bytes<'a>(&'a [u8]);
-
-impl<'a> Bytes<'a> {
-    fn take(&mut self, size: usize) -> Result<&'a [u8]> {
-        let (taken, rest) = self
-            .0
-            .split_at_checked(size)
-            .ok_or_else(|| Error::corrupt("payload", format!("{size} more bytes in the tile"), self.0.len()))?;
-        self.0 = rest;
-        Ok(taken)
-    }
-
-    fn word(&mut self) -> Result<u32> {
-        let bytes = self.take(4)?;
-        Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-    }
-
-    /// The next step of plain bits, least significant first. The size was taken whole, so the bytes are there.
-    fn unpack_step(&mut self, width: u32, out: &mut [u8]) {
-        let (step, rest) = self.0.split_at(step_bytes(out.len(), width));
-        if width == 8 {
-            out.copy_from_slice(step);
-        } else {
-            let mask = (1u8 << width) - 1;
-            // Eight symbols are `width` bytes. Reading eight of them at once may run on into the next step's.
-            for (group, symbols) in out.chunks_mut(8).enumerate() {
-                let bytes = &self.0[group * width as usize..];
-                let word = bytes.first_chunk().copied().unwrap_or_else(|| {
-                    let mut end = [0; 8];
-                    end[..bytes.len()].copy_from_slice(bytes);
-                    end
-                });
-                let word = u64::from_le_bytes(word);
-                for (lane, symbol) in symbols.iter_mut().enumerate() {
-                    *symbol = (word >> (lane * width as usize)) as u8 & mask;
-                }
-            }
-        }
-        self.0 = rest;
-    }
-
-    /// Takes the next escape if it lies in this block: its place there and its value.
-    fn escape_in(&mut self, shape: BlockShape, first_row: usize) -> Option<(usize, i32)> {
-        let (escape, rest) = self.0.split_first_chunk::<ESCAPE_BYTES>()?;
-        let [p0, p1, p2, p3, v0, v1, v2, v3] = *escape;
-        let position = u32::from_le_bytes([p0, p1, p2, p3]);
-        let row = first_row + (position & ((1 << ESCAPE_ROW_BITS) - 1)) as usize;
-        let col = (position >> ESCAPE_ROW_BITS) as usize;
-        let inside = |at: usize, start: usize, len: usize| at.checked_sub(start).filter(|&i| i < len);
-        let lane = inside(row, shape.row, shape.lanes)?;
-        let col = inside(col, shape.col, shape.cols)?;
-        self.0 = rest;
-        Some((col * LANES + lane, i32::from_le_bytes([v0, v1, v2, v3])))
+    /// What codes stand for.
+    fn convert(assembly: &Assembly, codes: &[u32], out: &mut [f32; BLOCK]) {
+        out.iter_mut().zip(codes).for_each(|(out, &code)| *out = assembly.point(code));
     }
 }

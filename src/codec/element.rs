@@ -78,13 +78,6 @@ impl Element {
     pub fn place(self, plane: usize, lo: i32, symbols: &[u8], codes: &mut [u32]) {
         place(self, plane, lo, symbols, codes);
     }
-
-    /// [`Element::place`] of one value: its bits in a code.
-    pub fn bits_of(self, plane: usize, value: i32) -> u32 {
-        let mut code = [0];
-        self.place(plane, value, &[0], &mut code);
-        code[0]
-    }
 }
 
 per_isa! {

@@ -1,12 +1,16 @@
 //! Making a packed weight from codes: gather statistics, choose each plane's coding, write the tiles.
 
-use super::decode::{checksum_scales, checksum_words, escape_bytes, step_bytes, stream_head};
+use super::alias::{AliasCodes, AliasDecoder, AliasEncoder};
+use super::decode::{PackedWeight, checksum_scales, checksum_words};
 use super::element::{Element, Weights};
 use super::format::{FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Plane, Quantizer, ScaleGrid, TILE_ALIGN};
-use super::geometry::{CHUNK, Geometry, LANES};
+use super::geometry::{BLOCK, Geometry, LANES};
 use super::predict::Predictor;
-use super::rans::Encoder;
-use super::symbols::{Coding, Histogram, Model, SYMBOL_TABLE_BITS, model_of_all, plan};
+use super::rans::{self, Encoder};
+use super::stream::{LaneDecoder, pack_step, sort_escapes, write_coded, write_escapes};
+use super::symbols::{
+    Coding, Histogram, Plan, SYMBOL_TABLE_BITS, alias_allowance, model_of_all, plan, plan_alias, streams,
+};
 use crate::parallel::{Pool, map};
 use crate::{Error, Result};
 
@@ -45,8 +49,8 @@ pub struct Description {
     pub quantizer: Quantizer,
     pub scale_grid: ScaleGrid,
     pub scales: Vec<f32>,
-    /// For levels whose plane 0 was planned by the quantiser: that plane.
-    pub symbols: Option<Plane>,
+    /// For levels whose plane 0 was planned by the quantiser: that plan, and the centroids.
+    pub symbols: Option<(Plan, Vec<i8>)>,
 }
 
 struct Bits<'a> {
@@ -98,14 +102,30 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
 
     let planned = usize::from(symbols.is_some());
     let histograms = byte_histograms(geometry, element, planned, &tile_codes, pool);
-    let planes = histograms.iter().enumerate().map(|(index, histogram)| Plane {
-        coding: plan(histogram, element.plane_width(planned + index)).coding,
+    let mut plans: Vec<Plan> = (planned..element.planes())
+        .zip(&histograms)
+        .map(|(plane, histogram)| plan(histogram, element.plane_width(plane)))
+        .collect();
+    let mut allowance = alias_allowance(plans.iter().map(|plan| plan.bits).sum(), geometry.elements());
+    for (plan, histogram) in plans.iter_mut().zip(&histograms).filter(|(plan, _)| plan.coding.is_modelled()) {
+        if let Some(alias) = plan_alias(histogram).filter(|alias| alias.bits <= plan.bits + allowance) {
+            allowance -= alias.bits - plan.bits;
+            *plan = alias;
+        }
+    }
+    let (symbols, centroids) = symbols.unzip();
+    let plans: Vec<Plan> = symbols.into_iter().chain(plans).collect();
+    let bits = plans.iter().map(|plan| plan.bits).sum();
+    let plane = |plan: Plan| Plane {
+        streams: streams(&plan.coding, geometry, bits),
+        coding: plan.coding,
         centroids: Vec::new(),
-    });
-    let mut planes: Vec<Plane> = symbols.into_iter().chain(planes).collect();
+    };
+    let mut planes: Vec<Plane> = plans.into_iter().map(plane).collect();
+    planes[0].centroids = centroids.unwrap_or_default();
     let predictor = choose_predictor(&mut planes[0], geometry, element, &tile_codes, pool);
 
-    let mut header = Header {
+    let header = Header {
         version: FORMAT_VERSION,
         layout: Layout::Compact,
         dtype: weights.dtype(),
@@ -117,8 +137,14 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
         planes,
         directory_crc: 0,
         scales_crc: checksum_scales(&scales),
+        origin: None,
     };
     let tiles = map(pool, geometry.tiles(), |tile| encode_tile(&header, tile, &tile_codes(tile)));
+    join(header, tiles, scales)
+}
+
+/// Puts tiles one after another.
+fn join(mut header: Header, tiles: Vec<Vec<u8>>, scales: Vec<f32>) -> Result<Packed> {
     let mut payload = Vec::with_capacity(tiles.iter().map(Vec::len).sum());
     let mut directory = Vec::with_capacity(2 * tiles.len());
     for tile in tiles {
@@ -159,25 +185,55 @@ fn byte_histograms(
     total
 }
 
-/// The symbols of a tile's plane 0, row-major, and its escapes as (row, column, value).
-fn tile_symbols(
-    model: &Model,
-    element: Element,
-    plane: usize,
-    codes: &[u32],
-    cols: usize,
-) -> (Vec<u8>, Vec<(usize, usize, i32)>) {
-    let escape = model.frequencies.len() - 1;
+/// An escape: column, row in the tile, value.
+type Escape = (usize, usize, i32);
+
+/// The symbols of a tile's plane, row-major, and its escapes in stream order.
+fn tile_symbols(coding: &Coding, element: Element, plane: usize, codes: &[u32], cols: usize) -> (Vec<u8>, Vec<Escape>) {
+    let filler = coding.filler();
     let mut escapes = Vec::new();
     let symbols = codes.iter().enumerate().map(|(index, &code)| {
         let value = element.split(code, plane);
-        let symbol = model.symbol(value).unwrap_or_else(|| {
-            escapes.push((index / cols, index % cols, value));
-            escape
-        });
-        symbol as u8
+        coding.symbol(value).unwrap_or_else(|| {
+            escapes.push((index % cols, index / cols, value));
+            filler
+        })
     });
-    (symbols.collect(), escapes)
+    let symbols = symbols.collect();
+    sort_escapes(&mut escapes);
+    (symbols, escapes)
+}
+
+/// Row-major symbols of a tile in stream order, `[block][column][lane of 32]`.
+fn to_blocks(geometry: Geometry, tile: usize, symbols: &[u8]) -> Vec<u8> {
+    let first_row = geometry.rows_of(tile).start;
+    let mut out = vec![0; geometry.blocks(tile).map(|block| block.cols * LANES).sum()];
+    let mut rest = &mut out[..];
+    for shape in geometry.blocks(tile) {
+        let (block, after) = rest.split_at_mut(shape.cols * LANES);
+        for lane in 0..shape.lanes {
+            let row = &symbols[(shape.row - first_row + lane) * geometry.cols + shape.col..][..shape.cols];
+            block.iter_mut().skip(lane).step_by(LANES).zip(row).for_each(|(to, &symbol)| *to = symbol);
+        }
+        rest = after;
+    }
+    out
+}
+
+/// The inverse of [`to_blocks`].
+fn from_blocks(geometry: Geometry, tile: usize, symbols: &[u8]) -> Vec<u8> {
+    let rows = geometry.rows_of(tile);
+    let mut out = vec![0; rows.len() * geometry.cols];
+    let mut rest = symbols;
+    for shape in geometry.blocks(tile) {
+        let (block, after) = rest.split_at(shape.cols * LANES);
+        for lane in 0..shape.lanes {
+            let row = &mut out[(shape.row - rows.start + lane) * geometry.cols + shape.col..][..shape.cols];
+            row.iter_mut().zip(block.iter().skip(lane).step_by(LANES)).for_each(|(to, &symbol)| *to = symbol);
+        }
+        rest = after;
+    }
+    out
 }
 
 /// Measures every predictor on plane 0 and changes its model to the best one's, if that saves anything.
@@ -188,18 +244,17 @@ fn choose_predictor(
     tile_codes: &(dyn Fn(usize) -> Vec<u32> + Sync),
     pool: &dyn Pool,
 ) -> Predictor {
+    if plane.coding.escapes() || plane.coding.values() < 2 {
+        return Predictor::None;
+    }
     // The alphabet that residuals are taken in.
-    let model = match &plane.coding {
-        Coding::Modelled(model) if !model.escapes => model.clone(),
-        Coding::Plain { lo, width } => Model { lo: *lo, frequencies: vec![1; 1 << width], escapes: false },
-        _ => return Predictor::None,
-    };
-    let histograms = predictor_histograms(&model, geometry, element, tile_codes, pool);
+    let alphabet = plane.coding.values();
+    let histograms = predictor_histograms(&plane.coding, geometry, element, tile_codes, pool);
     let bits: Vec<f64> = histograms.iter().map(Histogram::entropy).collect();
     let best = (0..bits.len()).min_by(|&a, &b| bits[a].total_cmp(&bits[b]));
     // Where the plane was plain, a model comes with it: its table, and states and a head for each tile.
     let stream_bits = (8 * (4 * LANES + 4) * geometry.tiles()) as f64;
-    let model_bits = SYMBOL_TABLE_BITS * model.frequencies.len() as f64 + stream_bits;
+    let model_bits = SYMBOL_TABLE_BITS * alphabet as f64 + stream_bits;
     let pays = |best: &usize| {
         let saved = (bits[0] - bits[*best]) * geometry.elements() as f64;
         bits[*best] < PREDICTOR_GAIN * bits[0] && saved > model_bits
@@ -207,21 +262,22 @@ fn choose_predictor(
     let Some(best) = best.filter(pays) else {
         return Predictor::None;
     };
-    plane.coding = model_of_all(&histograms[best].counts, model.lo);
+    plane.coding = model_of_all(&histograms[best].counts, plane.coding.lo());
+    plane.streams = 1;
     Predictor::ALL[best]
 }
 
 /// The histogram of each predictor's residuals, in the order of [`Predictor::ALL`].
 fn predictor_histograms(
-    model: &Model,
+    coding: &Coding,
     geometry: Geometry,
     element: Element,
     tile_codes: &(dyn Fn(usize) -> Vec<u32> + Sync),
     pool: &dyn Pool,
 ) -> Vec<Histogram> {
-    let alphabet = model.frequencies.len();
+    let alphabet = coding.values();
     let per_tile = map(pool, geometry.tiles(), |tile| {
-        let (symbols, _) = tile_symbols(model, element, 0, &tile_codes(tile), geometry.cols);
+        let (symbols, _) = tile_symbols(coding, element, 0, &tile_codes(tile), geometry.cols);
         Predictor::ALL.map(|predictor| {
             let mut counts = [0u32; 256];
             for residual in predictor.residuals(&symbols, geometry.cols, alphabet) {
@@ -240,78 +296,197 @@ fn predictor_histograms(
 
 fn encode_tile(header: &Header, tile: usize, codes: &[u32]) -> Vec<u8> {
     let geometry = header.geometry;
-    let first_row = geometry.rows_of(tile).start;
     let mut out = Vec::new();
     for (index, plane) in header.planes.iter().enumerate() {
-        match &plane.coding {
-            Coding::Constant(_) => {}
-            Coding::Plain { lo, width } => {
-                for shape in geometry.blocks(tile) {
-                    for col in shape.col..shape.col + shape.cols {
-                        let value = |lane: usize| {
-                            let row = shape.row - first_row + lane;
-                            let value = header.element.split(codes[row * geometry.cols + col], index);
-                            value.wrapping_sub(*lo) as u8
-                        };
-                        pack_step((0..shape.lanes).map(value), *width, &mut out);
-                    }
-                }
-            }
-            Coding::Modelled(model) => {
-                let (mut symbols, escapes) = tile_symbols(model, header.element, index, codes, geometry.cols);
-                if index == 0 && header.predictor != Predictor::None {
-                    symbols = header.predictor.residuals(&symbols, geometry.cols, model.frequencies.len());
-                }
-                write_model(&mut out, geometry, tile, model, &symbols, escapes);
-            }
+        if let Coding::Constant(_) = plane.coding {
+            continue;
         }
+        let (mut symbols, escapes) = tile_symbols(&plane.coding, header.element, index, codes, geometry.cols);
+        if index == 0 && header.predictor != Predictor::None {
+            symbols = header.predictor.residuals(&symbols, geometry.cols, plane.coding.values());
+        }
+        write_plane(&mut out, plane, geometry, tile, &to_blocks(geometry, tile, &symbols), &escapes);
     }
     out.resize(out.len().next_multiple_of(TILE_ALIGN), 0);
     out
 }
 
-/// A modelled plane of a tile: head, lane states, words, escapes in stream order.
-fn write_model(
+/// Writes a tile's plane: `symbols` and `escapes` in stream order.
+fn write_plane(
     out: &mut Vec<u8>,
+    plane: &Plane,
     geometry: Geometry,
     tile: usize,
-    model: &Model,
     symbols: &[u8],
-    mut escapes: Vec<(usize, usize, i32)>,
+    escapes: &[Escape],
 ) {
-    let first_row = geometry.rows_of(tile).start;
-    let intervals = model.intervals();
-    let mut encoder = Encoder::new(symbols.len() / 2);
-    for shape in geometry.blocks(tile).rev() {
-        for col in (shape.col..shape.col + shape.cols).rev() {
-            let interval = |lane: usize| {
-                let symbol = symbols[(shape.row - first_row + lane) * geometry.cols + col];
-                (lane, intervals[usize::from(symbol)])
-            };
-            encoder.step((0..shape.lanes).map(interval));
+    let lanes = geometry.lanes_of(tile);
+    match &plane.coding {
+        Coding::Constant(_) => {}
+        Coding::Plain { width, escapes: with_escapes, .. } => {
+            let mut blocks = symbols;
+            for shape in geometry.blocks(tile) {
+                let (block, rest) = blocks.split_at(shape.cols * LANES);
+                if *width == 8 && shape.lanes == LANES {
+                    out.extend_from_slice(block);
+                } else {
+                    block.chunks_exact(LANES).for_each(|step| pack_step(&step[..shape.lanes], *width, out));
+                }
+                blocks = rest;
+            }
+            if *with_escapes {
+                write_escapes(out, escapes);
+            }
         }
-    }
-    let (states, words) = encoder.finish(geometry.lanes_of(tile));
-    out.extend(stream_head(words.len() / 2, !escapes.is_empty()));
-    out.extend(states);
-    out.extend(words);
-    if !escapes.is_empty() {
-        escapes.sort_by_key(|&(row, col, _)| (col / CHUNK, row / LANES, col, row));
-        out.extend((escapes.len() as u32).to_le_bytes());
-        out.extend(escapes.into_iter().flat_map(|(row, col, value)| escape_bytes(col, row, value)));
+        Coding::Modelled(model) => {
+            let intervals = model.intervals();
+            let streams = coded_streams(plane.streams, geometry, tile, symbols, |steps, capacity| {
+                let mut encoder = Encoder::new(capacity);
+                steps(&mut |step| encoder.step(&intervals, step));
+                encoder.finish(lanes)
+            });
+            write_coded(out, &streams, rans::Decoder::WORD_BYTES, escapes);
+        }
+        Coding::Alias(model) => {
+            let codes = AliasCodes::new(&model.frequencies);
+            let streams = coded_streams(plane.streams, geometry, tile, symbols, |steps, capacity| {
+                let mut encoder = AliasEncoder::new(&codes, capacity);
+                steps(&mut |step| encoder.step(step));
+                encoder.finish(lanes)
+            });
+            write_coded(out, &streams, AliasDecoder::WORD_BYTES, escapes);
+        }
     }
 }
 
-/// A step of plain bits, least significant first, padded to a byte.
-fn pack_step(values: impl ExactSizeIterator<Item = u8>, width: u32, out: &mut Vec<u8>) {
-    let start = out.len();
-    out.resize(start + step_bytes(values.len(), width), 0);
-    for (lane, value) in values.enumerate() {
-        let bit = lane * width as usize;
-        let shifted = u16::from(value) << (bit % 8);
-        out[start + bit / 8] |= shifted as u8;
-        if shifted > 0xff {
-            out[start + bit / 8 + 1] |= (shifted >> 8) as u8;
+/// Calls `encode` for each stream with a function that visits its steps, the last one first, and how many symbols there are.
+fn coded_streams(
+    count: usize,
+    geometry: Geometry,
+    tile: usize,
+    symbols: &[u8],
+    encode: impl Fn(&dyn Fn(&mut dyn FnMut(&[u8])), usize) -> (Vec<u8>, Vec<u8>),
+) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let mut start = 0;
+    let blocks: Vec<_> = geometry
+        .blocks(tile)
+        .map(|shape| {
+            let block = &symbols[start..start + shape.cols * LANES];
+            start += block.len();
+            (shape.lanes, block)
+        })
+        .collect();
+    let stream = |stream: usize| {
+        let own = || blocks.iter().skip(stream).step_by(count).rev();
+        let steps = |visit: &mut dyn FnMut(&[u8])| {
+            for (lanes, block) in own() {
+                block.rchunks_exact(LANES).for_each(|step| visit(&step[..*lanes]));
+            }
+        };
+        encode(&steps, own().map(|(_, block)| block.len()).sum())
+    };
+    (0..count).map(stream).collect()
+}
+
+/// The same weight in another layout, exactly: each plane's values are looked up in the coding that it has there. From the
+/// canonical form and back gives the same bytes.
+pub fn lay_out(weight: &PackedWeight, layout: Layout, scales: Vec<f32>, pool: &dyn Pool) -> Result<Packed> {
+    let from = &weight.header;
+    let header = match (&from.origin, layout) {
+        (Some(origin), Layout::Compact) => (**origin).clone(),
+        (None, Layout::Fast) => fast(from),
+        _ => from.clone(),
+    };
+    let tiles = map(pool, header.geometry.tiles(), |tile| move_tile(weight, &header, tile));
+    join(header, tiles.into_iter().collect::<Result<_>>()?, scales)
+}
+
+/// The header of a canonical form's fast twin.
+fn fast(canonical: &Header) -> Header {
+    let flat = |(index, plane): (usize, &Plane)| {
+        let coding = match canonical.predictor {
+            // The model is of differences: any value may be as frequent as any other.
+            predictor if index == 0 && predictor != Predictor::None => {
+                let width = plane.coding.values().next_power_of_two().ilog2();
+                Coding::Plain { lo: plane.coding.lo(), width, escapes: false }
+            }
+            _ => plane.coding.flattened(),
+        };
+        let skipped = coding.lo().wrapping_sub(plane.coding.lo()) as usize;
+        let centroids = plane.centroids.iter().skip(skipped).take(coding.values()).copied().collect();
+        Plane { coding, streams: 1, centroids }
+    };
+    Header {
+        version: FORMAT_VERSION,
+        layout: Layout::Fast,
+        predictor: Predictor::None,
+        planes: canonical.planes.iter().enumerate().map(flat).collect(),
+        origin: Some(Box::new(canonical.clone())),
+        ..canonical.clone()
+    }
+}
+
+fn move_tile(weight: &PackedWeight, to: &Header, tile: usize) -> Result<Vec<u8>> {
+    let geometry = to.geometry;
+    let size = geometry.blocks(tile).map(|block| block.cols * LANES).sum();
+    let mut planes: Vec<_> = to.planes.iter().map(|_| (Vec::with_capacity(size), Vec::new())).collect();
+    let mut decoder = weight.tile(tile)?;
+    let mut unpacked = [0; BLOCK];
+    while let Some(shape) = decoder.next_block() {
+        for (index, (plane, (symbols, escapes))) in to.planes.iter().zip(&mut planes).enumerate() {
+            let start = symbols.len();
+            let (lo, from) = decoder.plane(index, &mut unpacked);
+            symbols.extend_from_slice(&from[..shape.cols * LANES]);
+            let far = if index == 0 { decoder.far() } else { &[] };
+            let recoding = Recoding { to: &plane.coding, lo, wraps: matches!(to.element, Element::Bits(_)) };
+            recoding.run(&mut symbols[start..], far, shape.lanes, |index, value| {
+                let row = shape.row - geometry.rows_of(tile).start + index % LANES;
+                escapes.push((shape.col + index / LANES, row, value));
+            });
+        }
+    }
+    let mut out = Vec::with_capacity(2 * size);
+    for (index, (plane, (mut symbols, escapes))) in to.planes.iter().zip(planes).enumerate() {
+        if index == 0 && to.predictor != Predictor::None {
+            let rows = from_blocks(geometry, tile, &symbols);
+            let residuals = to.predictor.residuals(&rows, geometry.cols, plane.coding.values());
+            symbols = to_blocks(geometry, tile, &residuals);
+        }
+        write_plane(&mut out, plane, geometry, tile, &symbols, &escapes);
+    }
+    out.resize(out.len().next_multiple_of(TILE_ALIGN), 0);
+    Ok(out)
+}
+
+/// A block's symbols of one coding turned into those of another.
+struct Recoding<'a> {
+    to: &'a Coding,
+    /// The value of symbol 0 before.
+    lo: i32,
+    /// Whether values are bytes.
+    wraps: bool,
+}
+
+impl Recoding<'_> {
+    /// `far` lists values that no symbol says; `escape` takes those (and any other) that the new coding has none for.
+    fn run(&self, symbols: &mut [u8], far: &[(usize, i32)], lanes: usize, mut escape: impl FnMut(usize, i32)) {
+        let change = self.lo.wrapping_sub(self.to.lo()) as u8;
+        let all = symbols.iter().fold(0, |most, symbol| most.max(symbol.wrapping_add(change)));
+        if far.is_empty() && lanes == LANES && usize::from(all) < self.to.values() && self.to.is_gapless() {
+            symbols.iter_mut().for_each(|symbol| *symbol = symbol.wrapping_add(change));
+            return;
+        }
+        let mut far = far.iter().peekable();
+        for (index, symbol) in symbols.iter_mut().enumerate().filter(|(index, _)| index % LANES < lanes) {
+            let value = match far.next_if(|(place, _)| *place == index) {
+                Some(&(_, value)) => value,
+                None if self.wraps => i32::from((self.lo as u8).wrapping_add(*symbol)),
+                None => self.lo.wrapping_add(i32::from(*symbol)),
+            };
+            *symbol = self.to.symbol(value).unwrap_or_else(|| {
+                escape(index, value);
+                self.to.filler()
+            });
         }
     }
 }

@@ -1,14 +1,15 @@
 //! The bytes of a packed weight's tables: header, then one description per plane. `docs/format.md` is the specification.
 
+use super::alias::{ALIAS_CEILING, ALIAS_SYMBOLS, ALIAS_TOTAL};
 use super::element::{Dtype, Element};
 use super::geometry::{CHUNK, Geometry, LANES};
 use super::predict::Predictor;
 use super::rans::MODEL_TOTAL;
-use super::symbols::{Coding, Model};
+use super::symbols::{AliasModel, Coding, Model};
 use crate::{Error, Result};
 
 /// The version this library writes, and the newest that it reads.
-pub const FORMAT_VERSION: u16 = 1;
+pub const FORMAT_VERSION: u16 = 2;
 /// Rows and columns lie below this, so that an escape's position fits in 32 bits and no size computation overflows.
 pub const MAX_DIMENSION: usize = 1 << 26;
 /// Tiles start at multiples of this many bytes, the unit of the directory's offsets.
@@ -18,6 +19,7 @@ const MAGIC: [u8; 4] = *b"INFW";
 const HEADER_BYTES: usize = 48;
 const PLANE_BYTES: usize = 8;
 const CHECKSUM_AT: usize = 44;
+const LAYOUT_AT: usize = 7;
 
 /// Whether anything in the payload is entropy-coded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +37,8 @@ pub enum Codec {
 pub enum Layout {
     /// The canonical form, the smallest: what is stored.
     Compact = 0,
+    /// Plain bits of a few widths, made from the canonical form: what is fastest to compute on.
+    Fast = 1,
 }
 
 /// What made the codes.
@@ -125,18 +129,30 @@ impl ScaleGrid {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plane {
     pub coding: Coding,
-    /// In 1/256 of a step, for each value of the model; empty for none.
+    /// How many streams a tile's blocks take turns in; 1 for a coding without a model.
+    pub streams: usize,
+    /// In 1/256 of a step, for each symbol from the first on; empty for none.
     pub centroids: Vec<i8>,
 }
 
 impl Plane {
-    /// How many different symbols the coding can tell apart.
-    pub fn alphabet(&self) -> usize {
+    fn to_bytes(&self, out: &mut Vec<u8>) {
+        // 256 is written as 0, so that a byte is enough.
+        let (coding, width, symbols) = match &self.coding {
+            Coding::Constant(_) => (0, 0, 0),
+            Coding::Plain { width, .. } => (1, *width as u8, self.centroids.len() as u8),
+            Coding::Modelled(model) => (2, self.streams.ilog2() as u8, model.frequencies.len() as u8),
+            Coding::Alias(model) => (3, self.streams.ilog2() as u8, model.frequencies.len() as u8),
+        };
+        let flags = u8::from(self.coding.escapes()) | u8::from(!self.centroids.is_empty()) << 1;
+        out.extend([coding, width, flags, symbols]);
+        out.extend(self.coding.lo().to_le_bytes());
         match &self.coding {
-            Coding::Constant(_) => 1,
-            Coding::Plain { width, .. } => 1 << width,
-            Coding::Modelled(model) => model.frequencies.len(),
+            Coding::Modelled(model) => out.extend(model.frequencies.iter().flat_map(|f| f.to_le_bytes())),
+            Coding::Alias(model) => out.extend(&model.frequencies),
+            _ => {}
         }
+        out.extend(self.centroids.iter().map(|&c| c as u8));
     }
 }
 
@@ -156,12 +172,13 @@ pub struct Header {
     pub directory_crc: u32,
     /// CRC-32 of the scales as f32, as they were packed; training them outdates it.
     pub scales_crc: u32,
+    /// Of a weight that is not in its canonical form: the header of that.
+    pub origin: Option<Box<Header>>,
 }
 
 impl Header {
     pub fn codec(&self) -> Codec {
-        let modelled = |plane: &Plane| matches!(plane.coding, Coding::Modelled(_));
-        if self.planes.iter().any(modelled) { Codec::Rans } else { Codec::Raw }
+        if self.planes.iter().any(|plane| plane.coding.is_modelled()) { Codec::Rans } else { Codec::Raw }
     }
 
     /// The `tables` tensor.
@@ -197,29 +214,22 @@ impl Header {
         ] {
             out.extend(word.to_le_bytes());
         }
-        for plane in &self.planes {
-            let (coding, width, flags, symbols, lo) = match &plane.coding {
-                Coding::Constant(value) => (0, 0, 0, 0, *value),
-                Coding::Plain { lo, width } => (1, *width as u8, 0, 0, *lo),
-                Coding::Modelled(model) => (
-                    2,
-                    0,
-                    u8::from(model.escapes) | u8::from(!plane.centroids.is_empty()) << 1,
-                    // 256 is written as 0, so that a byte is enough.
-                    model.frequencies.len() as u8,
-                    model.lo,
-                ),
-            };
-            out.extend([coding, width, flags, symbols]);
-            out.extend(lo.to_le_bytes());
-            if let Coding::Modelled(model) = &plane.coding {
-                out.extend(model.frequencies.iter().flat_map(|f| f.to_le_bytes()));
-                out.extend(plane.centroids.iter().map(|&c| c as u8));
-            }
+        self.planes.iter().for_each(|plane| plane.to_bytes(&mut out));
+        if let Some(origin) = &self.origin {
+            out.extend(origin.to_bytes());
         }
         let checksum = crc32fast::hash(&out);
         out[CHECKSUM_AT..HEADER_BYTES].copy_from_slice(&checksum.to_le_bytes());
         out
+    }
+
+    /// Whether another header may be of the same weight in another layout.
+    fn same_weight(&self, other: &Self) -> bool {
+        let of = |header: &Self| {
+            let Self { dtype, quantizer, geometry, scale_grid, element, scales_crc, .. } = header;
+            (*dtype, *quantizer, *geometry, *scale_grid, *element, *scales_crc)
+        };
+        of(self) == of(other)
     }
 
     /// Reads a `tables` tensor. Every error names a field; no input panics or allocates more than its own size.
@@ -242,7 +252,8 @@ impl Header {
 
         let layout = match layout {
             0 => Layout::Compact,
-            other => return Err(Error::corrupt("layout", 0, other)),
+            1 if version >= 2 => Layout::Fast,
+            other => return Err(Error::corrupt("layout", "0, or from version 2 on 1", other)),
         };
         let dtype = Dtype::from_byte(dtype).ok_or_else(|| Error::corrupt("dtype", "0..=2", dtype))?;
         let quantizer = match quantizer {
@@ -276,13 +287,24 @@ impl Header {
         if usize::from(plane_count) != element.planes() {
             return Err(Error::corrupt("plane_count", element.planes(), plane_count));
         }
-        let planes = (0..element.planes()).map(|_| reader.plane()).collect::<Result<Vec<_>>>()?;
-        if reader.at != bytes.len() {
-            return Err(Error::corrupt("tables", format!("{} bytes", reader.at), bytes.len()));
-        }
-        if predictor != Predictor::None && matches!(&planes[0].coding, Coding::Modelled(m) if m.escapes) {
+        let planes = (0..element.planes()).map(|_| reader.plane(version)).collect::<Result<Vec<_>>>()?;
+        if predictor != Predictor::None && planes[0].coding.escapes() {
             return Err(Error::corrupt("predictor", "none beside escapes", predictor as u8));
         }
+        let origin = match layout {
+            Layout::Compact if reader.at != bytes.len() => {
+                return Err(Error::corrupt("tables", format!("{} bytes", reader.at), bytes.len()));
+            }
+            Layout::Compact => None,
+            Layout::Fast => {
+                let origin = bytes.get(reader.at..).unwrap_or_default();
+                // A canonical form has none of its own: no recursion without end.
+                if origin.get(LAYOUT_AT) != Some(&(Layout::Compact as u8)) {
+                    return Err(Error::corrupt("origin", "the tables of a canonical form", "others"));
+                }
+                Some(Box::new(Self::parse(origin)?))
+            }
+        };
         let header = Self {
             version,
             layout,
@@ -295,7 +317,11 @@ impl Header {
             planes,
             directory_crc,
             scales_crc,
+            origin,
         };
+        if header.origin.as_ref().is_some_and(|origin| !origin.same_weight(&header)) {
+            return Err(Error::corrupt("origin", "the header of the same weight", "another's"));
+        }
         if header.codec() as u8 != codec {
             return Err(Error::corrupt("codec", header.codec() as u8, codec));
         }
@@ -335,16 +361,25 @@ impl Reader<'_> {
         Ok(words)
     }
 
-    fn plane(&mut self) -> Result<Plane> {
+    fn bytes(&mut self, count: usize) -> Result<Vec<u8>> {
+        (0..count).map(|_| Ok(self.take::<1>()?[0])).collect()
+    }
+
+    fn plane(&mut self, version: u16) -> Result<Plane> {
         let head = self.take::<PLANE_BYTES>()?;
         let [coding, width, flags, symbols, ..] = head;
         let lo = i32::from_le_bytes([head[4], head[5], head[6], head[7]]);
-        let mut centroids = Vec::new();
+        let (escapes, with_centroids) = (flags & 1 != 0, flags & 2 != 0);
+        let symbols = if symbols == 0 { 256 } else { usize::from(symbols) };
+        let second = version >= 2;
+        let mut streams = 1;
         let coding = match coding {
             0 => Coding::Constant(lo),
-            1 if (1..=8).contains(&width) => Coding::Plain { lo, width: u32::from(width) },
-            2 if flags <= 3 => {
-                let symbols = if symbols == 0 { 256 } else { usize::from(symbols) };
+            1 if (1..=8).contains(&width) && flags <= if second { 3 } else { 0 } => {
+                Coding::Plain { lo, width: u32::from(width), escapes }
+            }
+            2 if flags <= 3 && width <= if second { 2 } else { 0 } => {
+                streams = 1 << width;
                 let frequencies =
                     (0..symbols).map(|_| Ok(u16::from_le_bytes(self.take()?))).collect::<Result<Vec<_>>>()?;
                 let sum: u32 = frequencies.iter().map(|&f| u32::from(f)).sum();
@@ -352,15 +387,25 @@ impl Reader<'_> {
                 if sum != MODEL_TOTAL || !frequencies.iter().all(fits) {
                     return Err(Error::corrupt("frequencies", "a sum of 4096, each below", sum));
                 }
-                let model = Model { lo, frequencies, escapes: flags & 1 != 0 };
-                if flags & 2 != 0 {
-                    centroids =
-                        (0..model.values()).map(|_| Ok(i8::from_le_bytes(self.take()?))).collect::<Result<Vec<_>>>()?;
+                Coding::Modelled(Model { lo, frequencies, escapes })
+            }
+            3 if second && flags <= 3 && width <= 2 && symbols <= ALIAS_SYMBOLS => {
+                streams = 1 << width;
+                let frequencies = self.bytes(symbols)?;
+                let sum: u32 = frequencies.iter().map(|&f| u32::from(f)).sum();
+                if sum != ALIAS_TOTAL || frequencies.iter().any(|&f| u16::from(f) > ALIAS_CEILING) {
+                    return Err(Error::corrupt("frequencies", "a sum of 256, each at most 127", sum));
                 }
-                Coding::Modelled(model)
+                Coding::Alias(AliasModel { lo, frequencies, escapes })
             }
             _ => return Err(Error::corrupt("plane", "a known coding", format!("{head:?}"))),
         };
-        Ok(Plane { coding, centroids })
+        let centroids = match &coding {
+            Coding::Constant(_) => 0,
+            Coding::Plain { .. } => symbols,
+            other => other.values(),
+        };
+        let centroids = self.bytes(if with_centroids { centroids } else { 0 })?;
+        Ok(Plane { coding, streams, centroids: centroids.into_iter().map(|c| c as i8).collect() })
     }
 }

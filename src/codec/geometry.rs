@@ -67,13 +67,21 @@ impl Geometry {
         self.rows_of(tile).len().min(LANES)
     }
 
-    /// The blocks of tile `tile`, in stream order.
-    pub fn blocks(self, tile: usize) -> impl DoubleEndedIterator<Item = BlockShape> {
+    /// How many blocks tile `tile` has.
+    pub fn block_count(&self, tile: usize) -> usize {
+        self.cols.div_ceil(CHUNK) * self.rows_of(tile).len().div_ceil(LANES)
+    }
+
+    /// Block `index` of tile `tile`, in stream order.
+    pub fn block(&self, tile: usize, index: usize) -> BlockShape {
         let rows = self.rows_of(tile);
         let groups = rows.len().div_ceil(LANES);
-        (0..self.cols.div_ceil(CHUNK) * groups).map(move |index| {
-            let (col, row) = (index / groups * CHUNK, rows.start + index % groups * LANES);
-            BlockShape { row, col, lanes: (rows.end - row).min(LANES), cols: (self.cols - col).min(CHUNK) }
-        })
+        let (col, row) = (index / groups * CHUNK, rows.start + index % groups * LANES);
+        BlockShape { row, col, lanes: (rows.end - row).min(LANES), cols: (self.cols - col).min(CHUNK) }
+    }
+
+    /// The blocks of tile `tile`, in stream order.
+    pub fn blocks(self, tile: usize) -> impl DoubleEndedIterator<Item = BlockShape> {
+        (0..self.block_count(tile)).map(move |index| self.block(tile, index))
     }
 }

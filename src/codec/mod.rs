@@ -9,21 +9,24 @@
 //! `decode.rs` goes the other way, a block of 64 columns by 32 rows at a time, and is the oracle for every faster path.
 //! `arch/` holds the same for wider instruction sets. Nothing else here is `unsafe`, and nothing trusts a byte that it reads: wrong bytes give wrong numbers or an error.
 
+mod alias;
 mod arch;
 mod decode;
 mod element;
 mod encode;
 mod format;
 mod geometry;
+mod points;
 mod predict;
 mod quantize;
 mod rans;
+mod stream;
 mod symbols;
 
 pub use arch::Isa;
 pub use decode::{PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
-pub use encode::{Packed, pack_lossless};
+pub use encode::{Packed, lay_out, pack_lossless};
 pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer, ScaleGrid};
 pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES};
 pub use predict::Predictor;

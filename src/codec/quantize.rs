@@ -7,9 +7,9 @@ use half::bf16;
 
 use super::element::{Element, Weights};
 use super::encode::{Codes, Description, Packed, check_shape, encode, pack_lossless};
-use super::format::{Plane, Quantizer, ScaleGrid};
+use super::format::{Quantizer, ScaleGrid};
 use super::geometry::Geometry;
-use super::symbols::{Coding, Histogram, Plan, plan};
+use super::symbols::{Coding, Histogram, Plan, alias_allowance, plan, plan_alias, state_bits, streams};
 use crate::parallel::{Pool, map};
 use crate::{Error, Result};
 
@@ -34,8 +34,7 @@ const MAX_LEVEL: f32 = (1 << 24) as f32;
 const SMALLEST: f32 = 7.888_609e-31;
 /// Statistics are summed over this many shares of the rows, whatever the threads, so that results do not depend on them.
 const SHARES: usize = 16;
-/// What a lane's coder state costs beyond the information in it, and what else a tile costs, in bits.
-const LANE_BITS: f64 = 24.0;
+/// What a tile costs beside its coder's states, in bits.
 const TILE_BITS: f64 = 64.0 + 32.0 + 12.0;
 /// Header and plane descriptions, in bits.
 const HEADER_BITS: f64 = 8.0 * 64.0;
@@ -152,17 +151,24 @@ impl Statistics {
         let better = |best: (u32, Plan, f64), other: (u32, Plan, f64)| {
             if other.2 < LOW_BITS_GAIN * best.2 { other } else { best }
         };
-        (1..=8).map(candidate).fold(candidate(0), better)
+        let cheapest = (1..=8).map(candidate).fold(candidate(0), better);
+        let limit = cheapest.2 + alias_allowance(cheapest.2, elements as usize);
+        let quick = (0..=6).filter_map(|low_bits| {
+            let plan = plan_alias(&self.levels.without_low_bits(low_bits))?;
+            let bits = plan.bits + f64::from(low_bits) * elements;
+            (bits <= limit && cheapest.1.coding.is_modelled()).then_some((low_bits, plan, bits))
+        });
+        quick.min_by(|a, b| a.2.total_cmp(&b.2)).unwrap_or(cheapest)
     }
 
     /// How far each symbol's centroid lies from its integer, in 1/256 of a step, and Σ (w − s·r(q))² with them.
     fn centroids(&self, coding: &Coding, low_bits: u32) -> (Vec<i8>, f64) {
-        let (Coding::Modelled(model), 0) = (coding, low_bits) else {
+        if low_bits > 0 || !coding.is_modelled() {
             return (Vec::new(), self.distortion);
-        };
+        }
         let mut distortion = self.distortion;
-        let centroids = (0..model.values()).map(|symbol| {
-            let level = model.lo + symbol as i32;
+        let centroids = (0..coding.values()).map(|symbol| {
+            let level = coding.lo() + symbol as i32;
             let index = (level + WINDOW) as usize;
             let (weight, moment) = (self.weight[index], self.moment[index]);
             if weight == 0.0 {
@@ -236,7 +242,7 @@ fn pack_levels(levels: &Levels, quantizer: Quantizer, pool: &dyn Pool) -> Result
         quantizer,
         scale_grid: levels.grid,
         scales: levels.scales.clone(),
-        symbols: Some(Plane { coding: plan.coding, centroids }),
+        symbols: Some((plan, centroids)),
     };
     let packed = encode(levels, levels.weights, description, pool)?;
     let dense = levels.geometry.elements() * levels.weights.dtype().bytes();
@@ -375,10 +381,8 @@ fn search<'a>(
         let statistics = Statistics::measure(&levels, pool);
         let (low_bits, plan, bits) = statistics.plan();
         let (_, distortion) = statistics.centroids(&plan.coding, low_bits);
-        let per_tile = |tile| {
-            let modelled = matches!(plan.coding, Coding::Modelled(_));
-            TILE_BITS + if modelled { LANE_BITS * geometry.lanes_of(tile) as f64 } else { 0.0 }
-        };
+        let state_bits = streams(&plan.coding, geometry, bits) as f64 * state_bits(&plan.coding);
+        let per_tile = |tile| TILE_BITS + state_bits * geometry.lanes_of(tile) as f64;
         let tiles: f64 = (0..geometry.tiles()).map(per_tile).sum();
         let scale_bits = 8.0 * (grid.bytes_each() * grid.count(geometry)) as f64;
         let fixed = HEADER_BITS + tiles + scale_bits + 64.0 * f64::from(u8::from(low_bits > 0));

@@ -12,8 +12,8 @@
 //! and encoding is the same backwards, from the last symbol to the first. Lanes share nothing but the word stream, so a
 //! vector unit or a warp runs a whole step at once and hands out words by counting who needs one.
 
-use super::arch::decode_steps;
-use super::geometry::{BLOCK, LANES};
+use super::arch;
+use super::geometry::LANES;
 
 /// log2 of the sum of a model's frequencies.
 pub const MODEL_BITS: u32 = 12;
@@ -54,7 +54,7 @@ pub struct Decoder<'a> {
 }
 
 impl<'a> Decoder<'a> {
-    /// `states` holds four bytes for each lane, `words` the rest of the stream.
+    /// `states` holds four bytes for each lane; the stream is at the front of `words`.
     pub fn new(states: &[u8], words: &'a [u8]) -> Self {
         let mut lanes = [LOWER; LANES];
         for (lane, bytes) in lanes.iter_mut().zip(states.chunks_exact(4)) {
@@ -63,21 +63,8 @@ impl<'a> Decoder<'a> {
         Self { states: lanes, words, read: 0 }
     }
 
-    /// The symbols of the next `steps` steps of `lanes` lanes, `[step][lane of 32]`.
-    pub fn block(&mut self, table: &SlotTable, steps: usize, lanes: usize, out: &mut [u8; BLOCK]) {
-        let mut done = 0;
-        if lanes == LANES {
-            let (steps, bytes) = decode_steps(&mut self.states, table, &self.words[self.read..], steps, out);
-            self.read += bytes;
-            done = steps;
-        }
-        for step in out.chunks_exact_mut(LANES).take(steps).skip(done) {
-            self.step(table, &mut step[..lanes]);
-        }
-    }
-
-    /// The next symbol of each of `out`'s lanes (at most 32). Past the stream's end, words read as zero.
-    fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
+    /// The next symbol of each of `out`'s lanes (at most 32). Past the end, words read as zero.
+    pub fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
         // All of a step's words, so that each lane reads without a check or a branch.
         let mut tail = [0u8; 2 * LANES];
         let rest = &self.words[self.read..];
@@ -95,6 +82,36 @@ impl<'a> Decoder<'a> {
         };
         self.read = (self.read + 2 * taken).min(self.words.len());
     }
+}
+
+/// Decodes the first of `steps` steps of 32 lanes from each of several streams, while at least a step's words are left in
+/// each, and returns how many. The streams are independent: the more there are, the less a step waits for the one before.
+#[cfg(target_arch = "x86_64")]
+pub fn decode_steps<const N: usize>(
+    table: &SlotTable,
+    decoders: &mut [Decoder; N],
+    steps: usize,
+    out: [&mut [u8]; N],
+) -> usize {
+    let words = std::array::from_fn(|n| &decoders[n].words[decoders[n].read..]);
+    let states = decoders.each_mut().map(|decoder| &mut decoder.states);
+    let (done, read) = match arch::Isa::get() {
+        // SAFETY: `Isa::get` names only what the CPU has.
+        #[allow(unsafe_code)]
+        arch::Isa::Avx512 => unsafe { arch::avx512::rans_steps(states, table, words, steps, out) },
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        arch::Isa::Avx2 => unsafe { arch::avx2::rans_steps(states, table, words, steps, out) },
+        _ => (0, [0; N]),
+    };
+    decoders.iter_mut().zip(read).for_each(|(decoder, read)| decoder.read += read);
+    done
+}
+
+/// Other machines have no decoder beside the portable one: tables of this size need memory lookups, lane by lane.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn decode_steps<const N: usize>(_: &SlotTable, _: &mut [Decoder; N], _: usize, _: [&mut [u8]; N]) -> usize {
+    0
 }
 
 /// Decodes a symbol of each lane and returns how many words that took.
@@ -133,10 +150,11 @@ impl Encoder {
         Self { states: [LOWER; LANES], words: Vec::with_capacity(capacity_words) }
     }
 
-    /// Puts one step's symbols, given as (frequency, cumulative start) for each lane. The last step comes first.
-    pub fn step(&mut self, intervals: impl DoubleEndedIterator<Item = (usize, (u32, u32))>) {
-        for (lane, (frequency, start)) in intervals.rev() {
-            let state = &mut self.states[lane];
+    /// Puts one step's symbols, lane by lane, as the (frequency, cumulative start) that `intervals` has for them. The last
+    /// step comes first.
+    pub fn step(&mut self, intervals: &[(u32, u32)], symbols: &[u8]) {
+        for (state, &symbol) in self.states.iter_mut().zip(symbols).rev() {
+            let (frequency, start) = intervals[usize::from(symbol)];
             if *state >> 20 >= frequency {
                 self.words.push(*state as u16);
                 *state >>= 16;

@@ -1,9 +1,11 @@
-//! How one plane of symbols is coded, and what that costs: a lone value, plain bits, or rANS with a 12-bit model.
+//! How one plane of symbols is coded, and what that costs: a lone value, plain bits, or rANS with a 12-bit model or over
+//! sixteen classes.
 
+use super::alias::{ALIAS_CEILING, ALIAS_SYMBOLS, ALIAS_TOTAL};
+use super::geometry::Geometry;
 use super::rans::MODEL_TOTAL;
+use super::stream::ESCAPE_BYTES;
 
-/// Bytes of one escape: its position and its value.
-pub const ESCAPE_BYTES: usize = 8;
 const ESCAPE_BITS: f64 = 8.0 * ESCAPE_BYTES as f64;
 /// Bytes that a symbol of a model takes in the tables: its frequency and its centroid.
 pub const SYMBOL_TABLE_BITS: f64 = 24.0;
@@ -11,6 +13,14 @@ pub const SYMBOL_TABLE_BITS: f64 = 24.0;
 const MAX_SYMBOLS: usize = 256;
 /// rANS must save this share of the plain bits to be worth decoding.
 const WORTHWHILE: f64 = 0.97;
+
+/// The coder of sixteen classes is several times faster than that of 12-bit models: it may cost this share of a weight more,
+/// from so many elements on. Below, the decoder's time matters less than the quality that the bits would buy.
+const ALIAS_PREMIUM: f64 = 0.015;
+const ALIAS_FROM: usize = 1 << 20;
+/// Streams that a tile's plane may be cut into, and the share of a weight that the states of further ones may cost.
+pub const STREAMS: [usize; 3] = [4, 2, 1];
+const STREAMS_SHARE: f64 = 0.003;
 
 /// How often each value of a plane occurs: `counts[i]` for the value `lo + i`, `outside` for all others.
 #[derive(Debug, Clone, Default)]
@@ -69,12 +79,6 @@ impl Model {
         self.frequencies.len() - usize::from(self.escapes)
     }
 
-    /// The symbol of `value`, or None if it must be escaped.
-    pub fn symbol(&self, value: i32) -> Option<usize> {
-        let index = usize::try_from(i64::from(value) - i64::from(self.lo)).ok()?;
-        (index < self.values() && self.frequencies[index] > 0).then_some(index)
-    }
-
     /// (frequency, cumulative start) of each symbol.
     pub fn intervals(&self) -> Vec<(u32, u32)> {
         let mut start = 0;
@@ -87,15 +91,124 @@ impl Model {
     }
 }
 
-/// How a plane is stored.
+/// A model of at most sixteen values from `lo` on, for the coder of `alias.rs`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AliasModel {
+    pub lo: i32,
+    pub frequencies: Vec<u8>,
+    pub escapes: bool,
+}
+
+/// How a plane is stored. `escapes` says that values without a symbol are listed apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Coding {
     /// Every element has this value; no stream.
     Constant(i32),
     /// `width` plain bits an element, holding its value less `lo`.
-    Plain { lo: i32, width: u32 },
-    /// rANS.
+    Plain { lo: i32, width: u32, escapes: bool },
+    /// rANS with a 12-bit model.
     Modelled(Model),
+    /// rANS with an 8-bit model of at most sixteen symbols.
+    Alias(AliasModel),
+}
+
+impl Coding {
+    /// The value of symbol 0.
+    pub fn lo(&self) -> i32 {
+        match self {
+            Self::Constant(lo) | Self::Plain { lo, .. } => *lo,
+            Self::Modelled(model) => model.lo,
+            Self::Alias(model) => model.lo,
+        }
+    }
+
+    /// How many values from `lo` on may have a symbol.
+    pub fn values(&self) -> usize {
+        match self {
+            Self::Constant(_) => 1,
+            Self::Plain { width, .. } => 1 << width,
+            Self::Modelled(model) => model.values(),
+            Self::Alias(model) => model.frequencies.len(),
+        }
+    }
+
+    /// Whether some values may be listed apart.
+    pub fn escapes(&self) -> bool {
+        match self {
+            Self::Constant(_) => false,
+            Self::Plain { escapes, .. } => *escapes,
+            Self::Modelled(model) => model.escapes,
+            Self::Alias(model) => model.escapes,
+        }
+    }
+
+    /// Whether this is entropy-coded.
+    pub fn is_modelled(&self) -> bool {
+        matches!(self, Self::Modelled(_) | Self::Alias(_))
+    }
+
+    /// The symbol of `value`, or None if it must be escaped.
+    #[inline(always)]
+    pub fn symbol(&self, value: i32) -> Option<u8> {
+        let index = value.wrapping_sub(self.lo()) as u32 as usize;
+        let coded = index < self.values()
+            && match self {
+                Self::Modelled(model) => model.frequencies[index] > 0,
+                Self::Alias(model) => model.frequencies[index] > 0,
+                _ => true,
+            };
+        coded.then_some(index as u8)
+    }
+
+    /// The symbol that stands where a value is listed apart.
+    pub fn filler(&self) -> u8 {
+        fn most_frequent<T: Ord + Copy>(frequencies: &[T]) -> u8 {
+            (0..frequencies.len()).max_by_key(|&index| frequencies[index]).unwrap_or(0) as u8
+        }
+        match self {
+            Self::Modelled(model) if model.escapes => (model.frequencies.len() - 1) as u8,
+            Self::Modelled(model) => most_frequent(&model.frequencies),
+            Self::Alias(model) => most_frequent(&model.frequencies),
+            _ => 0,
+        }
+    }
+
+    /// Whether every value from the first to the last has a symbol.
+    pub fn is_gapless(&self) -> bool {
+        match self {
+            Self::Modelled(model) => model.frequencies.iter().all(|&frequency| frequency > 0),
+            Self::Alias(model) => model.frequencies.iter().all(|&frequency| frequency > 0),
+            _ => true,
+        }
+    }
+
+    /// Plain bits, and values listed apart, for a plane that this coding holds: the least size for its frequencies.
+    pub fn flattened(&self) -> Self {
+        let (counts, total): (Vec<u64>, _) = match self {
+            Self::Modelled(model) => {
+                (model.frequencies[..model.values()].iter().map(|&f| u64::from(f)).collect(), MODEL_TOTAL)
+            }
+            Self::Alias(model) => (model.frequencies.iter().map(|&f| u64::from(f)).collect(), ALIAS_TOTAL),
+            _ => return self.clone(),
+        };
+        let kept: u64 = counts.iter().sum();
+        let cost = |width: u32| {
+            let (start, inside) = heaviest_window(&counts, 1 << width);
+            let outside = (kept - inside) as f64 / f64::from(total);
+            (f64::from(width) + outside * ESCAPE_BITS, start, width, inside < kept)
+        };
+        let best = (1..=8).map(cost).min_by(|a, b| a.0.total_cmp(&b.0));
+        let (_, start, width, outside) = best.unwrap_or((0.0, 0, 8, false));
+        Self::Plain { lo: self.lo() + start as i32, width, escapes: outside || self.escapes() }
+    }
+}
+
+/// Where the `size` consecutive counts with the largest sum begin, and that sum.
+fn heaviest_window(counts: &[u64], size: usize) -> (usize, u64) {
+    let starts = 0..=counts.len().saturating_sub(size);
+    let sum = |start: usize| counts[start..(start + size).min(counts.len())].iter().sum();
+    // Of equals, the first.
+    starts.map(|start| (start, sum(start))).reduce(|best, next| if next.1 > best.1 { next } else { best }).unwrap_or((0, 0))
 }
 
 /// A coding and its cost in bits, its tables included, its per-tile cost not.
@@ -103,6 +216,27 @@ pub enum Coding {
 pub struct Plan {
     pub coding: Coding,
     pub bits: f64,
+}
+
+/// What a weight of `elements` whose cheapest form takes `bits` may spend on the coder of sixteen classes.
+pub fn alias_allowance(bits: f64, elements: usize) -> f64 {
+    if elements >= ALIAS_FROM { ALIAS_PREMIUM * bits } else { 0.0 }
+}
+
+/// Bits that a lane's coder state takes beyond the information in it.
+pub fn state_bits(coding: &Coding) -> f64 {
+    match coding {
+        Coding::Modelled(_) => 24.0,
+        Coding::Alias(_) => 12.0,
+        _ => 0.0,
+    }
+}
+
+/// How many streams a tile's plane is cut into, for a weight of `bits` in all.
+pub fn streams(coding: &Coding, geometry: Geometry, bits: f64) -> usize {
+    let states: f64 = (0..geometry.tiles()).map(|tile| state_bits(coding) * geometry.lanes_of(tile) as f64).sum();
+    let allowed = |&streams: &usize| (streams - 1) as f64 * states <= STREAMS_SHARE * bits;
+    if coding.is_modelled() { STREAMS.into_iter().find(allowed).unwrap_or(1) } else { 1 }
 }
 
 /// The cheapest coding for a plane. `max_width`, where the plane's values fit in so many bits, allows plain bits.
@@ -121,7 +255,7 @@ pub fn plan(histogram: &Histogram, max_width: Option<u32>) -> Plan {
         let bits = f64::from(width) * histogram.total() as f64;
         if modelled.bits > WORTHWHILE * bits {
             let lo = value(first);
-            return Plan { coding: Coding::Plain { lo, width }, bits };
+            return Plan { coding: Coding::Plain { lo, width, escapes: false }, bits };
         }
     }
     modelled
@@ -139,7 +273,7 @@ fn escape_everything(histogram: &Histogram) -> Plan {
 /// A model in which every symbol of an alphabet has a frequency, for counts that are not of the plane's own values.
 pub fn model_of_all(counts: &[u64], lo: i32) -> Coding {
     let counts: Vec<u64> = counts.iter().map(|count| count + 1).collect();
-    Coding::Modelled(Model { lo, frequencies: fit(&counts), escapes: false })
+    Coding::Modelled(Model { lo, frequencies: fit(&counts, MODEL_TOTAL, MODEL_TOTAL as u16 - 1), escapes: false })
 }
 
 /// Narrows the window from both ends while escaping is cheaper than keeping, then fits the frequencies.
@@ -166,25 +300,51 @@ fn plan_model(histogram: &Histogram, mut first: usize, mut last: usize) -> Plan 
     if escaped > 0 {
         kept.push(escaped);
     }
-    let frequencies = fit(&kept);
-    let coded: f64 = kept
-        .iter()
-        .zip(&frequencies)
-        .filter(|&(&count, _)| count > 0)
-        .map(|(&count, &f)| count as f64 * (f64::from(MODEL_TOTAL) / f64::from(f)).log2())
-        .sum();
-    let bits = coded + escaped as f64 * ESCAPE_BITS + SYMBOL_TABLE_BITS * kept.len() as f64;
+    let frequencies = fit(&kept, MODEL_TOTAL, MODEL_TOTAL as u16 - 1);
+    let bits = code_length(&kept, &frequencies, MODEL_TOTAL) + escaped as f64 * ESCAPE_BITS + SYMBOL_TABLE_BITS * kept.len() as f64;
     Plan {
         coding: Coding::Modelled(Model { lo: histogram.lo + first as i32, frequencies, escapes: escaped > 0 }),
         bits,
     }
 }
 
-/// Frequencies of two or more symbols: they sum to 4096, at least 1 where a count is not zero, below 4096, and near the least code length.
-fn fit(counts: &[u64]) -> Vec<u16> {
-    let total: u64 = counts.iter().sum::<u64>().max(1);
-    let ideal = |count: u64| count as f64 * f64::from(MODEL_TOTAL) / total as f64;
-    let ceiling = MODEL_TOTAL as u16 - 1;
+/// The best coding over sixteen classes or fewer, if the plane has one: values outside its window are listed apart, under
+/// the symbol of the most frequent value.
+pub fn plan_alias(histogram: &Histogram) -> Option<Plan> {
+    let (first, last) = histogram.support()?;
+    let support = &histogram.counts[first..=last];
+    let plan = |size: usize| {
+        let (start, inside) = heaviest_window(support, size);
+        let mut counts = support[start..support.len().min(start + size)].to_vec();
+        let outside = histogram.total() - inside;
+        // As `Coding::filler` will choose.
+        *counts.iter_mut().max()? += outside;
+        let frequencies = fit(&counts, ALIAS_TOTAL, ALIAS_CEILING);
+        if frequencies.iter().map(|&f| u32::from(f)).sum::<u32>() != ALIAS_TOTAL {
+            // Too few symbols to share the total under the ceiling.
+            return None;
+        }
+        let coded = code_length(&counts, &frequencies, ALIAS_TOTAL);
+        let bits = coded + outside as f64 * ESCAPE_BITS + 8.0 * counts.len() as f64;
+        let frequencies = frequencies.into_iter().map(|f| f as u8).collect();
+        let lo = histogram.lo + (first + start) as i32;
+        Some(Plan { coding: Coding::Alias(AliasModel { lo, frequencies, escapes: outside > 0 }), bits })
+    };
+    let sizes = 1..=ALIAS_SYMBOLS.min(support.len());
+    sizes.filter_map(plan).min_by(|a, b| a.bits.total_cmp(&b.bits))
+}
+
+/// Bits of symbols that occur `counts` times, coded at `frequencies` of `total`.
+fn code_length(counts: &[u64], frequencies: &[u16], total: u32) -> f64 {
+    let coded = counts.iter().zip(frequencies).filter(|&(&count, _)| count > 0);
+    coded.map(|(&count, &f)| count as f64 * (f64::from(total) / f64::from(f)).log2()).sum()
+}
+
+/// Frequencies of two or more symbols: they sum to `total` where `ceiling` allows, are at least 1 where a count is not zero,
+/// at most `ceiling`, and near the least code length.
+fn fit(counts: &[u64], total: u32, ceiling: u16) -> Vec<u16> {
+    let sum_of_counts = counts.iter().sum::<u64>().max(1);
+    let ideal = |count: u64| count as f64 * f64::from(total) / sum_of_counts as f64;
     let mut frequencies: Vec<u16> =
         counts.iter().map(|&count| (ideal(count) as u16).clamp(u16::from(count > 0), ceiling)).collect();
     let mut sum: i32 = frequencies.iter().map(|&f| i32::from(f)).sum();
@@ -193,8 +353,8 @@ fn fit(counts: &[u64]) -> Vec<u16> {
         let (old, new) = (f64::from(f), f64::from(i32::from(f) + step));
         counts[i] as f64 * (new / old).log2()
     };
-    while sum != MODEL_TOTAL as i32 {
-        let step = (MODEL_TOTAL as i32 - sum).signum();
+    while sum != total as i32 {
+        let step = (total as i32 - sum).signum();
         let allowed = |&(_, &f): &(usize, &u16)| if step > 0 { f > 0 && f < ceiling } else { f > 1 };
         let best = frequencies
             .iter()

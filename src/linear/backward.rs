@@ -1,9 +1,9 @@
 //! dx = g·W: the same tiles, read the other way.
 
 use super::forward::{Input, check};
-use super::kernel::BlockProduct;
+use super::kernel::{BlockProduct, Compute};
 use crate::Result;
-use crate::codec::{BLOCK, CHUNK, Geometry, LANES, PackedWeight, Real, Scalar, Scales};
+use crate::codec::{BLOCK, CHUNK, Geometry, LANES, PackedWeight, Scalar, Scales};
 use crate::parallel::{DisjointSlice, Pool, map};
 
 /// Tiles are summed in so many runs, whatever the threads, and the runs in order: the result does not depend on the
@@ -13,7 +13,7 @@ const RUNS: usize = 8;
 const BATCH: usize = 64;
 
 /// dx = g·W into `out` (rows of g by columns of W), summed in `T`. A lossless weight has no scales.
-pub fn input_gradient<T: Real, O: Scalar>(
+pub fn input_gradient<T: Compute, O: Scalar>(
     weight: &PackedWeight,
     scales: Scales<T>,
     gradient: Input<T>,
@@ -55,7 +55,7 @@ pub fn input_gradient<T: Real, O: Scalar>(
 }
 
 /// Adds one tile's part of dx.
-fn add_tile<T: Real>(
+fn add_tile<T: Compute>(
     weight: &PackedWeight,
     scales: Scales<T>,
     gradient: Input<T>,
@@ -65,14 +65,15 @@ fn add_tile<T: Real>(
     let geometry = weight.geometry();
     let group_cols = weight.header.scale_grid.group_cols(geometry);
     let mut decoder = weight.tile(tile)?;
-    let mut block = Box::new([T::default(); BLOCK]);
+    let mut points = Box::new([0.0; BLOCK]);
+    let mut buffer = vec![T::default(); T::BUFFER];
     let mut transposed = Box::new([T::default(); BLOCK]);
     let mut scaled = vec![T::default(); gradient.rows * LANES];
     // A block's product goes through a full-width strip, for the last chunk of dx may be narrower.
     let mut strip = vec![T::default(); gradient.rows * CHUNK];
-    for shape in geometry.blocks(tile) {
-        decoder.decode(shape);
-        decoder.points(shape, &mut block);
+    while let Some(shape) = decoder.next_block() {
+        decoder.points(&mut points);
+        let block = T::of_points(&points, &mut buffer);
         for lane in 0..shape.lanes {
             for col in 0..CHUNK {
                 transposed[lane * CHUNK + col] = block[col * LANES + lane];
@@ -92,7 +93,7 @@ fn add_tile<T: Real>(
             a: &scaled,
             a_stride: LANES,
             depth: shape.lanes,
-            b: &transposed,
+            b: &transposed[..],
             c: &mut strip,
             c_stride: CHUNK,
             rows: gradient.rows,
@@ -103,7 +104,7 @@ fn add_tile<T: Real>(
     Ok(())
 }
 
-fn add_strip<T: Real>(geometry: Geometry, col: usize, cols: usize, strip: &[T], sum: &mut [T]) {
+fn add_strip<T: Compute>(geometry: Geometry, col: usize, cols: usize, strip: &[T], sum: &mut [T]) {
     for (sum, strip) in sum.chunks_exact_mut(geometry.cols).zip(strip.chunks_exact(CHUNK)) {
         let pairs = sum[col..col + cols].iter_mut().zip(strip);
         pairs.for_each(|(sum, &value)| *sum += value);

@@ -1,7 +1,8 @@
 //! Rows of a packed weight by index. A tile that holds several of the wanted rows is decoded once.
 
 use super::forward::{check, check_has_scales};
-use crate::codec::{BLOCK, BlockShape, LANES, PackedWeight, Real, Scalar, Scales, TileDecoder};
+use super::kernel::Compute;
+use crate::codec::{BLOCK, BlockShape, LANES, PackedWeight, Scalar, Scales, TileDecoder};
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
 
@@ -20,28 +21,30 @@ fn by_tile(weight: &PackedWeight, indices: &[i64]) -> Result<Vec<Vec<(usize, usi
     Ok(wanted.chunk_by(|a, b| tile(a.0) == tile(b.0)).map(<[_]>::to_vec).collect())
 }
 
-/// Decodes one tile and calls `visit(decoder, block, row, place)` for each wanted row that a block crosses.
-fn visit_tile(
+/// Decodes one tile. For each block that holds wanted rows, `read` fills `block` once and `visit` is called with it for each
+/// of them: (block, its shape, row, place).
+fn visit_tile<B>(
     weight: &PackedWeight,
     wanted: &[(usize, usize)],
-    mut visit: impl FnMut(&TileDecoder, BlockShape, usize, usize),
+    mut read: impl FnMut(&TileDecoder, &mut B),
+    mut block: B,
+    mut visit: impl FnMut(&B, BlockShape, usize, usize),
 ) -> Result<()> {
-    let geometry = weight.geometry();
-    let tile = wanted[0].0 / geometry.tile_rows;
+    let tile = wanted[0].0 / weight.geometry().tile_rows;
     let mut decoder = weight.tile(tile)?;
-    for shape in geometry.blocks(tile) {
-        decoder.decode(shape);
-        for &(row, place) in wanted {
-            if (shape.row..shape.row + shape.lanes).contains(&row) {
-                visit(&decoder, shape, row, place);
-            }
+    while let Some(shape) = decoder.next_block() {
+        let inside = |row: usize| (shape.row..shape.row + shape.lanes).contains(&row);
+        let mut here = wanted.iter().filter(|(row, _)| inside(*row)).peekable();
+        if here.peek().is_some() {
+            read(&decoder, &mut block);
         }
+        here.for_each(|&(row, place)| visit(&block, shape, row, place));
     }
     Ok(())
 }
 
 /// `out[i] = W[indices[i]]`. A lossless weight whose dtype is `O` comes bit for bit.
-pub fn embedding<T: Real, O: Scalar>(
+pub fn embedding<T: Compute, O: Scalar>(
     weight: &PackedWeight,
     scales: Scales<T>,
     indices: &[i64],
@@ -54,13 +57,14 @@ pub fn embedding<T: Real, O: Scalar>(
     let tiles = by_tile(weight, indices)?;
     let out = DisjointSlice::new(out);
     let results = map(pool, tiles.len(), |index| {
-        visit_tile(weight, &tiles[index], |decoder, shape, row, place| {
+        let read = |decoder: &TileDecoder, codes: &mut Box<[u32; BLOCK]>| decoder.codes(codes);
+        visit_tile(weight, &tiles[index], read, Box::new([0; BLOCK]), |codes, shape, row, place| {
             let start = place * cols + shape.col;
             // SAFETY: a place is wanted once, so one tile alone writes it.
             #[allow(unsafe_code)]
             let out = unsafe { out.range_mut(start..start + shape.cols) };
             for (col, out) in out.iter_mut().enumerate() {
-                *out = decoder.value(col, row - shape.row, row, shape.col + col, scales);
+                *out = weight.value(codes[col * LANES + row - shape.row], row, shape.col + col, scales);
             }
         })
     });
@@ -68,7 +72,7 @@ pub fn embedding<T: Real, O: Scalar>(
 }
 
 /// ds of each scale for an embedding: Σ g·r(q) over the rows looked up, into `out` in the scales' order.
-pub fn embedding_scale_gradient<T: Real>(
+pub fn embedding_scale_gradient<T: Compute>(
     weight: &PackedWeight,
     gradient: &[T],
     indices: &[i64],
@@ -83,17 +87,12 @@ pub fn embedding_scale_gradient<T: Real>(
     let tiles = by_tile(weight, indices)?;
     let sums = map(pool, tiles.len(), |index| {
         let mut cells = Vec::new();
-        let mut block = [T::default(); BLOCK];
-        let mut current = None;
-        visit_tile(weight, &tiles[index], |decoder, shape, row, place| {
-            if current != Some(shape) {
-                decoder.points(shape, &mut block);
-                current = Some(shape);
-            }
+        let read = |decoder: &TileDecoder, points: &mut Box<[f32; BLOCK]>| decoder.points(points);
+        visit_tile(weight, &tiles[index], read, Box::new([0.0; BLOCK]), |points, shape, row, place| {
             let group = shape.col / grid.group_cols(geometry);
             let gradient = &gradient[place * geometry.cols + shape.col..][..shape.cols];
             let products = gradient.iter().enumerate();
-            let sum = products.fold(T::default(), |sum, (col, &g)| sum + g * block[col * LANES + row - shape.row]);
+            let sum = products.fold(T::default(), |sum, (col, &g)| sum + g * T::from_f32(points[col * LANES + row - shape.row]));
             cells.push((grid.index(row, group, geometry), sum));
         })?;
         Ok(cells)

@@ -3,14 +3,14 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use super::kernel::BlockProduct;
-use crate::codec::{BLOCK, CHUNK, LANES, PackedWeight, Real, Scalar, ScaleGrid, Scales};
+use super::kernel::{BlockProduct, Compute};
+use crate::codec::{BLOCK, CHUNK, LANES, PackedWeight, Scalar, ScaleGrid, Scales};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
-/// Bytes of a thread's sums. With the block, the decoder's own 10 KB and the call's 16 KB table that makes 64 KB: what
+/// Bytes of a thread's sums. With the block, the decoder's own 24 KB and the call's 16 KB table that makes 64 KB: what
 /// "never materialised" costs.
-const SUM_BYTES: usize = 24 << 10;
+const SUM_BYTES: usize = 16 << 10;
 
 /// Row-major x: `rows` by the weight's columns.
 #[derive(Clone, Copy)]
@@ -21,12 +21,12 @@ pub struct Input<'a, T> {
 
 /// x chunk by chunk of 64 columns, all rows of a chunk together: `[chunk][row][column]`. A block's product then reads rows
 /// that lie side by side; in x itself they are often a power of two apart and evict each other.
-struct Chunked<'a, T: Real> {
+struct Chunked<'a, T: Compute> {
     values: Cow<'a, [T]>,
     rows: usize,
 }
 
-impl<'a, T: Real> Chunked<'a, T> {
+impl<'a, T: Compute> Chunked<'a, T> {
     fn new(input: Input<'a, T>, cols: usize, pool: &dyn Pool) -> Self {
         let rows = input.rows;
         if rows <= 1 {
@@ -58,7 +58,8 @@ impl<'a, T: Real> Chunked<'a, T> {
 
 /// A thread's scratch.
 struct Scratch<T> {
-    block: Box<[T; BLOCK]>,
+    points: Box<[f32; BLOCK]>,
+    block: Vec<T>,
     /// x · r(q) under one scale, `[row of x][row of the tile]`.
     partial: Vec<T>,
     /// Where several scales lie side by side in a row: the scaled sum over those that are done.
@@ -67,14 +68,15 @@ struct Scratch<T> {
     batch: usize,
 }
 
-impl<T: Real> Scratch<T> {
+impl<T: Compute> Scratch<T> {
     fn new(weight: &PackedWeight, rows: usize) -> Self {
         let width = weight.geometry().tile_rows;
         let grouped = weight.groups() > 1;
         let row_bytes = width * size_of::<T>() * if grouped { 2 } else { 1 };
         let batch = (SUM_BYTES / row_bytes).min(rows);
         Self {
-            block: Box::new([T::default(); BLOCK]),
+            points: Box::new([0.0; BLOCK]),
+            block: vec![T::default(); T::BUFFER],
             partial: vec![T::default(); batch * width],
             total: vec![T::default(); if grouped { batch * width } else { 0 }],
             batch,
@@ -84,7 +86,7 @@ impl<T: Real> Scratch<T> {
 
 /// x times the unscaled weight of one tile: calls `visit(rows of x, column group, products, total)` with
 /// `products[row][lane]`, and a total of the same shape that is the caller's.
-fn tile_products<T: Real>(
+fn tile_products<T: Compute>(
     weight: &PackedWeight,
     tile: usize,
     input: &Chunked<T>,
@@ -101,20 +103,24 @@ fn tile_products<T: Real>(
         partial.fill(T::default());
         let mut decoder = weight.tile(tile)?;
         let mut group = 0;
-        for shape in geometry.blocks(tile) {
+        while let Some(shape) = decoder.next_block() {
             if shape.col / group_cols != group {
                 visit(rows.clone(), group, partial, &mut scratch.total);
                 partial.fill(T::default());
                 group = shape.col / group_cols;
             }
-            decoder.decode(shape);
-            decoder.points(shape, &mut scratch.block);
+            let sums = &mut partial[shape.row - first_row..];
+            let x = input.at(rows.start, shape.col);
+            if rows.len() == 1 && T::multiply(&decoder, &x[..shape.cols], sums) {
+                continue;
+            }
+            decoder.points(&mut scratch.points);
             let product = BlockProduct {
-                a: input.at(rows.start, shape.col),
+                a: x,
                 a_stride: CHUNK,
                 depth: shape.cols,
-                b: &scratch.block,
-                c: &mut partial[shape.row - first_row..],
+                b: T::of_points(&scratch.points, &mut scratch.block),
+                c: sums,
                 c_stride: width,
                 rows: rows.len(),
             };
@@ -126,7 +132,7 @@ fn tile_products<T: Real>(
 }
 
 /// Runs `body` with a scratch of its own for each range of tiles, and returns an error if there was one.
-fn for_tiles<T: Real>(
+fn for_tiles<T: Compute>(
     weight: &PackedWeight,
     rows: usize,
     pool: &dyn Pool,
@@ -160,7 +166,7 @@ pub(super) fn check_has_scales(weight: &PackedWeight) -> Result<()> {
 }
 
 /// y = x·Wᵀ + b into `out` (rows of x by rows of W), summed in `T`. A lossless weight has no scales.
-pub fn forward<T: Real, O: Scalar>(
+pub fn forward<T: Compute, O: Scalar>(
     weight: &PackedWeight,
     scales: Scales<T>,
     input: Input<T>,
@@ -222,7 +228,7 @@ pub fn forward<T: Real, O: Scalar>(
 }
 
 /// ds of each scale: Σ (gᵀx)·r(q) over the elements that share it, into `out` in the scales' order.
-pub fn scale_gradient<T: Real>(
+pub fn scale_gradient<T: Compute>(
     weight: &PackedWeight,
     gradient: Input<T>,
     input: Input<T>,

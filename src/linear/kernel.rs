@@ -1,6 +1,42 @@
 //! The inner product of activations with one decoded block, compiled once per instruction set.
 
-use crate::codec::{BLOCK, Isa, Real};
+use crate::codec::{BLOCK, Isa, LANES, Real, TileDecoder};
+
+/// A type that kernels sum in.
+pub trait Compute: Real {
+    /// A decoded block in this type; `buffer` is where it is written if that is not f32.
+    fn of_points<'a>(points: &'a [f32; BLOCK], buffer: &'a mut [Self]) -> &'a [Self];
+    /// How large a buffer [`Compute::of_points`] needs.
+    const BUFFER: usize;
+    /// Adds one row of activations times the current block to `sums` without writing the block down; see
+    /// [`TileDecoder::multiply`].
+    fn multiply(decoder: &TileDecoder, x: &[Self], sums: &mut [Self]) -> bool;
+}
+
+impl Compute for f32 {
+    const BUFFER: usize = 0;
+
+    fn of_points<'a>(points: &'a [f32; BLOCK], _: &'a mut [f32]) -> &'a [f32] {
+        points
+    }
+
+    fn multiply(decoder: &TileDecoder, x: &[f32], sums: &mut [f32]) -> bool {
+        sums.first_chunk_mut::<LANES>().is_some_and(|sums| decoder.multiply(x, sums))
+    }
+}
+
+impl Compute for f64 {
+    const BUFFER: usize = BLOCK;
+
+    fn of_points<'a>(points: &'a [f32; BLOCK], buffer: &'a mut [f64]) -> &'a [f64] {
+        buffer.iter_mut().zip(points).for_each(|(to, &point)| *to = f64::from(point));
+        buffer
+    }
+
+    fn multiply(_: &TileDecoder, _: &[f64], _: &mut [f64]) -> bool {
+        false
+    }
+}
 
 /// `c[m][..N] += Σ_p a[m][p] · b[p][..N]` for rows `m` and `p` below `depth`, with `N` the row length of `b`. The sum over
 /// `p` is in order and starts from zero, so a row's result does not depend on the others.
@@ -8,7 +44,8 @@ pub struct BlockProduct<'a, T> {
     pub a: &'a [T],
     pub a_stride: usize,
     pub depth: usize,
-    pub b: &'a [T; BLOCK],
+    /// A block's worth.
+    pub b: &'a [T],
     pub c: &'a mut [T],
     pub c_stride: usize,
     pub rows: usize,
@@ -41,7 +78,7 @@ macro_rules! tiled {
             a: &[T],
             a_stride: usize,
             depth: usize,
-            b: &[T; BLOCK],
+            b: &[T],
             c: &mut [T],
             c_stride: usize,
             rows: usize,
@@ -83,7 +120,7 @@ fn tile<T: Real, const N: usize, const M: usize, const STRIP: usize, const FUSED
     a: &[T],
     a_stride: usize,
     depth: usize,
-    b: &[T; BLOCK],
+    b: &[T],
     c: &mut [T],
     c_stride: usize,
 ) {

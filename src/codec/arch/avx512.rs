@@ -1,52 +1,243 @@
-//! The rANS step on AVX-512: sixteen lanes to a register, the slot table by gather, words handed out by expansion.
+//! AVX-512 (with VBMI and VBMI2): 32 bytes to half a register, sixteen floats to a register.
 
 use std::arch::x86_64::*;
 
-use crate::codec::geometry::{BLOCK, LANES};
+use super::Simd;
+use super::avx2::Avx2;
+use crate::codec::geometry::LANES;
 use crate::codec::rans::{LOWER, MODEL_BITS, SLOT_MASK, SlotTable};
 
-/// See [`super::decode_steps`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub fn decode_steps(
-    states: &mut [u32; LANES],
+/// Proof that the CPU has what [`super::Isa::Avx512`] lists.
+#[derive(Clone, Copy)]
+pub struct Avx512(Avx2);
+
+impl Avx512 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,popcnt")]
+    #[inline]
+    pub fn new() -> Self {
+        Self(Avx2::new())
+    }
+}
+
+/// Evaluates intrinsics.
+macro_rules! with_avx512 {
+    ($($body:tt)*) => {
+        // SAFETY: a value of `Avx512` exists only where the CPU has the instructions; pointers come from references of at
+        // least the size that is read or written.
+        unsafe { $($body)* }
+    };
+}
+
+/// Operations that AVX2 does as well.
+macro_rules! as_avx2 {
+    ($(fn $name:ident $(<const $constant:ident: $constant_type:ty>)? ($($argument:ident: $type:ty),*) -> $result:ty;)*) => {
+        $(
+            #[inline(always)]
+            fn $name $(<const $constant: $constant_type>)? (self, $($argument: $type),*) -> $result {
+                self.0.$name $(::<$constant>)? ($($argument),*)
+            }
+        )*
+    };
+}
+
+impl Simd for Avx512 {
+    type Bytes = __m256i;
+    type Floats = [__m512; 2];
+
+    as_avx2! {
+        fn prefetch(address: *const u8) -> ();
+        fn load(bytes: &[u8; LANES]) -> __m256i;
+        fn store(bytes: __m256i, to: &mut [u8; LANES]) -> ();
+        fn splat(byte: u8) -> __m256i;
+        fn table(bytes: &[u8; 16]) -> __m256i;
+        fn lookup(table: __m256i, index: __m256i) -> __m256i;
+        fn nibbles(bytes: &[u8; LANES / 2]) -> __m256i;
+        fn and(a: __m256i, b: __m256i) -> __m256i;
+        fn or(a: __m256i, b: __m256i) -> __m256i;
+        fn add(a: __m256i, b: __m256i) -> __m256i;
+        fn add_saturating(a: __m256i, b: __m256i) -> __m256i;
+        fn shift_left<const BITS: i32>(a: __m256i) -> __m256i;
+        fn shift_right<const BITS: i32>(a: __m256i) -> __m256i;
+        fn multiply_add(a: __m256i, b: __m256i, c: __m256i) -> (__m256i, __m256i);
+    }
+
+    #[inline(always)]
+    fn packed<const WIDTH: usize>(self, bytes: &[u8; LANES]) -> __m256i {
+        // Eight symbols are WIDTH bytes: each quarter of a register gets eight of those, and multishift takes each
+        // symbol's eight bits from there.
+        let (gather, shifts) = const { (quadwords(WIDTH), bit_offsets(WIDTH)) };
+        with_avx512! {
+            let data = _mm256_loadu_si256(bytes.as_ptr().cast());
+            let data = _mm256_permutexvar_epi8(_mm256_loadu_si256(gather.as_ptr().cast()), data);
+            let shifted = _mm256_multishift_epi64_epi8(_mm256_set1_epi64x(shifts), data);
+            _mm256_and_si256(shifted, _mm256_set1_epi8((1 << WIDTH) - 1))
+        }
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: __m256i, b: __m256i, x: __m256i, y: __m256i) -> __m256i {
+        with_avx512!(_mm256_mask_blend_epi8(_mm256_cmplt_epi8_mask(a, b), y, x))
+    }
+
+    #[inline(always)]
+    fn refill(self, low: __m256i, high: __m256i, bytes: &[u8; LANES]) -> (__m256i, __m256i, usize) {
+        with_avx512! {
+            let short = _mm256_testn_epi8_mask(high, high);
+            let next = _mm256_loadu_si256(bytes.as_ptr().cast());
+            let refilled = _mm256_mask_expand_epi8(low, short, next);
+            (refilled, _mm256_mask_mov_epi8(high, short, low), short.count_ones() as usize)
+        }
+    }
+
+    #[inline(always)]
+    fn floats(self, low: __m256i, high: __m256i) -> [__m512; 2] {
+        with_avx512! {
+            let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            let sixteen = |order: &[u8; 64]| {
+                let order = _mm512_loadu_si512(order.as_ptr().cast());
+                _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xcccc_cccc_cccc_cccc, order, both))
+            };
+            [sixteen(const { &word_order(2, 0) }), sixteen(const { &word_order(2, 16) })]
+        }
+    }
+
+    #[inline(always)]
+    fn halves(self, low: __m256i, high: __m256i) -> [__m512; 2] {
+        with_avx512! {
+            let [a, b] = words(low, high);
+            [_mm512_cvtph_ps(a), _mm512_cvtph_ps(b)]
+        }
+    }
+
+    #[inline(always)]
+    fn fixed_point(self, low: __m256i, high: __m256i, offset: f32) -> [__m512; 2] {
+        with_avx512! {
+            let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            // Under the exponent of 2^15, the low sixteen bits of a float count in 1/256.
+            let exponent = _mm512_set1_epi32(0x4700_0000);
+            let offset = _mm512_set1_ps(offset - 32768.0);
+            let sixteen = |order: &[u8; 64]| {
+                let order = _mm512_loadu_si512(order.as_ptr().cast());
+                let bits = _mm512_mask_permutexvar_epi8(exponent, 0x3333_3333_3333_3333, order, both);
+                _mm512_add_ps(_mm512_castsi512_ps(bits), offset)
+            };
+            [sixteen(const { &word_order(0, 0) }), sixteen(const { &word_order(0, 16) })]
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> [__m512; 2] {
+        with_avx512!([_mm512_setzero_ps(); 2])
+    }
+
+    #[inline(always)]
+    fn fused_multiply_add(self, x: f32, b: [__m512; 2], sum: [__m512; 2]) -> [__m512; 2] {
+        with_avx512! {
+            let x = _mm512_set1_ps(x);
+            [_mm512_fmadd_ps(x, b[0], sum[0]), _mm512_fmadd_ps(x, b[1], sum[1])]
+        }
+    }
+
+    #[inline(always)]
+    fn store_floats(self, floats: [__m512; 2], to: &mut [f32; LANES]) {
+        with_avx512! {
+            _mm512_storeu_ps(to.as_mut_ptr(), floats[0]);
+            _mm512_storeu_ps(to.as_mut_ptr().add(16), floats[1]);
+        }
+    }
+}
+
+/// Sixteen-bit words `high · 256 + low`, lanes in order.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+#[inline]
+fn words(low: __m256i, high: __m256i) -> [__m256i; 2] {
+    let (low, high) = (_mm256_permute4x64_epi64::<0xd8>(low), _mm256_permute4x64_epi64::<0xd8>(high));
+    [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
+}
+
+/// For sixteen 32-bit words, the places of lane `first + i`'s low and high byte, at byte `at` of word i.
+const fn word_order(at: usize, first: usize) -> [u8; 64] {
+    let mut order = [0; 64];
+    let mut lane = 0;
+    while lane < 16 {
+        order[4 * lane + at] = (first + lane) as u8;
+        order[4 * lane + at + 1] = (LANES + first + lane) as u8;
+        lane += 1;
+    }
+    order
+}
+
+/// The byte that goes to each place, so that each quarter holds the `width` bytes of its eight symbols.
+const fn quadwords(width: usize) -> [u8; LANES] {
+    let mut order = [0; LANES];
+    let mut at = 0;
+    while at < LANES {
+        order[at] = (at / 8 * width + if at % 8 < width { at % 8 } else { 0 }) as u8;
+        at += 1;
+    }
+    order
+}
+
+/// The bit at which each of eight symbols begins, a byte each.
+const fn bit_offsets(width: usize) -> i64 {
+    let (mut offsets, mut lane) = (0, 0);
+    while lane < 8 {
+        offsets |= ((lane * width) as i64) << (8 * lane);
+        lane += 1;
+    }
+    offsets
+}
+
+/// See [`crate::codec::rans::decode_steps`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
+pub fn rans_steps<const N: usize>(
+    states: [&mut [u32; LANES]; N],
     table: &SlotTable,
-    words: &[u8],
+    words: [&[u8]; N],
     steps: usize,
-    out: &mut [u8; BLOCK],
-) -> (usize, usize) {
+    out: [&mut [u8]; N],
+) -> (usize, [usize; N]) {
+    const HALF: usize = LANES / 2;
     let slots = table.slots();
     let (mask, lower) = (_mm512_set1_epi32(SLOT_MASK as i32), _mm512_set1_epi32(LOWER as i32));
-    let (first, second) = states.split_at_mut(LANES / 2);
-    // SAFETY: each half is sixteen u32.
-    let mut x = unsafe { [_mm512_loadu_epi32(first.as_ptr().cast()), _mm512_loadu_epi32(second.as_ptr().cast())] };
-    let mut read = 0;
+    let mut x = [[_mm512_setzero_si512(); 2]; N];
+    for (x, states) in x.iter_mut().zip(&states) {
+        for (x, states) in x.iter_mut().zip(states.chunks_exact(HALF)) {
+            // SAFETY: sixteen u32.
+            *x = unsafe { _mm512_loadu_epi32(states.as_ptr().cast()) };
+        }
+    }
+    let mut read = [0; N];
     let mut done = 0;
     // A step takes at most one word a lane; the last ones of a stream go to the portable decoder.
-    while done < steps && read + 2 * LANES <= words.len() {
-        for (half, x) in x.iter_mut().enumerate() {
-            let slot = _mm512_and_si512(*x, mask);
-            // SAFETY: twelve bits index a table of 4096.
-            let entry = unsafe { _mm512_i32gather_epi32::<4>(slot, slots.as_ptr().cast()) };
-            let symbols = _mm512_cvtepi32_epi8(entry);
-            // SAFETY: `done < steps <= 64`, so sixteen bytes from here lie in the block.
-            unsafe { _mm_storeu_si128(out.as_mut_ptr().add(done * LANES + half * LANES / 2).cast(), symbols) };
-            let frequency = _mm512_srli_epi32::<20>(entry);
-            let offset = _mm512_and_si512(_mm512_srli_epi32::<8>(entry), mask);
-            let high = _mm512_srli_epi32::<MODEL_BITS>(*x);
-            let next = _mm512_add_epi32(_mm512_mullo_epi32(frequency, high), offset);
-            let short = _mm512_cmplt_epu32_mask(next, lower);
-            // SAFETY: 64 bytes were there before the first half took at most 32 of them.
-            let bytes = unsafe { _mm256_loadu_si256(words.as_ptr().add(read).cast()) };
-            let word = _mm512_maskz_expand_epi32(short, _mm512_cvtepu16_epi32(bytes));
-            *x = _mm512_mask_or_epi32(next, short, _mm512_slli_epi32::<16>(next), word);
-            read += 2 * short.count_ones() as usize;
+    while done < steps && (0..N).all(|n| read[n] + 2 * LANES <= words[n].len()) {
+        for n in 0..N {
+            let step = &mut out[n][done * LANES..(done + 1) * LANES];
+            for (x, symbols) in x[n].iter_mut().zip(step.chunks_exact_mut(HALF)) {
+                let slot = _mm512_and_si512(*x, mask);
+                // SAFETY: twelve bits index a table of 4096.
+                let entry = unsafe { _mm512_i32gather_epi32::<4>(slot, slots.as_ptr().cast()) };
+                // SAFETY: sixteen bytes.
+                unsafe { _mm_storeu_si128(symbols.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(entry)) };
+                let frequency = _mm512_srli_epi32::<20>(entry);
+                let offset = _mm512_and_si512(_mm512_srli_epi32::<8>(entry), mask);
+                let high = _mm512_srli_epi32::<MODEL_BITS>(*x);
+                let next = _mm512_add_epi32(_mm512_mullo_epi32(frequency, high), offset);
+                let short = _mm512_cmplt_epu32_mask(next, lower);
+                // SAFETY: 64 bytes were there before the first half took at most 32 of them.
+                let bytes = unsafe { _mm256_loadu_si256(words[n].as_ptr().add(read[n]).cast()) };
+                let word = _mm512_maskz_expand_epi32(short, _mm512_cvtepu16_epi32(bytes));
+                *x = _mm512_mask_or_epi32(next, short, _mm512_slli_epi32::<16>(next), word);
+                read[n] += 2 * short.count_ones() as usize;
+            }
         }
         done += 1;
     }
-    // SAFETY: as when loading.
-    unsafe {
-        _mm512_storeu_epi32(first.as_mut_ptr().cast(), x[0]);
-        _mm512_storeu_epi32(second.as_mut_ptr().cast(), x[1]);
+    for (x, states) in x.iter().zip(states) {
+        for (x, states) in x.iter().zip(states.chunks_exact_mut(HALF)) {
+            // SAFETY: sixteen u32.
+            unsafe { _mm512_storeu_epi32(states.as_mut_ptr().cast(), *x) };
+        }
     }
     (done, read)
 }

@@ -1,32 +1,39 @@
-//! Instruction sets: which one this process runs on, and the code written for one of them.
+//! Instruction sets: which one this process runs on, and what the decoders ask of one.
 //!
-//! An ISA file holds what the portable code says, in other words: same inputs, same bits. The portable code is the oracle.
+//! The decoders are written once, over [`Simd`]; an ISA file says how its instructions do those few operations. Every
+//! decoder has a portable twin, the oracle: same inputs, same bits.
 #![allow(unsafe_code)] // vector intrinsics and calls of functions compiled for an instruction set
 
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub mod neon;
 
 use std::sync::OnceLock;
 
-use super::geometry::{BLOCK, LANES};
-use super::rans::SlotTable;
+use super::geometry::LANES;
 
 /// An instruction set, the later the wider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
     Generic,
-    /// AVX2 and FMA.
+    /// 64-bit Arm, always with its vectors.
+    Neon,
+    /// AVX2, FMA, F16C and POPCNT.
     Avx2,
-    /// AVX-512 F, BW, DQ and VL, with all of the above.
+    /// AVX-512 as of Ice Lake and Zen 4: F, BW, DQ, VL, VBMI and VBMI2, with all of the above.
     Avx512,
 }
 
 impl Isa {
-    const ALL: [Self; 3] = [Self::Generic, Self::Avx2, Self::Avx512];
+    const ALL: [Self; 4] = [Self::Generic, Self::Neon, Self::Avx2, Self::Avx512];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Generic => "generic",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
         }
@@ -38,17 +45,23 @@ impl Isa {
         *ISA.get_or_init(|| {
             let named = std::env::var("INFOLD_ISA").ok();
             let named = Self::ALL.into_iter().find(|isa| Some(isa.name()) == named.as_deref());
-            named.map_or(Self::widest(), |named| named.min(Self::widest()))
+            let has = |isa: &Self| *isa == Self::Generic || (*isa == Self::Neon) == (Self::widest() == Self::Neon);
+            named.filter(has).map_or(Self::widest(), |named| named.min(Self::widest()))
         })
     }
 
     #[cfg(target_arch = "x86_64")]
     fn widest() -> Self {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt");
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512vbmi2");
         match (avx2, avx512) {
             (true, true) => Self::Avx512,
             (true, false) => Self::Avx2,
@@ -56,11 +69,127 @@ impl Isa {
         }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    fn widest() -> Self {
+        Self::Neon
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     fn widest() -> Self {
         Self::Generic
     }
 }
+
+/// What the decoders ask of an instruction set: a few operations on 32 lanes, of bytes or of floats.
+///
+/// A value of the implementing type is the proof that the CPU has its instructions, so the operations are safe to call. They
+/// are inlined into functions that [`per_simd!`] compiles for the instruction set, and slow anywhere else.
+pub trait Simd: Copy {
+    /// A byte for each lane.
+    type Bytes: Copy;
+    /// An f32 for each lane.
+    type Floats: Copy;
+
+    /// Asks for the memory at an address, which need not be there.
+    fn prefetch(self, address: *const u8);
+    fn load(self, bytes: &[u8; LANES]) -> Self::Bytes;
+    fn store(self, bytes: Self::Bytes, to: &mut [u8; LANES]);
+    fn splat(self, byte: u8) -> Self::Bytes;
+    /// A table of sixteen bytes for [`Simd::lookup`].
+    fn table(self, bytes: &[u8; 16]) -> Self::Bytes;
+    /// `table[index]`, where each index is below 16; zero for an index of 128 and above.
+    fn lookup(self, table: Self::Bytes, index: Self::Bytes) -> Self::Bytes;
+    /// 4-bit symbols, the low half of a byte first.
+    fn nibbles(self, bytes: &[u8; LANES / 2]) -> Self::Bytes;
+    /// `WIDTH`-bit symbols (1 to 7), least significant first, from the first 4·`WIDTH` bytes.
+    fn packed<const WIDTH: usize>(self, bytes: &[u8; LANES]) -> Self::Bytes;
+
+    fn and(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// Modulo 256.
+    fn add(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// At most 255.
+    fn add_saturating(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    fn shift_left<const BITS: i32>(self, a: Self::Bytes) -> Self::Bytes;
+    fn shift_right<const BITS: i32>(self, a: Self::Bytes) -> Self::Bytes;
+    /// `a < b ? x : y`, where a and b are below 128.
+    fn select_less(self, a: Self::Bytes, b: Self::Bytes, x: Self::Bytes, y: Self::Bytes) -> Self::Bytes;
+    /// The low and the high byte of `a · b + c`, where a is below 128.
+    fn multiply_add(self, a: Self::Bytes, b: Self::Bytes, c: Self::Bytes) -> (Self::Bytes, Self::Bytes);
+    /// Where `high` is zero: the low byte becomes the high one and the next of `bytes`, in the order of lanes, the low
+    /// one. Returns low, high, and how many bytes that took.
+    fn refill(self, low: Self::Bytes, high: Self::Bytes, bytes: &[u8; LANES]) -> (Self::Bytes, Self::Bytes, usize);
+
+    /// The floats of bits `high · 2^24 + low · 2^16`.
+    fn floats(self, low: Self::Bytes, high: Self::Bytes) -> Self::Floats;
+    /// The floats of half-precision bits `high · 2^8 + low`.
+    fn halves(self, low: Self::Bytes, high: Self::Bytes) -> Self::Floats;
+    /// `high + low / 256 + offset`, exact where the result is.
+    fn fixed_point(self, low: Self::Bytes, high: Self::Bytes, offset: f32) -> Self::Floats;
+    fn zero(self) -> Self::Floats;
+    /// `x · b + sum`, rounded once.
+    fn fused_multiply_add(self, x: f32, b: Self::Floats, sum: Self::Floats) -> Self::Floats;
+    fn store_floats(self, floats: Self::Floats, to: &mut [f32; LANES]);
+}
+
+/// For each set of eight lanes: the rank of each lane that is in it, and 128 for the others.
+#[cfg(target_arch = "x86_64")]
+static RANKS: [[u8; 8]; 256] = {
+    let mut ranks = [[128; 8]; 256];
+    let mut set = 0;
+    while set < 256 {
+        let (mut lane, mut rank) = (0, 0);
+        while lane < 8 {
+            if set >> lane & 1 == 1 {
+                ranks[set][lane] = rank;
+                rank += 1;
+            }
+            lane += 1;
+        }
+        set += 1;
+    }
+    ranks
+};
+
+/// Compiles a function over [`Simd`] for each instruction set. The result calls the one for this process and returns
+/// `Some` of its result, or `None` on a machine without vectors, where the caller's portable code goes on.
+macro_rules! per_simd {
+    ($(#[$attribute:meta])* $visibility:vis fn $name:ident
+        $(<$(const $constant:ident: $constant_type:ty),* $(,)?>)?
+        ($simd:ident, $($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block
+    ) => {
+        $(#[$attribute])*
+        $visibility fn $name $(<$(const $constant: $constant_type),*>)? ($($argument: $type),*) -> Option<$result> {
+            #[inline(always)]
+            #[allow(dead_code)] // a target without vectors
+            fn body<S: $crate::codec::arch::Simd, $($(const $constant: $constant_type),*)?>($simd: S, $($argument: $type),*) -> $result $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+            fn avx2 $(<$(const $constant: $constant_type),*>)? ($($argument: $type),*) -> $result {
+                body::<_, $($($constant),*)?>($crate::codec::arch::avx2::Avx2::new(), $($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,popcnt")]
+            fn avx512 $(<$(const $constant: $constant_type),*>)? ($($argument: $type),*) -> $result {
+                body::<_, $($($constant),*)?>($crate::codec::arch::avx512::Avx512::new(), $($argument),*)
+            }
+            match $crate::codec::Isa::get() {
+                // SAFETY: `Isa::get` names only what the CPU has.
+                #[cfg(target_arch = "x86_64")]
+                #[allow(unsafe_code)]
+                $crate::codec::Isa::Avx512 => Some(unsafe { avx512 $(::<$($constant),*>)? ($($argument),*) }),
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                #[allow(unsafe_code)]
+                $crate::codec::Isa::Avx2 => Some(unsafe { avx2 $(::<$($constant),*>)? ($($argument),*) }),
+                #[cfg(target_arch = "aarch64")]
+                $crate::codec::Isa::Neon => Some(body::<_, $($($constant),*)?>($crate::codec::arch::neon::Neon::new(), $($argument),*)),
+                _ => None,
+            }
+        }
+    };
+}
+pub(crate) use per_simd;
 
 /// Compiles a function's body for each instruction set, and calls the one for this process. The body stays portable: the
 /// compiler alone makes use of the instructions.
@@ -95,21 +224,3 @@ macro_rules! per_isa {
     };
 }
 pub(crate) use per_isa;
-
-/// Decodes the first full steps of a block, all 32 lanes each, where there is a vector decoder and its words are there.
-/// Returns the steps decoded and the bytes of `words` that they took; the portable decoder goes on from there.
-pub fn decode_steps(
-    states: &mut [u32; LANES],
-    table: &SlotTable,
-    words: &[u8],
-    steps: usize,
-    out: &mut [u8; BLOCK],
-) -> (usize, usize) {
-    #[cfg(target_arch = "x86_64")]
-    if Isa::get() == Isa::Avx512 {
-        // SAFETY: `Isa::get` names only what the CPU has.
-        return unsafe { avx512::decode_steps(states, table, words, steps, out) };
-    }
-    let _ = (states, table, words, steps, out);
-    (0, 0)
-}

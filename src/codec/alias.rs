@@ -1,0 +1,292 @@
+//! rANS for at most sixteen symbols, with no memory lookup: 8-bit probabilities by the alias method (Vose 1991), 16-bit
+//! states, bytes as words. Every table fits in a vector register, so a step of 32 lanes is a handful of byte shuffles.
+//!
+//! The 256 slots are sixteen buckets of sixteen. Bucket b belongs to symbol b up to a threshold, and above it to one other
+//! symbol, its alias. A lane's state `x` lies in `[2^8, 2^16)`:
+//!
+//! ```text
+//! for each lane in order:
+//!     slot = x mod 256           bucket = slot div 16         within = slot mod 16
+//!     symbol = within < threshold[bucket] ? bucket : alias[bucket]
+//!     x = frequency[symbol] · (x div 256) + (number of the symbol's slots before this one)
+//!     if x < 2^8: x = x · 2^8 + next byte
+//! ```
+
+use std::borrow::Cow;
+
+use super::arch::{Simd, per_simd};
+use super::geometry::{CHUNK, LANES};
+
+/// The sum of a model's frequencies.
+pub const ALIAS_TOTAL: u32 = 256;
+/// Symbols that a model can tell apart.
+pub const ALIAS_SYMBOLS: usize = 16;
+/// The largest frequency: products of it and a byte are taken as signed 16-bit numbers.
+pub const ALIAS_CEILING: u16 = 127;
+
+/// Bytes of a stream between the ones that are read and the ones that are fetched from memory.
+const PREFETCH_BYTES: usize = 512;
+/// Bytes that a block may take, and that reading its last step may touch.
+const WORST_BLOCK: usize = (CHUNK + 1) * LANES;
+const BUCKETS: usize = ALIAS_SYMBOLS;
+const BUCKET_SLOTS: u8 = 16;
+const LOWER: u16 = 1 << 8;
+
+/// The decoder's view of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AliasTable {
+    threshold: [u8; BUCKETS],
+    alias: [u8; BUCKETS],
+    /// What to add to `within`, below the threshold and above it, for the slot's place among its symbol's, modulo 256.
+    own_base: [u8; BUCKETS],
+    alias_base: [u8; BUCKETS],
+    frequency: [u8; BUCKETS],
+}
+
+impl AliasTable {
+    /// `frequencies` (at most sixteen) must sum to 256, each at most 127.
+    ///
+    /// While a bucket is underfull, the first such takes its missing slots from the symbol with the most left, of equals the
+    /// first. A symbol's slots are counted in order: so spread, they cost less than runs of them would.
+    pub fn new(frequencies: &[u8]) -> Self {
+        let mut frequency = [0; BUCKETS];
+        frequency[..frequencies.len()].copy_from_slice(frequencies);
+        let mut left = frequency;
+        let (mut threshold, mut alias) = ([BUCKET_SLOTS; BUCKETS], [0; BUCKETS]);
+        while let Some(under) = (0..BUCKETS).find(|&b| threshold[b] == BUCKET_SLOTS && left[b] < BUCKET_SLOTS) {
+            let over = (1..BUCKETS).fold(0, |most, b| if left[b] > left[most] { b } else { most });
+            (threshold[under], alias[under]) = (left[under], over as u8);
+            left[over] = left[over].saturating_sub(BUCKET_SLOTS - left[under]);
+            left[under] = BUCKET_SLOTS;
+        }
+        let (mut own_base, mut alias_base) = ([0; BUCKETS], [0; BUCKETS]);
+        let mut counted = [0u8; BUCKETS];
+        for bucket in 0..BUCKETS {
+            let (threshold, alias) = (threshold[bucket], usize::from(alias[bucket]));
+            own_base[bucket] = counted[bucket];
+            counted[bucket] = counted[bucket].wrapping_add(threshold);
+            alias_base[bucket] = counted[alias].wrapping_sub(threshold);
+            counted[alias] = counted[alias].wrapping_add(BUCKET_SLOTS - threshold);
+        }
+        Self { threshold, alias, own_base, alias_base, frequency }
+    }
+
+    /// The symbol of a slot, and the slot's place among the symbol's.
+    #[inline(always)]
+    fn slot(&self, slot: u8) -> (u8, u8) {
+        let (bucket, within) = (slot / BUCKET_SLOTS, slot % BUCKET_SLOTS);
+        let index = usize::from(bucket);
+        if within < self.threshold[index] {
+            (bucket, within.wrapping_add(self.own_base[index]))
+        } else {
+            (self.alias[index], within.wrapping_add(self.alias_base[index]))
+        }
+    }
+}
+
+/// Decodes one stream of a tile.
+pub struct AliasDecoder<'a> {
+    /// The states' low and high bytes.
+    low: [u8; LANES],
+    high: [u8; LANES],
+    bytes: &'a [u8],
+    read: usize,
+}
+
+impl<'a> AliasDecoder<'a> {
+    /// `states` holds two bytes for each lane; the stream is at the front of `bytes`.
+    pub fn new(states: &[u8], bytes: &'a [u8]) -> Self {
+        let (mut low, mut high) = ([0; LANES], [LOWER.to_le_bytes()[1]; LANES]);
+        for ((low, high), state) in low.iter_mut().zip(&mut high).zip(states.chunks_exact(2)) {
+            (*low, *high) = (state[0], state[1]);
+        }
+        Self { low, high, bytes, read: 0 }
+    }
+
+    /// The next symbol of each of `out`'s lanes (at most 32). Past the end, bytes read as zero.
+    pub fn step(&mut self, table: &AliasTable, out: &mut [u8]) {
+        let states = self.low.iter_mut().zip(&mut self.high);
+        for ((low, high), out) in states.zip(out) {
+            let (symbol, offset) = table.slot(*low);
+            *out = symbol;
+            // Wrapping: a state from a damaged stream must not panic.
+            let frequency = u16::from(table.frequency[usize::from(symbol)]);
+            let next = (frequency * u16::from(*high)).wrapping_add(u16::from(offset));
+            [*low, *high] = next.to_le_bytes();
+            if *high == 0 {
+                *high = *low;
+                *low = self.bytes.get(self.read).copied().unwrap_or(0);
+                self.read = (self.read + 1).min(self.bytes.len());
+            }
+        }
+    }
+}
+
+per_simd! {
+    /// Decodes `steps` steps (at most 64) of 32 lanes from each of several streams. The streams are independent: the more there are, the
+    /// less a step waits for the one before.
+    pub fn decode_steps<const N: usize>(
+        simd,
+        table: &AliasTable,
+        decoders: &mut [AliasDecoder; N],
+        steps: usize,
+        out: [&mut [u8]; N],
+    ) -> () {
+        let tables = Tables {
+            threshold: simd.table(&table.threshold),
+            alias: simd.table(&table.alias),
+            own_base: simd.table(&table.own_base),
+            alias_base: simd.table(&table.alias_base),
+            frequency: simd.table(&table.frequency),
+        };
+        let mut states = [(simd.splat(0), simd.splat(0)); N];
+        for (state, decoder) in states.iter_mut().zip(decoders.iter()) {
+            *state = (simd.load(&decoder.low), simd.load(&decoder.high));
+        }
+        let out = out.map(|out| out[..steps * LANES].as_chunks_mut::<LANES>().0);
+        let rests: [_; N] = std::array::from_fn(|n| padded(&decoders[n].bytes[decoders[n].read..]));
+        let bytes: [&[u8]; N] = std::array::from_fn(|n| &*rests[n]);
+        let mut read = [0; N];
+        let mut out = out.map(|out| out.iter_mut());
+        for _ in 0..steps {
+            // Unrolled by hand: a loop over the streams would keep their states in memory.
+            macro_rules! advance {
+                ($($n:literal)*) => {$(
+                    if $n < N
+                        && let Some(window) = bytes[$n % N][read[$n % N]..].first_chunk()
+                        && let Some(out) = out[$n % N].next()
+                    {
+                        read[$n % N] += tables.advance(simd, &mut states[$n % N], window, out);
+                    }
+                )*};
+            }
+            advance!(0 1 2 3);
+        }
+        for (decoder, read) in decoders.iter_mut().zip(read) {
+            decoder.read = (decoder.read + read).min(decoder.bytes.len());
+        }
+        for ((low, high), decoder) in states.into_iter().zip(decoders) {
+            simd.store(low, &mut decoder.low);
+            simd.store(high, &mut decoder.high);
+        }
+    }
+}
+
+/// What is left of a stream, with zeros past the end where it may not last for a block.
+fn padded(rest: &[u8]) -> Cow<'_, [u8]> {
+    if rest.len() >= WORST_BLOCK {
+        return Cow::Borrowed(rest);
+    }
+    let mut padded = rest.to_vec();
+    padded.resize(WORST_BLOCK, 0);
+    Cow::Owned(padded)
+}
+
+/// A model's tables in vector registers.
+struct Tables<B> {
+    threshold: B,
+    alias: B,
+    own_base: B,
+    alias_base: B,
+    frequency: B,
+}
+
+impl<B: Copy> Tables<B> {
+    /// One step of one stream; returns how many bytes it took.
+    #[inline(always)]
+    fn advance<S: Simd<Bytes = B>>(
+        &self,
+        simd: S,
+        (low, high): &mut (B, B),
+        window: &[u8; LANES],
+        out: &mut [u8; LANES],
+    ) -> usize {
+        simd.prefetch(window.as_ptr().wrapping_add(PREFETCH_BYTES));
+        let bucket = simd.shift_right::<4>(*low);
+        let within = simd.and(*low, simd.splat(15));
+        let limit = simd.lookup(self.threshold, bucket);
+        let symbol = simd.select_less(within, limit, bucket, simd.lookup(self.alias, bucket));
+        let (own, other) = (simd.lookup(self.own_base, bucket), simd.lookup(self.alias_base, bucket));
+        let base = simd.select_less(within, limit, own, other);
+        simd.store(symbol, out);
+        let frequency = simd.lookup(self.frequency, symbol);
+        let (next_low, next_high) = simd.multiply_add(frequency, *high, simd.add(within, base));
+        let taken;
+        (*low, *high, taken) = simd.refill(next_low, next_high, window);
+        taken
+    }
+}
+
+/// Encodes one stream of a tile. Symbols go in backwards; see [`AliasEncoder::finish`].
+pub struct AliasEncoder<'a> {
+    codes: &'a AliasCodes,
+    states: [u16; LANES],
+    /// Bytes in the order of writing, the reverse of the order of reading.
+    bytes: Vec<u8>,
+}
+
+/// The encoder's view of a model: the slots of each symbol in order, and what a division by its frequency needs.
+pub struct AliasCodes {
+    slots: [u8; ALIAS_TOTAL as usize],
+    symbols: [SymbolCode; BUCKETS],
+}
+
+#[derive(Clone, Copy, Default)]
+struct SymbolCode {
+    /// 2^24 / frequency, rounded up: exact quotients of 16-bit numbers.
+    reciprocal: u32,
+    frequency: u16,
+    /// Where the symbol's slots begin.
+    start: u16,
+}
+
+impl AliasCodes {
+    pub fn new(frequencies: &[u8]) -> Self {
+        let table = AliasTable::new(frequencies);
+        let mut symbols = [SymbolCode::default(); BUCKETS];
+        let mut start = 0;
+        for (symbol, &frequency) in symbols.iter_mut().zip(frequencies) {
+            let reciprocal = (1u32 << 24).div_ceil(u32::from(frequency.max(1)));
+            *symbol = SymbolCode { reciprocal, frequency: u16::from(frequency), start };
+            start += u16::from(frequency);
+        }
+        let mut slots = [0; ALIAS_TOTAL as usize];
+        for slot in 0..=u8::MAX {
+            let (symbol, place) = table.slot(slot);
+            slots[usize::from(symbols[usize::from(symbol)].start) + usize::from(place)] = slot;
+        }
+        Self { slots, symbols }
+    }
+}
+
+impl<'a> AliasEncoder<'a> {
+    pub fn new(codes: &'a AliasCodes, capacity: usize) -> Self {
+        Self { codes, states: [LOWER; LANES], bytes: Vec::with_capacity(capacity) }
+    }
+
+    /// Puts one step's symbols, lane by lane; each must have a frequency. The last step comes first.
+    #[inline(always)]
+    pub fn step(&mut self, symbols: &[u8]) {
+        let mut emitted = [0; LANES];
+        let mut count = 0;
+        for (state, &symbol) in self.states.iter_mut().zip(symbols).rev() {
+            let code = self.codes.symbols[usize::from(symbol) % BUCKETS];
+            let x = *state;
+            emitted[count] = x as u8;
+            // A branch here would be mispredicted every few symbols.
+            let full = x >> 8 >= code.frequency;
+            count += usize::from(full);
+            let x = std::hint::select_unpredictable(full, x >> 8, x);
+            let quotient = ((u64::from(x) * u64::from(code.reciprocal)) >> 24) as u16;
+            let slot = code.start + (x - quotient.wrapping_mul(code.frequency));
+            *state = quotient << 8 | u16::from(self.codes.slots[usize::from(slot) % ALIAS_TOTAL as usize]);
+        }
+        self.bytes.extend_from_slice(&emitted[..count]);
+    }
+
+    /// The states of the first `lanes` lanes, and the bytes in reading order.
+    pub fn finish(mut self, lanes: usize) -> (Vec<u8>, Vec<u8>) {
+        self.bytes.reverse();
+        (self.states[..lanes].iter().flat_map(|x| x.to_le_bytes()).collect(), self.bytes)
+    }
+}

@@ -1,0 +1,344 @@
+//! AVX2: 32 bytes to a register, eight floats to a register.
+
+use std::arch::x86_64::*;
+
+use super::{RANKS, Simd};
+use crate::codec::geometry::LANES;
+use crate::codec::rans::{MODEL_BITS, SLOT_MASK, SlotTable};
+
+/// Proof that the CPU has AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub struct Avx2(());
+
+impl Avx2 {
+    #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+    #[inline]
+    pub fn new() -> Self {
+        Self(())
+    }
+}
+
+/// Evaluates intrinsics.
+macro_rules! with_avx2 {
+    ($($body:tt)*) => {
+        // SAFETY: a value of `Avx2` exists only where the CPU has the instructions; pointers come from references of at
+        // least the size that is read or written.
+        unsafe { $($body)* }
+    };
+}
+
+impl Simd for Avx2 {
+    type Bytes = __m256i;
+    type Floats = [__m256; 4];
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        with_avx2!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+
+    #[inline(always)]
+    fn load(self, bytes: &[u8; LANES]) -> __m256i {
+        with_avx2!(_mm256_loadu_si256(bytes.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn store(self, bytes: __m256i, to: &mut [u8; LANES]) {
+        with_avx2!(_mm256_storeu_si256(to.as_mut_ptr().cast(), bytes));
+    }
+
+    #[inline(always)]
+    fn splat(self, byte: u8) -> __m256i {
+        with_avx2!(_mm256_set1_epi8(byte as i8))
+    }
+
+    #[inline(always)]
+    fn table(self, bytes: &[u8; 16]) -> __m256i {
+        with_avx2!(_mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: __m256i, index: __m256i) -> __m256i {
+        with_avx2!(_mm256_shuffle_epi8(table, index))
+    }
+
+    #[inline(always)]
+    fn nibbles(self, bytes: &[u8; LANES / 2]) -> __m256i {
+        with_avx2! {
+            let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
+            let both = _mm256_or_si256(words, _mm256_slli_epi16::<4>(words));
+            _mm256_and_si256(both, _mm256_set1_epi8(15))
+        }
+    }
+
+    #[inline(always)]
+    fn packed<const WIDTH: usize>(self, bytes: &[u8; LANES]) -> __m256i {
+        // Eight symbols are WIDTH bytes. Sixteen go to each half of a register: a shuffle brings each the two bytes that it
+        // lies in, a product by a power of two moves it to the top, a shift to the bottom.
+        let Windows { shuffle, factor } = const { Windows::new(WIDTH) };
+        let shift = const { 16 - WIDTH as i32 };
+        with_avx2! {
+            let low = _mm_loadu_si128(bytes.as_ptr().cast());
+            let high = _mm_loadu_si128(bytes.as_ptr().add(2 * WIDTH).cast());
+            let both = _mm256_set_m128i(high, low);
+            let shift = _mm_cvtsi32_si128(shift);
+            let factor = _mm256_broadcastsi128_si256(_mm_loadu_si128(factor.as_ptr().cast()));
+            let eight = |shuffle: &[u8; 16]| {
+                let shuffle = _mm256_broadcastsi128_si256(_mm_loadu_si128(shuffle.as_ptr().cast()));
+                _mm256_srl_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(both, shuffle), factor), shift)
+            };
+            _mm256_packus_epi16(eight(&shuffle[0]), eight(&shuffle[1]))
+        }
+    }
+
+    #[inline(always)]
+    fn and(self, a: __m256i, b: __m256i) -> __m256i {
+        with_avx2!(_mm256_and_si256(a, b))
+    }
+
+    #[inline(always)]
+    fn or(self, a: __m256i, b: __m256i) -> __m256i {
+        with_avx2!(_mm256_or_si256(a, b))
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256i, b: __m256i) -> __m256i {
+        with_avx2!(_mm256_add_epi8(a, b))
+    }
+
+    #[inline(always)]
+    fn add_saturating(self, a: __m256i, b: __m256i) -> __m256i {
+        with_avx2!(_mm256_adds_epu8(a, b))
+    }
+
+    #[inline(always)]
+    fn shift_left<const BITS: i32>(self, a: __m256i) -> __m256i {
+        with_avx2!(_mm256_and_si256(_mm256_slli_epi16::<BITS>(a), _mm256_set1_epi8((0xff << BITS) as i8)))
+    }
+
+    #[inline(always)]
+    fn shift_right<const BITS: i32>(self, a: __m256i) -> __m256i {
+        with_avx2!(_mm256_and_si256(_mm256_srli_epi16::<BITS>(a), _mm256_set1_epi8((0xff >> BITS) as i8)))
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: __m256i, b: __m256i, x: __m256i, y: __m256i) -> __m256i {
+        with_avx2!(_mm256_blendv_epi8(y, x, _mm256_cmpgt_epi8(b, a)))
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, a: __m256i, b: __m256i, c: __m256i) -> (__m256i, __m256i) {
+        with_avx2! {
+            let one = _mm256_set1_epi8(1);
+            // (b, c) · (a, 1); unpacking and packing keep to the halves of a register, so the order comes back.
+            let low = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(b, c), _mm256_unpacklo_epi8(a, one));
+            let high = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(b, c), _mm256_unpackhi_epi8(a, one));
+            let mask = _mm256_set1_epi16(0xff);
+            (
+                _mm256_packus_epi16(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)),
+                _mm256_packus_epi16(_mm256_srli_epi16::<8>(low), _mm256_srli_epi16::<8>(high)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn refill(self, low: __m256i, high: __m256i, bytes: &[u8; LANES]) -> (__m256i, __m256i, usize) {
+        with_avx2! {
+            let short = _mm256_cmpeq_epi8(high, _mm256_setzero_si256());
+            let set = _mm256_movemask_epi8(short) as u32;
+            // Each eight lanes read on from where those before them stop: at most 24 bytes in.
+            let quarter = |index: u32| {
+                let before = (set & ((1u32 << (8 * index)) - 1)).count_ones() as usize;
+                let ranks = &RANKS[(set >> (8 * index) & 0xff) as usize];
+                (_mm_loadl_epi64(bytes.as_ptr().add(before).cast()), _mm_loadl_epi64(ranks.as_ptr().cast()))
+            };
+            let [(b0, r0), (b1, r1), (b2, r2), (b3, r3)] = [quarter(0), quarter(1), quarter(2), quarter(3)];
+            let data = _mm256_set_m128i(_mm_unpacklo_epi64(b2, b3), _mm_unpacklo_epi64(b0, b1));
+            let ranks = _mm256_set_m128i(_mm_unpacklo_epi64(r2, r3), _mm_unpacklo_epi64(r0, r1));
+            let second = _mm256_set_epi64x(0x0808_0808_0808_0808, 0, 0x0808_0808_0808_0808, 0);
+            let next = _mm256_shuffle_epi8(data, _mm256_or_si256(ranks, second));
+            let high = _mm256_or_si256(high, _mm256_and_si256(low, short));
+            (_mm256_blendv_epi8(low, next, short), high, set.count_ones() as usize)
+        }
+    }
+
+    #[inline(always)]
+    fn floats(self, low: __m256i, high: __m256i) -> [__m256; 4] {
+        with_avx2! {
+            let [a, b] = words(low, high);
+            let zero = _mm256_setzero_si256();
+            [
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, a)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, a)),
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, b)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, b)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn halves(self, low: __m256i, high: __m256i) -> [__m256; 4] {
+        with_avx2! {
+            // Sixteen lanes of words in order.
+            let (low, high) = (_mm256_permute4x64_epi64::<0xd8>(low), _mm256_permute4x64_epi64::<0xd8>(high));
+            let (a, b) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(a)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(a)),
+                _mm256_cvtph_ps(_mm256_castsi256_si128(b)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(b)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn fixed_point(self, low: __m256i, high: __m256i, offset: f32) -> [__m256; 4] {
+        with_avx2! {
+            // Under the exponent of 2^15, the low sixteen bits of a float count in 1/256.
+            let [a, b] = words(low, high);
+            let exponent = _mm256_set1_epi16(0x4700);
+            let offset = _mm256_set1_ps(offset - 32768.0);
+            let shifted = |bits: __m256i| _mm256_add_ps(_mm256_castsi256_ps(bits), offset);
+            [
+                shifted(_mm256_unpacklo_epi16(a, exponent)),
+                shifted(_mm256_unpackhi_epi16(a, exponent)),
+                shifted(_mm256_unpacklo_epi16(b, exponent)),
+                shifted(_mm256_unpackhi_epi16(b, exponent)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> [__m256; 4] {
+        with_avx2!([_mm256_setzero_ps(); 4])
+    }
+
+    #[inline(always)]
+    fn fused_multiply_add(self, x: f32, b: [__m256; 4], sum: [__m256; 4]) -> [__m256; 4] {
+        with_avx2! {
+            let x = _mm256_set1_ps(x);
+            [
+                _mm256_fmadd_ps(x, b[0], sum[0]),
+                _mm256_fmadd_ps(x, b[1], sum[1]),
+                _mm256_fmadd_ps(x, b[2], sum[2]),
+                _mm256_fmadd_ps(x, b[3], sum[3]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn store_floats(self, floats: [__m256; 4], to: &mut [f32; LANES]) {
+        let at = to.as_mut_ptr();
+        with_avx2! {
+            _mm256_storeu_ps(at, floats[0]);
+            _mm256_storeu_ps(at.add(8), floats[1]);
+            _mm256_storeu_ps(at.add(16), floats[2]);
+            _mm256_storeu_ps(at.add(24), floats[3]);
+        }
+    }
+}
+
+/// Sixteen-bit words `high · 256 + low`, so arranged that unpacking them to 32 bits within halves leaves lanes in order.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn words(low: __m256i, high: __m256i) -> [__m256i; 2] {
+    let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    let (low, high) = (_mm256_permutevar8x32_epi32(low, order), _mm256_permutevar8x32_epi32(high, order));
+    [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
+}
+
+/// How to take symbols of some width apart: for each of two runs of eight, the bytes that each symbol lies in, and the
+/// factor that moves it to the top of its word.
+struct Windows {
+    shuffle: [[u8; 16]; 2],
+    factor: [u16; 8],
+}
+
+impl Windows {
+    const fn new(width: usize) -> Self {
+        let mut windows = Self { shuffle: [[0; 16]; 2], factor: [0; 8] };
+        let mut lane = 0;
+        while lane < 8 {
+            let bit = lane * width;
+            let mut run = 0;
+            while run < 2 {
+                let byte = (run * width + bit / 8) as u8;
+                windows.shuffle[run][2 * lane] = byte;
+                windows.shuffle[run][2 * lane + 1] = byte + 1;
+                run += 1;
+            }
+            windows.factor[lane] = 1 << (16 - width - bit % 8);
+            lane += 1;
+        }
+        windows
+    }
+}
+
+/// See [`crate::codec::rans::decode_steps`].
+#[target_feature(enable = "avx2,popcnt")]
+pub fn rans_steps<const N: usize>(
+    states: [&mut [u32; LANES]; N],
+    table: &SlotTable,
+    words: [&[u8]; N],
+    steps: usize,
+    out: [&mut [u8]; N],
+) -> (usize, [usize; N]) {
+    const QUARTERS: usize = LANES / 8;
+    let slots = table.slots();
+    let mask = _mm256_set1_epi32(SLOT_MASK as i32);
+    let bytes = _mm256_set1_epi32(0xff);
+    let mut x = [[_mm256_setzero_si256(); QUARTERS]; N];
+    for (x, states) in x.iter_mut().zip(&states) {
+        for (x, states) in x.iter_mut().zip(states.chunks_exact(8)) {
+            // SAFETY: eight u32.
+            *x = unsafe { _mm256_loadu_si256(states.as_ptr().cast()) };
+        }
+    }
+    let mut read = [0; N];
+    let mut done = 0;
+    // A step takes at most one word a lane; the last ones of a stream go to the portable decoder.
+    while done < steps && (0..N).all(|n| read[n] + 2 * LANES <= words[n].len()) {
+        for n in 0..N {
+            let mut symbols = [_mm256_setzero_si256(); QUARTERS];
+            for (quarter, x) in x[n].iter_mut().enumerate() {
+                let slot = _mm256_and_si256(*x, mask);
+                // SAFETY: twelve bits index a table of 4096.
+                let entry = unsafe { _mm256_i32gather_epi32::<4>(slots.as_ptr().cast(), slot) };
+                symbols[quarter] = _mm256_and_si256(entry, bytes);
+                let frequency = _mm256_srli_epi32::<20>(entry);
+                let offset = _mm256_and_si256(_mm256_srli_epi32::<8>(entry), mask);
+                let high = _mm256_srli_epi32::<{ MODEL_BITS as i32 }>(*x);
+                let next = _mm256_add_epi32(_mm256_mullo_epi32(frequency, high), offset);
+                // next < 2^16.
+                let short = _mm256_cmpeq_epi32(_mm256_srli_epi32::<16>(next), _mm256_setzero_si256());
+                let set = _mm256_movemask_ps(_mm256_castsi256_ps(short)) as usize;
+                // SAFETY: 64 bytes were there before the first quarter, and each takes at most 16 of them; a rank row has 8.
+                let (word, ranks) = unsafe {
+                    (
+                        _mm_loadu_si128(words[n].as_ptr().add(read[n]).cast()),
+                        _mm_loadl_epi64(RANKS[set].as_ptr().cast()),
+                    )
+                };
+                let word = _mm256_permutevar8x32_epi32(_mm256_cvtepu16_epi32(word), _mm256_cvtepu8_epi32(ranks));
+                let refilled = _mm256_or_si256(_mm256_slli_epi32::<16>(next), word);
+                *x = _mm256_blendv_epi8(next, refilled, short);
+                read[n] += 2 * set.count_ones() as usize;
+            }
+            // Packing interleaves the halves of registers; the permutation puts the lanes in order.
+            let low = _mm256_packus_epi32(symbols[0], symbols[1]);
+            let high = _mm256_packus_epi32(symbols[2], symbols[3]);
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+            let step = &mut out[n][done * LANES..(done + 1) * LANES];
+            // SAFETY: 32 bytes.
+            unsafe { _mm256_storeu_si256(step.as_mut_ptr().cast(), packed) };
+        }
+        done += 1;
+    }
+    for (x, states) in x.iter().zip(states) {
+        for (x, states) in x.iter().zip(states.chunks_exact_mut(8)) {
+            // SAFETY: eight u32.
+            unsafe { _mm256_storeu_si256(states.as_mut_ptr().cast(), *x) };
+        }
+    }
+    (done, read)
+}

@@ -1,0 +1,289 @@
+//! From the symbols of a block's planes to floats: those of a lossless weight, or the reconstruction points r(q) of levels.
+
+use super::arch::{Simd, per_simd};
+use super::element::{Dtype, Element};
+use super::format::Header;
+use super::geometry::{BLOCK, LANES};
+use super::stream::Symbols;
+
+/// Entries of a vector table.
+const PIECE: usize = 16;
+/// Steps between the one that is read and the one that is fetched from memory: at a few ns a step, the latency of memory.
+const PREFETCH_STEPS: usize = 128;
+/// Levels this far out are still exact in the vector units' fixed-point numbers.
+const MAX_LEVEL: i64 = 1 << 15;
+
+/// How a weight's planes make floats.
+pub struct Assembly {
+    element: Element,
+    /// The value of symbol 0 in the first plane.
+    lo: i32,
+    /// r(q) less q for each symbol of the first plane from the first on, in 1/256, plus 128; empty for none.
+    offsets: Vec<[u8; PIECE]>,
+    /// r(q) for each symbol of the first plane from the first on; empty where it is q.
+    centroids: Vec<f32>,
+    /// Whether the vector units' numbers hold every value, and the second plane counts from zero.
+    vector: bool,
+}
+
+impl Assembly {
+    pub fn new(header: &Header) -> Self {
+        let plane = &header.planes[0];
+        let lo = plane.coding.lo();
+        let second_from_zero = header.planes.get(1).is_none_or(|plane| plane.coding.lo() == 0);
+        let Element::Level { low_bits } = header.element else {
+            // Four planes go the portable way.
+            let vector = second_from_zero && header.planes.len() == 2;
+            return Self { element: header.element, lo, offsets: Vec::new(), centroids: Vec::new(), vector };
+        };
+        let stored: &[i8] = if low_bits == 0 { &plane.centroids } else { &[] };
+        let point = |(symbol, &offset): (usize, &i8)| lo.wrapping_add(symbol as i32) as f32 + f32::from(offset) / 256.0;
+        let pieces = if stored.is_empty() { 0 } else { (1usize << u8::BITS) / PIECE };
+        let offset = |symbol: usize| stored.get(symbol).map_or(128, |&offset| (i32::from(offset) + 128) as u8);
+        let piece = |piece: usize| std::array::from_fn(|i| offset(piece * PIECE + i));
+        let used = plane.coding.values().div_ceil(PIECE);
+        let (first, count) = (i64::from(lo) << low_bits, plane.coding.values() << low_bits);
+        Self {
+            element: header.element,
+            lo,
+            offsets: (0..pieces.min(used)).map(piece).collect(),
+            centroids: stored.iter().enumerate().map(point).collect(),
+            vector: second_from_zero && low_bits <= 6 && count <= 256 && first.abs() <= MAX_LEVEL,
+        }
+    }
+
+    /// r(q) of a level, or the float of a lossless code.
+    #[inline(always)]
+    pub fn point(&self, code: u32) -> f32 {
+        match self.element {
+            Element::Bits(dtype) => super::element::bits_to_f32(code, dtype),
+            Element::Level { .. } => {
+                let level = code as i32;
+                self.centroids.get(level.wrapping_sub(self.lo) as usize).copied().unwrap_or(level as f32)
+            }
+        }
+    }
+
+    fn low_bits(&self) -> u32 {
+        match self.element {
+            Element::Level { low_bits } => low_bits,
+            Element::Bits(_) => 0,
+        }
+    }
+
+    /// Whether the vector units can assemble this weight.
+    pub fn is_vector(&self) -> bool {
+        self.vector
+    }
+}
+
+per_simd! {
+    /// Writes `cols` columns of a plane as bytes.
+    pub fn unpack(simd, symbols: Symbols, cols: usize, out: &mut [u8]) -> () {
+        let mut reader = Reader::<ANY>::new(symbols);
+        for column in out.as_chunks_mut::<LANES>().0.iter_mut().take(cols) {
+            let symbols = reader.next(simd);
+            simd.store(symbols, column);
+        }
+    }
+}
+
+per_simd! {
+    /// Writes the first `cols` columns of a block.
+    pub fn assemble(simd, assembly: &Assembly, planes: [Symbols; 2], cols: usize, out: &mut [f32; BLOCK]) -> () {
+        let out = out.as_chunks_mut::<LANES>().0;
+        each_column(simd, assembly, planes, cols.min(out.len()), |col, floats| simd.store_floats(floats, &mut out[col]));
+    }
+}
+
+per_simd! {
+    /// Adds x[p] times column p to `sums`, column after column from zero.
+    pub fn multiply(simd, assembly: &Assembly, planes: [Symbols; 2], x: &[f32], sums: &mut [f32; LANES]) -> () {
+        let mut sum = simd.zero();
+        each_column(simd, assembly, planes, x.len(), |col, floats| sum = simd.fused_multiply_add(x[col], floats, sum));
+        let mut product = [0.0; LANES];
+        simd.store_floats(sum, &mut product);
+        sums.iter_mut().zip(product).for_each(|(sum, product)| *sum += product);
+    }
+}
+
+/// Calls `$body::<width of the first plane, width of the second>` for the widths that are listed, which get loops of their own,
+/// and `$body::<ANY, ANY>` for others.
+macro_rules! by_widths {
+    ($planes:expr, $(($first:literal, $second:literal))*, $body:ident $arguments:tt) => {
+        match ($planes[0].width(), $planes[1].width()) {
+            $(($first, $second) => $body::<_, $first, $second> $arguments,)*
+            _ => $body::<_, ANY, ANY> $arguments,
+        }
+    };
+}
+
+/// Calls `visit` with the floats of each of `cols` columns.
+#[inline(always)]
+fn each_column<S: Simd>(
+    simd: S,
+    assembly: &Assembly,
+    planes: [Symbols; 2],
+    cols: usize,
+    visit: impl FnMut(usize, S::Floats),
+) {
+    match assembly.element {
+        Element::Bits(Dtype::Bf16) => by_widths!(planes, (8, 8) (4, 8), bf16(simd, assembly, planes, cols, visit)),
+        Element::Bits(_) => by_widths!(planes, (8, 8), f16(simd, assembly, planes, cols, visit)),
+        Element::Level { low_bits: 0 } if assembly.offsets.is_empty() => {
+            by_widths!(planes, (8, 0) (4, 0) (5, 0), levels(simd, assembly, planes, cols, visit));
+        }
+        Element::Level { low_bits: 0 } => {
+            by_widths!(planes, (8, 0) (4, 0) (5, 0), centroids(simd, assembly, planes, cols, visit));
+        }
+        Element::Level { .. } => {
+            by_widths!(planes, (8, 1) (4, 1) (8, 2) (8, 4) (4, 4), split_levels(simd, assembly, planes, cols, visit));
+        }
+    }
+}
+
+#[inline(always)]
+fn bf16<S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    assembly: &Assembly,
+    planes: [Symbols; 2],
+    cols: usize,
+    mut visit: impl FnMut(usize, S::Floats),
+) {
+    let lo = simd.splat(assembly.lo as u8);
+    let (sign, mantissa) = (simd.splat(0x80), simd.splat(0x7f));
+    columns::<S, A, B>(simd, planes, cols, |col, exponent, rest| {
+        let exponent = simd.add(exponent, lo);
+        let high = simd.or(simd.and(rest, sign), simd.shift_right::<1>(exponent));
+        let low = simd.or(simd.and(rest, mantissa), simd.shift_left::<7>(exponent));
+        visit(col, simd.floats(low, high));
+    });
+}
+
+#[inline(always)]
+fn f16<S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    assembly: &Assembly,
+    planes: [Symbols; 2],
+    cols: usize,
+    mut visit: impl FnMut(usize, S::Floats),
+) {
+    let lo = simd.splat(assembly.lo as u8);
+    columns::<S, A, B>(simd, planes, cols, |col, high, low| visit(col, simd.halves(low, simd.add(high, lo))));
+}
+
+#[inline(always)]
+fn levels<S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    assembly: &Assembly,
+    planes: [Symbols; 2],
+    cols: usize,
+    mut visit: impl FnMut(usize, S::Floats),
+) {
+    let (zero, lo) = (simd.splat(0), assembly.lo as f32);
+    columns::<S, A, B>(simd, planes, cols, |col, level, _| visit(col, simd.fixed_point(zero, level, lo)));
+}
+
+/// Levels in two planes.
+#[inline(always)]
+fn split_levels<S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    assembly: &Assembly,
+    planes: [Symbols; 2],
+    cols: usize,
+    mut visit: impl FnMut(usize, S::Floats),
+) {
+    let low_bits = assembly.low_bits();
+    let (zero, lo) = (simd.splat(0), (assembly.lo << low_bits) as f32);
+    // Shifts are by constants; a product by 2^r is not.
+    let weight = simd.splat(1 << low_bits);
+    columns::<S, A, B>(simd, planes, cols, |col, level, low| {
+        let level = if B == 1 {
+            simd.or(simd.add(level, level), low)
+        } else if B == 4 {
+            simd.or(simd.shift_left::<4>(level), low)
+        } else {
+            simd.multiply_add(weight, level, low).0
+        };
+        visit(col, simd.fixed_point(zero, level, lo));
+    });
+}
+
+#[inline(always)]
+fn centroids<S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    assembly: &Assembly,
+    planes: [Symbols; 2],
+    cols: usize,
+    mut visit: impl FnMut(usize, S::Floats),
+) {
+    let lo = assembly.lo as f32 - 0.5;
+    let limit = simd.splat(0x70);
+    columns::<S, A, B>(simd, planes, cols, |col, level, _| {
+        let mut fraction = simd.splat(0);
+        for (piece, table) in assembly.offsets.iter().enumerate() {
+            // Symbols of other pieces saturate, and find nothing.
+            let index = simd.add(level, simd.splat((piece * PIECE).wrapping_neg() as u8));
+            let index = simd.add_saturating(index, limit);
+            fraction = simd.or(fraction, simd.lookup(simd.table(table), index));
+        }
+        visit(col, simd.fixed_point(fraction, level, lo));
+    });
+}
+
+/// Calls `visit` with the symbols of each of `cols` columns in two planes.
+#[inline(always)]
+fn columns<S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    [first, second]: [Symbols; 2],
+    cols: usize,
+    mut visit: impl FnMut(usize, S::Bytes, S::Bytes),
+) {
+    let (mut first, mut second) = (Reader::<A>::new(first), Reader::<B>::new(second));
+    for col in 0..cols {
+        let symbols = first.next(simd);
+        visit(col, symbols, second.next(simd));
+    }
+}
+
+/// A width that is known at run time only.
+const ANY: usize = 9;
+
+/// Reads a plane's symbols column by column.
+struct Reader<'a, const WIDTH: usize> {
+    width: usize,
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a, const WIDTH: usize> Reader<'a, WIDTH> {
+    #[inline(always)]
+    fn new(symbols: Symbols<'a>) -> Self {
+        let width = if WIDTH == ANY { symbols.width() as usize } else { WIDTH };
+        match symbols {
+            Symbols::Zero => Self { width, bytes: &[0; LANES], at: 0 },
+            Symbols::Packed { bytes, .. } => Self { width, bytes, at: 0 },
+        }
+    }
+
+    #[inline(always)]
+    fn next<S: Simd>(&mut self, simd: S) -> S::Bytes {
+        if WIDTH == 0 {
+            return simd.splat(0);
+        }
+        let Some(bytes) = self.bytes[self.at..].first_chunk() else { return simd.splat(0) };
+        simd.prefetch(bytes.as_ptr().wrapping_add(PREFETCH_STEPS * LANES / 8 * self.width));
+        self.at += LANES / 8 * self.width;
+        match self.width {
+            0 => simd.splat(0),
+            1 => simd.packed::<1>(bytes),
+            2 => simd.packed::<2>(bytes),
+            3 => simd.packed::<3>(bytes),
+            4 => simd.nibbles(bytes.first_chunk().unwrap_or(&[0; LANES / 2])),
+            5 => simd.packed::<5>(bytes),
+            6 => simd.packed::<6>(bytes),
+            7 => simd.packed::<7>(bytes),
+            _ => simd.load(bytes),
+        }
+    }
+}
