@@ -101,6 +101,13 @@ Packed int4(const Tensor& weight, int64_t group_size) {
   return run_pack([&](Outputs& out) { return pack_int4(weight, group_size, out); });
 }
 
+std::tuple<Tensor, Tensor, Tensor> laid_out(const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                                            int64_t layout) {
+  Outputs outputs;
+  check(lay_out(payload, directory, tables, layout, outputs));
+  return {outputs.at(0), outputs.at(1), outputs.at(2)};
+}
+
 std::vector<int64_t> inspect(const Tensor& payload, const Tensor& directory, const Tensor& tables,
                              const OptionalTensor& scales, bool verify) {
   rust::Vec<int64_t> fields;
@@ -119,6 +126,7 @@ TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("pack_ecsq", ecsq);
   m.impl("pack_int8", int8);
   m.impl("pack_int4", int4);
+  m.impl("lay_out", laid_out);
   m.impl("inspect_packed", inspect);
 }
 

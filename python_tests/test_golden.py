@@ -15,7 +15,7 @@ FILES = sorted((Path(__file__).parent / "data").glob("*.safetensors"))
 
 
 def test_they_are_there() -> None:
-    assert len(FILES) >= 11
+    assert len(FILES) >= 18
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

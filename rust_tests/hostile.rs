@@ -2,7 +2,7 @@
 
 mod support;
 
-use infold::codec::{EcsqTarget, Packed, PackedWeight, Scales, Weights, pack_ecsq, pack_int4, pack_lossless};
+use infold::codec::*;
 use infold::linear::{Input, embedding, forward, input_gradient, scale_gradient};
 use infold::parallel::Serial;
 use proptest::prelude::*;
@@ -21,7 +21,9 @@ fn victims() -> Vec<Packed> {
         pack_ecsq(Weights::F32(&smooth), 90, 140, EcsqTarget::Error(0.002), &Serial),
         pack_int4(Weights::F32(&values), 90, 140, 64, &Serial),
     ];
-    packed.into_iter().collect::<Result<_, _>>().unwrap()
+    let packed: Vec<Packed> = packed.into_iter().collect::<Result<_, _>>().unwrap();
+    let fast = packed.iter().map(|packed| in_layout(packed, Layout::Fast)).collect();
+    [packed, fast].concat()
 }
 
 /// Whatever the bytes, every reader returns.
@@ -39,6 +41,11 @@ fn read_everything(payload: &[u8], directory: &[i32], tables: &[u8]) {
     let x = vec![1.0f32; 2 * geometry.cols];
     let mut y = vec![0.0f32; 2 * geometry.rows];
     let _ = forward(&weight, Scales::Real(&scales), Input { values: &x, rows: 2 }, None, &mut y, &Serial);
+    let (one, first) = (Input { values: &x[..geometry.cols], rows: 1 }, &mut y[..geometry.rows]);
+    let _ = forward(&weight, Scales::Real(&scales), one, None, first, &Serial);
+    for layout in [Layout::Compact, Layout::Fast] {
+        let _ = lay_out(&weight, layout, &Serial);
+    }
     let mut dx = vec![0.0f32; 2 * geometry.cols];
     let g = Input { values: &y[..], rows: 2 };
     let _ = input_gradient(&weight, Scales::Real(&scales), g, &mut dx, &Serial);
@@ -166,6 +173,18 @@ fn digest_of_damage() -> u32 {
             let done = weight.unpack(Scales::Real(&packed.scales), &mut out, &Serial).is_ok();
             out.iter().for_each(|v| hasher.update(&v.to_bits().to_le_bytes()));
             hasher.update(&[u8::from(done)]);
+            let mut points = [0.0f32; BLOCK];
+            for tile in 0..weight.geometry().tiles() {
+                let Ok(mut decoder) = weight.tile(tile) else { continue };
+                while let Some(shape) = decoder.next_block() {
+                    decoder.points(&mut points);
+                    for point in &points[..shape.cols * LANES] {
+                        // A NaN is a NaN, whatever its payload.
+                        let bits = if point.is_nan() { f32::NAN.to_bits() } else { point.to_bits() };
+                        hasher.update(&bits.to_le_bytes());
+                    }
+                }
+            }
         }
     }
     hasher.finalize()

@@ -2,7 +2,7 @@
 #![allow(dead_code)] // each test file uses its own part
 
 use half::{bf16, f16};
-use infold::codec::{Packed, PackedWeight, Real, Scalar, Scales};
+use infold::codec::{Layout, Packed, PackedWeight, Real, Scalar, Scales, lay_out};
 use infold::parallel::Serial;
 
 /// A small generator of its own, so that test data does not depend on a library's version.
@@ -42,6 +42,12 @@ pub fn to_f16(values: &[f32]) -> Vec<f16> {
 
 pub fn open(packed: &Packed) -> PackedWeight<'_> {
     PackedWeight::new(&packed.payload, &packed.directory, &packed.tables).expect("a packed weight opens")
+}
+
+/// The same weight in another layout.
+pub fn in_layout(packed: &Packed, layout: Layout) -> Packed {
+    let moved = lay_out(&open(packed), layout, &Serial).expect("a packed weight can be laid out");
+    Packed { scales: packed.scales.clone(), ..moved }
 }
 
 pub fn unpack<O: Scalar + Default>(packed: &Packed) -> Vec<O> {

@@ -71,6 +71,13 @@ mod ffi {
         fn pack_ecsq(weight: &Tensor, bits: f64, max_error: f64, out: Pin<&mut Outputs>) -> Status;
         fn pack_int8(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
         fn pack_int4(weight: &Tensor, group_size: i64, out: Pin<&mut Outputs>) -> Status;
+        fn lay_out(
+            payload: &Tensor,
+            directory: &Tensor,
+            tables: &Tensor,
+            layout: i64,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
         fn inspect_packed(
             payload: &Tensor,
             directory: &Tensor,
@@ -217,6 +224,14 @@ fn pack_int8(dense: &Tensor, out: Pin<&mut Outputs>) -> Status {
 
 fn pack_int4(dense: &Tensor, group_size: i64, out: Pin<&mut Outputs>) -> Status {
     call(out, |pool| ops::pack::int4(&need(dense, "weight")?, group_size, pool))
+}
+
+fn lay_out(payload: &Tensor, directory: &Tensor, tables: &Tensor, layout: i64, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let (payload, directory, tables) =
+            (need(payload, "payload")?, need(directory, "directory")?, need(tables, "tables")?);
+        ops::pack::lay_out(&payload, &directory, &tables, layout, pool)
+    })
 }
 
 fn inspect_packed(

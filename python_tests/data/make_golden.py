@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from infold import FusedConfig
 from infold._library import ops
-from infold.packed import pack, read_header
+from infold.packed import lay_out, pack, read_header
 from safetensors.torch import save_file
 
 
@@ -51,6 +51,14 @@ GOLDEN = {
     "ecsq_predicted": lambda: (smooth(), FusedConfig("ecsq", max_error=0.01)),
     "int8": lambda: (gaussian(100, 160), FusedConfig("int8")),
     "int4_group_64": lambda: (gaussian(100, 200), FusedConfig("int4", group_size=64)),
+    # From version 2 on: sixteen classes, several streams, the fast layout.
+    "alias_bf16": lambda: (special(torch.bfloat16), FusedConfig()),
+    "alias_streams": lambda: (gaussian(33, 2100, torch.bfloat16), FusedConfig()),
+    "fast_bf16": lambda: (special(torch.bfloat16), FusedConfig(layout="fast")),
+    "fast_fp32": lambda: (special(torch.float32), FusedConfig(layout="fast")),
+    "fast_ecsq": lambda: (outliers(), FusedConfig("ecsq", bits=4, layout="fast")),
+    "fast_predicted": lambda: (smooth(), FusedConfig("ecsq", max_error=0.01, layout="fast")),
+    "fast_int8": lambda: (gaussian(100, 160), FusedConfig("int8", layout="fast")),
 }
 
 
@@ -63,6 +71,8 @@ def main() -> None:
             continue
         weight, config = GOLDEN[name]()
         packed = pack(weight, config)
+        if config.layout == "fast":
+            packed = lay_out(packed, "fast")
         header = read_header(packed, name, verify=True)
         scales = packed.scales if packed.scales.numel() else None
         layout = (header.codec, header.layout, header.out_features, header.in_features)

@@ -9,7 +9,7 @@ use super::predict::Predictor;
 use super::rans::{self, Encoder};
 use super::stream::{LaneDecoder, pack_step, sort_escapes, write_coded, write_escapes};
 use super::symbols::{
-    Coding, Histogram, Plan, SYMBOL_TABLE_BITS, alias_allowance, model_of_all, plan, plan_alias, streams,
+    ALIAS_PREMIUM, Coding, Histogram, Plan, SYMBOL_TABLE_BITS, model_of_all, plan, plan_alias, streams,
 };
 use crate::parallel::{Pool, map};
 use crate::{Error, Result};
@@ -106,7 +106,7 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
         .zip(&histograms)
         .map(|(plane, histogram)| plan(histogram, element.plane_width(plane)))
         .collect();
-    let mut allowance = alias_allowance(plans.iter().map(|plan| plan.bits).sum(), geometry.elements());
+    let mut allowance = ALIAS_PREMIUM * plans.iter().map(|plan| plan.bits).sum::<f64>();
     for (plan, histogram) in plans.iter_mut().zip(&histograms).filter(|(plan, _)| plan.coding.is_modelled()) {
         if let Some(alias) = plan_alias(histogram).filter(|alias| alias.bits <= plan.bits + allowance) {
             allowance -= alias.bits - plan.bits;
@@ -312,14 +312,7 @@ fn encode_tile(header: &Header, tile: usize, codes: &[u32]) -> Vec<u8> {
 }
 
 /// Writes a tile's plane: `symbols` and `escapes` in stream order.
-fn write_plane(
-    out: &mut Vec<u8>,
-    plane: &Plane,
-    geometry: Geometry,
-    tile: usize,
-    symbols: &[u8],
-    escapes: &[Escape],
-) {
+fn write_plane(out: &mut Vec<u8>, plane: &Plane, geometry: Geometry, tile: usize, symbols: &[u8], escapes: &[Escape]) {
     let lanes = geometry.lanes_of(tile);
     match &plane.coding {
         Coding::Constant(_) => {}
@@ -389,8 +382,8 @@ fn coded_streams(
 }
 
 /// The same weight in another layout, exactly: each plane's values are looked up in the coding that it has there. From the
-/// canonical form and back gives the same bytes.
-pub fn lay_out(weight: &PackedWeight, layout: Layout, scales: Vec<f32>, pool: &dyn Pool) -> Result<Packed> {
+/// canonical form and back gives the same bytes. The scales stay as they are, and are not in the result.
+pub fn lay_out(weight: &PackedWeight, layout: Layout, pool: &dyn Pool) -> Result<Packed> {
     let from = &weight.header;
     let header = match (&from.origin, layout) {
         (Some(origin), Layout::Compact) => (**origin).clone(),
@@ -398,7 +391,7 @@ pub fn lay_out(weight: &PackedWeight, layout: Layout, scales: Vec<f32>, pool: &d
         _ => from.clone(),
     };
     let tiles = map(pool, header.geometry.tiles(), |tile| move_tile(weight, &header, tile));
-    join(header, tiles.into_iter().collect::<Result<_>>()?, scales)
+    join(header, tiles.into_iter().collect::<Result<_>>()?, Vec::new())
 }
 
 /// The header of a canonical form's fast twin.
@@ -412,9 +405,7 @@ fn fast(canonical: &Header) -> Header {
             }
             _ => plane.coding.flattened(),
         };
-        let skipped = coding.lo().wrapping_sub(plane.coding.lo()) as usize;
-        let centroids = plane.centroids.iter().skip(skipped).take(coding.values()).copied().collect();
-        Plane { coding, streams: 1, centroids }
+        Plane { coding, streams: 1, centroids: Vec::new() }
     };
     Header {
         version: FORMAT_VERSION,

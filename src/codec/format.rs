@@ -41,6 +41,12 @@ pub enum Layout {
     Fast = 1,
 }
 
+impl Layout {
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Compact, Self::Fast].into_iter().find(|&layout| layout as u8 == byte)
+    }
+}
+
 /// What made the codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -131,7 +137,8 @@ pub struct Plane {
     pub coding: Coding,
     /// How many streams a tile's blocks take turns in; 1 for a coding without a model.
     pub streams: usize,
-    /// In 1/256 of a step, for each symbol from the first on; empty for none.
+    /// In 1/256 of a step, for each value from the first on; empty for none. Of a weight that is not in its canonical form
+    /// the origin has them.
     pub centroids: Vec<i8>,
 }
 
@@ -140,7 +147,7 @@ impl Plane {
         // 256 is written as 0, so that a byte is enough.
         let (coding, width, symbols) = match &self.coding {
             Coding::Constant(_) => (0, 0, 0),
-            Coding::Plain { width, .. } => (1, *width as u8, self.centroids.len() as u8),
+            Coding::Plain { width, .. } => (1, *width as u8, 0),
             Coding::Modelled(model) => (2, self.streams.ilog2() as u8, model.frequencies.len() as u8),
             Coding::Alias(model) => (3, self.streams.ilog2() as u8, model.frequencies.len() as u8),
         };
@@ -250,11 +257,9 @@ impl Header {
         let tile_rows = usize::from(u16::from_le_bytes(reader.take()?));
         let [rows, cols, group, directory_crc, scales_crc, _, _, checksum] = reader.words()?;
 
-        let layout = match layout {
-            0 => Layout::Compact,
-            1 if version >= 2 => Layout::Fast,
-            other => return Err(Error::corrupt("layout", "0, or from version 2 on 1", other)),
-        };
+        let layout = Layout::from_byte(layout)
+            .filter(|&layout| layout == Layout::Compact || version >= 2)
+            .ok_or_else(|| Error::corrupt("layout", "0, or from version 2 on 1", layout))?;
         let dtype = Dtype::from_byte(dtype).ok_or_else(|| Error::corrupt("dtype", "0..=2", dtype))?;
         let quantizer = match quantizer {
             0 => Quantizer::Lossless,
@@ -375,7 +380,7 @@ impl Reader<'_> {
         let mut streams = 1;
         let coding = match coding {
             0 => Coding::Constant(lo),
-            1 if (1..=8).contains(&width) && flags <= if second { 3 } else { 0 } => {
+            1 if (1..=8).contains(&width) && flags <= u8::from(second) => {
                 Coding::Plain { lo, width: u32::from(width), escapes }
             }
             2 if flags <= 3 && width <= if second { 2 } else { 0 } => {
@@ -400,12 +405,8 @@ impl Reader<'_> {
             }
             _ => return Err(Error::corrupt("plane", "a known coding", format!("{head:?}"))),
         };
-        let centroids = match &coding {
-            Coding::Constant(_) => 0,
-            Coding::Plain { .. } => symbols,
-            other => other.values(),
-        };
-        let centroids = self.bytes(if with_centroids { centroids } else { 0 })?;
+        let with_centroids = with_centroids && coding.is_modelled();
+        let centroids = self.bytes(if with_centroids { coding.values() } else { 0 })?;
         Ok(Plane { coding, streams, centroids: centroids.into_iter().map(|c| c as i8).collect() })
     }
 }

@@ -20,8 +20,8 @@ pub struct Assembly {
     lo: i32,
     /// r(q) less q for each symbol of the first plane from the first on, in 1/256, plus 128; empty for none.
     offsets: Vec<[u8; PIECE]>,
-    /// r(q) for each symbol of the first plane from the first on; empty where it is q.
-    centroids: Vec<f32>,
+    /// r(q) of the levels from the given one on; others are their own.
+    centroids: (i32, Vec<f32>),
     /// Whether the vector units' numbers hold every value, and the second plane counts from zero.
     vector: bool,
 }
@@ -34,12 +34,17 @@ impl Assembly {
         let Element::Level { low_bits } = header.element else {
             // Four planes go the portable way.
             let vector = second_from_zero && header.planes.len() == 2;
-            return Self { element: header.element, lo, offsets: Vec::new(), centroids: Vec::new(), vector };
+            return Self { element: header.element, lo, offsets: Vec::new(), centroids: (0, Vec::new()), vector };
         };
-        let stored: &[i8] = if low_bits == 0 { &plane.centroids } else { &[] };
-        let point = |(symbol, &offset): (usize, &i8)| lo.wrapping_add(symbol as i32) as f32 + f32::from(offset) / 256.0;
+        let canonical = &header.origin.as_deref().unwrap_or(header).planes[0];
+        let stored: &[i8] = if low_bits == 0 { &canonical.centroids } else { &[] };
+        let first_level = canonical.coding.lo();
+        let point =
+            |(index, &offset): (usize, &i8)| first_level.wrapping_add(index as i32) as f32 + f32::from(offset) / 256.0;
         let pieces = if stored.is_empty() { 0 } else { (1usize << u8::BITS) / PIECE };
-        let offset = |symbol: usize| stored.get(symbol).map_or(128, |&offset| (i32::from(offset) + 128) as u8);
+        let skipped = lo.wrapping_sub(first_level) as usize;
+        let offset = |symbol: usize| stored.get(skipped.wrapping_add(symbol)).map_or(0, |&offset| i32::from(offset));
+        let offset = |symbol: usize| (offset(symbol) + 128) as u8;
         let piece = |piece: usize| std::array::from_fn(|i| offset(piece * PIECE + i));
         let used = plane.coding.values().div_ceil(PIECE);
         let (first, count) = (i64::from(lo) << low_bits, plane.coding.values() << low_bits);
@@ -47,7 +52,7 @@ impl Assembly {
             element: header.element,
             lo,
             offsets: (0..pieces.min(used)).map(piece).collect(),
-            centroids: stored.iter().enumerate().map(point).collect(),
+            centroids: (first_level, stored.iter().enumerate().map(point).collect()),
             vector: second_from_zero && low_bits <= 6 && count <= 256 && first.abs() <= MAX_LEVEL,
         }
     }
@@ -59,7 +64,8 @@ impl Assembly {
             Element::Bits(dtype) => super::element::bits_to_f32(code, dtype),
             Element::Level { .. } => {
                 let level = code as i32;
-                self.centroids.get(level.wrapping_sub(self.lo) as usize).copied().unwrap_or(level as f32)
+                let (first, centroids) = &self.centroids;
+                centroids.get(level.wrapping_sub(*first) as usize).copied().unwrap_or(level as f32)
             }
         }
     }
@@ -128,16 +134,16 @@ fn each_column<S: Simd>(
     visit: impl FnMut(usize, S::Floats),
 ) {
     match assembly.element {
-        Element::Bits(Dtype::Bf16) => by_widths!(planes, (8, 8) (4, 8), bf16(simd, assembly, planes, cols, visit)),
+        Element::Bits(Dtype::Bf16) => by_widths!(planes, (8, 8)(4, 8), bf16(simd, assembly, planes, cols, visit)),
         Element::Bits(_) => by_widths!(planes, (8, 8), f16(simd, assembly, planes, cols, visit)),
         Element::Level { low_bits: 0 } if assembly.offsets.is_empty() => {
-            by_widths!(planes, (8, 0) (4, 0) (5, 0), levels(simd, assembly, planes, cols, visit));
+            by_widths!(planes, (8, 0)(4, 0)(5, 0), levels(simd, assembly, planes, cols, visit));
         }
         Element::Level { low_bits: 0 } => {
-            by_widths!(planes, (8, 0) (4, 0) (5, 0), centroids(simd, assembly, planes, cols, visit));
+            by_widths!(planes, (8, 0)(4, 0)(5, 0), centroids(simd, assembly, planes, cols, visit));
         }
         Element::Level { .. } => {
-            by_widths!(planes, (8, 1) (4, 1) (8, 2) (8, 4) (4, 4), split_levels(simd, assembly, planes, cols, visit));
+            by_widths!(planes, (8, 1)(4, 1)(8, 2)(8, 4)(4, 4), split_levels(simd, assembly, planes, cols, visit));
         }
     }
 }

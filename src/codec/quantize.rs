@@ -9,7 +9,7 @@ use super::element::{Element, Weights};
 use super::encode::{Codes, Description, Packed, check_shape, encode, pack_lossless};
 use super::format::{Quantizer, ScaleGrid};
 use super::geometry::Geometry;
-use super::symbols::{Coding, Histogram, Plan, alias_allowance, plan, plan_alias, state_bits, streams};
+use super::symbols::{ALIAS_PREMIUM, Coding, Histogram, Plan, plan, plan_alias, state_bits, streams};
 use crate::parallel::{Pool, map};
 use crate::{Error, Result};
 
@@ -28,6 +28,9 @@ const WORTHWHILE: f64 = 0.97;
 const WINDOW: i32 = 4096;
 /// Plain low bits must save this share to be worth a second plane.
 const LOW_BITS_GAIN: f64 = 0.995;
+/// Below so many elements a level's coder is the smallest, not the fastest: decoding takes less time than the quality is
+/// worth that the bits buy.
+const ALIAS_FROM: f64 = 1_048_576.0;
 /// f32 holds every integer up to here.
 const MAX_LEVEL: f32 = (1 << 24) as f32;
 /// 2^−100: a step of 2^−26 of it is still a normal f32.
@@ -152,7 +155,8 @@ impl Statistics {
             if other.2 < LOW_BITS_GAIN * best.2 { other } else { best }
         };
         let cheapest = (1..=8).map(candidate).fold(candidate(0), better);
-        let limit = cheapest.2 + alias_allowance(cheapest.2, elements as usize);
+        let premium = if elements >= ALIAS_FROM { ALIAS_PREMIUM } else { 0.0 };
+        let limit = cheapest.2 * (1.0 + premium);
         let quick = (0..=6).filter_map(|low_bits| {
             let plan = plan_alias(&self.levels.without_low_bits(low_bits))?;
             let bits = plan.bits + f64::from(low_bits) * elements;

@@ -12,6 +12,7 @@
 //! and encoding is the same backwards, from the last symbol to the first. Lanes share nothing but the word stream, so a
 //! vector unit or a warp runs a whole step at once and hands out words by counting who needs one.
 
+#[cfg(target_arch = "x86_64")]
 use super::arch;
 use super::geometry::LANES;
 
@@ -40,6 +41,7 @@ impl SlotTable {
         Self(slots)
     }
 
+    #[cfg(target_arch = "x86_64")]
     /// Of each slot: frequency (12 bits), offset in the symbol's interval (12 bits), symbol (8 bits).
     pub fn slots(&self) -> &[u32; MODEL_TOTAL as usize] {
         &self.0

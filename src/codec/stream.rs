@@ -100,9 +100,18 @@ pub struct Stream<'a> {
 enum Source<'a> {
     Constant,
     /// Plain bits not yet reached, and the rest of the payload after them.
-    Plain { width: u32, bytes: &'a [u8] },
-    Rans { table: &'a SlotTable, decoders: Vec<rans::Decoder<'a>> },
-    Alias { table: &'a AliasTable, decoders: Vec<AliasDecoder<'a>> },
+    Plain {
+        width: u32,
+        bytes: &'a [u8],
+    },
+    Rans {
+        table: &'a SlotTable,
+        decoders: Vec<rans::Decoder<'a>>,
+    },
+    Alias {
+        table: &'a AliasTable,
+        decoders: Vec<AliasDecoder<'a>>,
+    },
 }
 
 /// Where the current block's symbols lie.
@@ -114,13 +123,7 @@ enum Current<'a> {
 
 impl<'a> Stream<'a> {
     /// The stream of plane `index` at the front of `bytes`, which it is taken from.
-    pub fn open(
-        bytes: &mut Bytes<'a>,
-        header: &Header,
-        index: usize,
-        table: &'a Table,
-        tile: usize,
-    ) -> Result<Self> {
+    pub fn open(bytes: &mut Bytes<'a>, header: &Header, index: usize, table: &'a Table, tile: usize) -> Result<Self> {
         let geometry = header.geometry;
         let Plane { coding, streams, .. } = &header.planes[index];
         let mut escapes = Escapes(&[]);
@@ -456,12 +459,7 @@ impl<'a> LaneDecoder<'a> for rans::Decoder<'a> {
         self.step(table, out);
     }
 
-    fn steps<const N: usize>(
-        table: &SlotTable,
-        decoders: &mut [Self; N],
-        steps: usize,
-        out: [&mut [u8]; N],
-    ) -> usize {
+    fn steps<const N: usize>(table: &SlotTable, decoders: &mut [Self; N], steps: usize, out: [&mut [u8]; N]) -> usize {
         rans::decode_steps(table, decoders, steps, out)
     }
 }
@@ -479,12 +477,7 @@ impl<'a> LaneDecoder<'a> for AliasDecoder<'a> {
         self.step(table, out);
     }
 
-    fn steps<const N: usize>(
-        table: &AliasTable,
-        decoders: &mut [Self; N],
-        steps: usize,
-        out: [&mut [u8]; N],
-    ) -> usize {
+    fn steps<const N: usize>(table: &AliasTable, decoders: &mut [Self; N], steps: usize, out: [&mut [u8]; N]) -> usize {
         alias::decode_steps(table, decoders, steps, out).map_or(0, |()| steps)
     }
 }

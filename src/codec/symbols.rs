@@ -14,10 +14,10 @@ const MAX_SYMBOLS: usize = 256;
 /// rANS must save this share of the plain bits to be worth decoding.
 const WORTHWHILE: f64 = 0.97;
 
-/// The coder of sixteen classes is several times faster than that of 12-bit models: it may cost this share of a weight more,
-/// from so many elements on. Below, the decoder's time matters less than the quality that the bits would buy.
-const ALIAS_PREMIUM: f64 = 0.015;
-const ALIAS_FROM: usize = 1 << 20;
+/// The coder of sixteen classes is several times faster than that of 12-bit models: it may cost this share of a weight more.
+pub const ALIAS_PREMIUM: f64 = 0.015;
+/// What short states cost that coder, in bits a symbol.
+const ALIAS_LOSS: f64 = 0.005;
 /// Streams that a tile's plane may be cut into, and the share of a weight that the states of further ones may cost.
 pub const STREAMS: [usize; 3] = [4, 2, 1];
 const STREAMS_SHARE: f64 = 0.003;
@@ -83,7 +83,8 @@ impl Model {
     pub fn intervals(&self) -> Vec<(u32, u32)> {
         let mut start = 0;
         let interval = |&frequency: &u16| {
-            let this = (u32::from(frequency), start);
+            // Symbols of no frequency are not coded, but in a forged weight nothing keeps them out.
+            let this = (u32::from(frequency.max(1)), start);
             start += u32::from(frequency);
             this
         };
@@ -166,7 +167,9 @@ impl Coding {
             (0..frequencies.len()).max_by_key(|&index| frequencies[index]).unwrap_or(0) as u8
         }
         match self {
-            Self::Modelled(model) if model.escapes => (model.frequencies.len() - 1) as u8,
+            Self::Modelled(model) if model.escapes && model.frequencies.last() > Some(&0) => {
+                (model.frequencies.len() - 1) as u8
+            }
             Self::Modelled(model) => most_frequent(&model.frequencies),
             Self::Alias(model) => most_frequent(&model.frequencies),
             _ => 0,
@@ -199,7 +202,11 @@ impl Coding {
         };
         let best = (1..=8).map(cost).min_by(|a, b| a.0.total_cmp(&b.0));
         let (_, start, width, outside) = best.unwrap_or((0.0, 0, 8, false));
-        Self::Plain { lo: self.lo() + start as i32, width, escapes: outside || self.escapes() }
+        let escapes = outside || self.escapes();
+        let unused = (1 << width) - counts.len().min(1 << width) as i32;
+        // What is listed apart may find a place below: of floats, exponents that are too small are the more.
+        let below = if escapes { unused.min(self.lo().max(0)) } else { 0 };
+        Self::Plain { lo: self.lo() + start as i32 - below, width, escapes }
     }
 }
 
@@ -208,7 +215,10 @@ fn heaviest_window(counts: &[u64], size: usize) -> (usize, u64) {
     let starts = 0..=counts.len().saturating_sub(size);
     let sum = |start: usize| counts[start..(start + size).min(counts.len())].iter().sum();
     // Of equals, the first.
-    starts.map(|start| (start, sum(start))).reduce(|best, next| if next.1 > best.1 { next } else { best }).unwrap_or((0, 0))
+    starts
+        .map(|start| (start, sum(start)))
+        .reduce(|best, next| if next.1 > best.1 { next } else { best })
+        .unwrap_or((0, 0))
 }
 
 /// A coding and its cost in bits, its tables included, its per-tile cost not.
@@ -216,11 +226,6 @@ fn heaviest_window(counts: &[u64], size: usize) -> (usize, u64) {
 pub struct Plan {
     pub coding: Coding,
     pub bits: f64,
-}
-
-/// What a weight of `elements` whose cheapest form takes `bits` may spend on the coder of sixteen classes.
-pub fn alias_allowance(bits: f64, elements: usize) -> f64 {
-    if elements >= ALIAS_FROM { ALIAS_PREMIUM * bits } else { 0.0 }
 }
 
 /// Bits that a lane's coder state takes beyond the information in it.
@@ -301,7 +306,9 @@ fn plan_model(histogram: &Histogram, mut first: usize, mut last: usize) -> Plan 
         kept.push(escaped);
     }
     let frequencies = fit(&kept, MODEL_TOTAL, MODEL_TOTAL as u16 - 1);
-    let bits = code_length(&kept, &frequencies, MODEL_TOTAL) + escaped as f64 * ESCAPE_BITS + SYMBOL_TABLE_BITS * kept.len() as f64;
+    let bits = code_length(&kept, &frequencies, MODEL_TOTAL)
+        + escaped as f64 * ESCAPE_BITS
+        + SYMBOL_TABLE_BITS * kept.len() as f64;
     Plan {
         coding: Coding::Modelled(Model { lo: histogram.lo + first as i32, frequencies, escapes: escaped > 0 }),
         bits,
@@ -325,7 +332,8 @@ pub fn plan_alias(histogram: &Histogram) -> Option<Plan> {
             return None;
         }
         let coded = code_length(&counts, &frequencies, ALIAS_TOTAL);
-        let bits = coded + outside as f64 * ESCAPE_BITS + 8.0 * counts.len() as f64;
+        let bits =
+            coded + ALIAS_LOSS * histogram.total() as f64 + outside as f64 * ESCAPE_BITS + 8.0 * counts.len() as f64;
         let frequencies = frequencies.into_iter().map(|f| f as u8).collect();
         let lo = histogram.lo + (first + start) as i32;
         Some(Plan { coding: Coding::Alias(AliasModel { lo, frequencies, escapes: outside > 0 }), bits })

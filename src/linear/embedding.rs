@@ -92,7 +92,8 @@ pub fn embedding_scale_gradient<T: Compute>(
             let group = shape.col / grid.group_cols(geometry);
             let gradient = &gradient[place * geometry.cols + shape.col..][..shape.cols];
             let products = gradient.iter().enumerate();
-            let sum = products.fold(T::default(), |sum, (col, &g)| sum + g * T::from_f32(points[col * LANES + row - shape.row]));
+            let sum = products
+                .fold(T::default(), |sum, (col, &g)| sum + g * T::from_f32(points[col * LANES + row - shape.row]));
             cells.push((grid.index(row, group, geometry), sum));
         })?;
         Ok(cells)

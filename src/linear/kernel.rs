@@ -64,6 +64,8 @@ impl<T: Real> BlockProduct<'_, T> {
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
             Isa::Avx2 => unsafe { avx2::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::<T, N>(a, a_stride, depth, b, c, c_stride, rows),
             _ => generic::<T, N>(a, a_stride, depth, b, c, c_stride, rows),
         }
     }
@@ -84,22 +86,31 @@ macro_rules! tiled {
             rows: usize,
         ) {
             let mut row = 0;
-            while row + $m <= rows {
-                tile::<T, N, $m, $strip, $fused>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
-                row += $m;
+            // As many rows at a time as registers hold sums of, then fewer: a loop of two is twice as slow a row.
+            macro_rules! rows_of {
+                ($height:expr) => {
+                    while $height <= $m && rows - row >= $height {
+                        let (a, c) = (&a[row * a_stride..], &mut c[row * c_stride..]);
+                        tile::<T, N, { if $height <= $m { $height } else { 1 } }, $strip, $fused>(a, a_stride, depth, b, c, c_stride);
+                        row += $height;
+                    }
+                };
             }
-            while row + 2 <= rows {
-                tile::<T, N, 2, $strip, $fused>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
-                row += 2;
-            }
-            if row < rows {
-                tile::<T, N, 1, $strip, $fused>(&a[row * a_stride..], a_stride, depth, b, &mut c[row * c_stride..], c_stride);
-            }
+            rows_of!($m);
+            rows_of!(8);
+            rows_of!(4);
+            rows_of!(2);
+            rows_of!(1);
         }
     };
 }
 
 tiled!(generic, 4 x 16, fused: false);
+tiled!(
+    /// In f32, 24 registers of sums, of 32.
+    #[cfg(target_arch = "aarch64")]
+    neon, 6 x 16, fused: true
+);
 tiled!(
     /// In f32, twelve registers of sums, two of b, one broadcast.
     #[cfg(target_arch = "x86_64")]

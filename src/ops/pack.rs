@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::tensor::{contiguous, slice};
-use crate::codec::{self, Dtype, EcsqTarget, Packed, PackedWeight, Weights};
+use crate::codec::{self, Dtype, EcsqTarget, Layout, Packed, PackedWeight, Weights};
 use crate::parallel::Pool;
 use crate::{Error, Result};
 
@@ -58,6 +58,28 @@ pub fn int8(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
 pub fn int4(weight: &Tensor, group_size: i64, pool: &dyn Pool) -> Result<Vec<Tensor>> {
     let group = usize::try_from(group_size).unwrap_or(0);
     tensors(pack(weight, |weights, rows, cols| codec::pack_int4(weights, rows, cols, group, pool))?)
+}
+
+/// The same weight in another layout (its number): payload, directory and tables.
+pub fn lay_out(
+    payload: &Tensor,
+    directory: &Tensor,
+    tables: &Tensor,
+    layout: i64,
+    pool: &dyn Pool,
+) -> Result<Vec<Tensor>> {
+    let to = u8::try_from(layout).ok().and_then(Layout::from_byte);
+    let to = to.ok_or_else(|| Error::argument("layout", "0 (compact) or 1 (fast)", layout))?;
+    let payload = contiguous(payload, "payload", Kind::Uint8)?;
+    let directory = contiguous(directory, "directory", Kind::Int)?;
+    let tables = contiguous(tables, "tables", Kind::Uint8)?;
+    let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
+    let packed = codec::lay_out(&weight, to, pool)?;
+    Ok(vec![
+        Tensor::f_from_slice(&packed.payload)?,
+        Tensor::f_from_slice(&packed.directory)?,
+        Tensor::f_from_slice(&packed.tables)?,
+    ])
 }
 
 /// The header's fields: version, codec, layout, ScalarType of the dense weight, rows, columns, quantiser, predictor, rows

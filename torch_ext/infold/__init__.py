@@ -11,6 +11,7 @@ from infold._library import CorruptWeightError, build_info, library_path
 from infold.config import FusedConfig
 from infold.convert import convert
 from infold.files import load_into, save
+from infold.layout import prepare
 from infold.report import ConversionReport, LayerReport
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "library_path",
     "load_into",
     "nn",
+    "prepare",
     "save",
 ]
 __version__ = build_info()["version"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from infold.config import WEIGHT_DTYPES, FusedConfig
+from infold.config import WEIGHT_DTYPES, FusedConfig, Layout
+from infold.layout import prepare
 from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from infold.packed import Packed, pack
 from infold.report import ConversionReport, LayerReport
@@ -113,11 +115,31 @@ def convert(
             for place in names[module]:
                 parent, _, attribute = place.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, new)
+    _lay_out(model, names, chosen, report)
     report.model_bytes_after = _model_bytes(model)
     if report.refused:
         lines = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
         warnings.warn(f"left dense: {lines}", stacklevel=2)
     return report
+
+
+def _lay_out(
+    model: nn.Module,
+    names: Mapping[nn.Module, list[str]],
+    chosen: Mapping[nn.Module, FusedConfig],
+    report: ConversionReport,
+) -> None:
+    """Lays the packed weights out as their configurations ask, and notes it."""
+    wanted: dict[str, Layout] = {names[module][0]: layer_config.layout for module, layer_config in chosen.items()}
+    for layout in dict.fromkeys(wanted.values()):
+        part = nn.ModuleDict()
+        for layer in report.layers:
+            if wanted[layer.name] == layout:
+                part[layer.name.replace(".", "/")] = model.get_submodule(layer.name)
+        prepare(part, layout)
+    for index, layer in enumerate(report.layers):
+        module = cast(PackedModule, model.get_submodule(layer.name))
+        report.layers[index] = replace(layer, layout=module.layout, resident_bytes=module.packed.nbytes)
 
 
 def has_hooks(module: nn.Module) -> bool:

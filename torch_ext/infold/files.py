@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from infold._library import CorruptWeightError
 from infold.config import Mode
 from infold.convert import dense_weight, has_hooks, is_transposed_linear
+from infold.layout import relay
 from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from infold.packed import Packed, read_header
 
@@ -34,9 +35,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FusedDecompressLinear):
-            modules[name] = {"kind": "linear", "mode": module.mode}
+            modules[name] = {"kind": "linear", "mode": module.mode, "layout": module.layout}
         elif isinstance(module, FusedDecompressEmbedding):
-            modules[name] = {"kind": "embedding", "padding_idx": module.padding_idx}
+            modules[name] = {"kind": "embedding", "padding_idx": module.padding_idx, "layout": module.layout}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -92,6 +93,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
         if target not in same:
             same[target] = _packed_module(name, options, target, tensors, aliases, shared)
         replacements[name] = same[target]
+    _lay_out(replacements, modules)
 
     own = {f"{name}.{field}" for name in modules for field in _FIELDS}
     rest = {name: tensor for name, tensor in tensors.items() if name not in own}
@@ -167,6 +169,16 @@ def _target(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Modul
     if (kind, True) not in (("embedding", embedding), ("linear", linear)):
         raise ValueError(f"{name}: expected a layer of kind {kind!r}, got {type(target).__name__}")
     return target
+
+
+def _lay_out(replacements: Mapping[str, PackedModule], modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Lays the weights out as they were when the file was written; files hold the compact form."""
+    by_weight: dict[int, tuple[str, list[PackedModule]]] = {}
+    for name, module in replacements.items():
+        layout = "fast" if modules[name].get("layout") == "fast" else "compact"
+        by_weight.setdefault(id(module.payload), (layout, []))[1].append(module)
+    for layout, sharing in by_weight.values():
+        relay(sharing, layout)
 
 
 def _packed_module(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from infold._library import CorruptWeightError, as_corrupt, ops
-from infold.config import FusedConfig
+from infold.config import FusedConfig, MemoryLayout
 
 QUANTIZERS = ("lossless", "ecsq", "int8", "int4")
+LAYOUTS: tuple[MemoryLayout, ...] = ("compact", "fast")
 PREDICTORS = ("none", "left", "top", "average", "planar")
 _DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
 
@@ -57,6 +58,14 @@ def pack(weight: Tensor, config: FusedConfig) -> Packed:
     if config.format == "int8":
         return Packed(*ops.pack_int8(weight))
     return Packed(*ops.pack_int4(weight, config.group_size))
+
+
+@torch.inference_mode(False)
+def lay_out(packed: Packed, layout: str) -> Packed:
+    """The same weight in layout ``"compact"`` or ``"fast"``, exactly; the scales are those that came."""
+    tensors = (tensor.detach() for tensor in packed[:3])
+    payload, directory, tables = ops.lay_out(*tensors, LAYOUTS.index(layout))
+    return Packed(payload, directory, tables, packed.scales)
 
 
 def read_header(packed: Packed, name: str, *, verify: bool) -> Header:

@@ -21,6 +21,9 @@ class LayerReport:
     #: ‖W − Ŵ‖ / ‖W‖, Frobenius; 0 exactly where every bit is kept.
     relative_error: float
     predictor: str = "none"
+    #: How the weight lies in memory, and the bytes that it takes there; ``bytes_after`` is what is stored.
+    layout: str = "compact"
+    resident_bytes: int = 0
     #: The layer that this one shares its weight with; its bytes are counted there.
     tied_to: str | None = None
 
@@ -61,6 +64,10 @@ class ConversionReport:
         return sum(layer.bytes_after for layer in self._own)
 
     @property
+    def resident_bytes(self) -> int:
+        return sum(layer.resident_bytes for layer in self._own)
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes_after / max(self.parameters, 1)
 
@@ -76,6 +83,7 @@ class ConversionReport:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "bits_per_weight": self.bits_per_weight,
+            "resident_bytes": self.resident_bytes,
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
         }
@@ -110,7 +118,8 @@ class ConversionReport:
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("total")])
         head = (
-            f"{'layer':<{width}}  {'format':<8} {'shape':>13} {'before':>10} {'after':>10} {'bits/w':>7} {'error':>9}"
+            f"{'layer':<{width}}  {'format':<8} {'shape':>13} {'before':>10} {'stored':>10} {'bits/w':>7} "
+            f"{'error':>9} {'in memory':>10} {'layout':<7}"
         )
         lines = [head, "-" * len(head)]
         for layer in self.layers:
@@ -118,12 +127,14 @@ class ConversionReport:
             tail = f"  = {layer.tied_to}" if layer.tied_to else ""
             lines.append(
                 f"{layer.name:<{width}}  {layer.format:<8} {shape:>13} {_bytes(layer.bytes_before):>10} "
-                f"{_bytes(layer.bytes_after):>10} {layer.bits_per_weight:>7.2f} {layer.relative_error:>9.2g}{tail}"
+                f"{_bytes(layer.bytes_after):>10} {layer.bits_per_weight:>7.2f} {layer.relative_error:>9.2g} "
+                f"{_bytes(layer.resident_bytes):>10} {layer.layout:<7}{tail}"
             )
         lines.append("-" * len(head))
         lines.append(
             f"{'total':<{width}}  {'':<8} {self.parameters:>13,} {_bytes(self.bytes_before):>10} "
-            f"{_bytes(self.bytes_after):>10} {self.bits_per_weight:>7.2f}   ({self.ratio:.2f}x smaller)"
+            f"{_bytes(self.bytes_after):>10} {self.bits_per_weight:>7.2f} {'':>9} {_bytes(self.resident_bytes):>10} "
+            f"({self.ratio:.2f}x smaller stored)"
         )
         lines.append(f"model: {_bytes(self.model_bytes_before)} before, {_bytes(self.model_bytes_after)} after")
         lines += [f"left dense: {name}: {reason}" for name, reason in self.refused.items()]

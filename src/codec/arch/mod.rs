@@ -133,7 +133,7 @@ pub trait Simd: Copy {
 }
 
 /// For each set of eight lanes: the rank of each lane that is in it, and 128 for the others.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 static RANKS: [[u8; 8]; 256] = {
     let mut ranks = [[128; 8]; 256];
     let mut set = 0;

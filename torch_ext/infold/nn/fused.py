@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from infold._library import ops
-from infold.config import FusedConfig, Mode
-from infold.packed import Packed, float_scales, frozen_scales, is_frozen, pack, read_header
+from infold.config import FusedConfig, MemoryLayout, Mode
+from infold.packed import LAYOUTS, Packed, float_scales, frozen_scales, is_frozen, lay_out, pack, read_header
 
 _FIELDS = Packed._fields
+
+
+#: The canonical form of each payload that is laid out otherwise, as long as somebody holds it: modules that share a
+#: weight then put the same tensors into a state dict.
+_canonical: Any = WeakTensorKeyDictionary()
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -62,6 +69,31 @@ class PackedModule(nn.Module):
         return Packed(self.payload, self.directory, self.tables, scales)
 
     @property
+    def layout(self) -> MemoryLayout:
+        """How the weight lies in memory; see `infold.prepare`."""
+        return LAYOUTS[self.header.layout]
+
+    def canonical(self) -> Packed:
+        """The packed weight in its compact form, the one that is stored."""
+        if self.layout == "compact":
+            return self.packed
+        address, kept = _canonical.get(self.payload, (None, ()))
+        tensors = [reference() for reference in kept]
+        if address != self.payload.data_ptr() or any(tensor is None for tensor in tensors):
+            tensors = list(lay_out(self.packed, "compact")[:3])
+            _canonical[self.payload] = (self.payload.data_ptr(), [weakref.ref(tensor) for tensor in tensors])
+        payload, directory, tables = tensors
+        return Packed(payload, directory, tables, self.packed.scales)
+
+    def refresh_header(self, name: str = "weight") -> None:
+        """Reads the header again, after the tensors have changed."""
+        self.header = read_header(self.packed, name, verify=False)
+
+    def float_scales(self) -> Tensor | None:
+        """The scales as floats; None for a lossless weight."""
+        return None if self.scales is None else float_scales(self.scales)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the dense weight would have."""
         return self._dtype.dtype
@@ -76,12 +108,17 @@ class PackedModule(nn.Module):
         return ops.unpack(*self._tensors(), *self._layout(), dtype or self.dtype)  # type: ignore[no-any-return]
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        scales = None if self.scales is None else float_scales(self.scales)
-        return self.payload, self.directory, self.tables, scales
+        return self.payload, self.directory, self.tables, self.float_scales()
 
     def _layout(self) -> tuple[int, int, int, int]:
         header = self.header
         return header.codec, header.layout, header.out_features, header.in_features
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "compact":
+            canonical = self.canonical()
+            destination.update({prefix + field: getattr(canonical, field) for field in _FIELDS[:3]})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
@@ -99,8 +136,9 @@ class PackedModule(nn.Module):
             if shape != expected:
                 error_msgs.append(f"size mismatch for {prefix}payload: a packed weight of {shape}, expected {expected}")
             else:
+                loaded = loaded if header.layout == self.header.layout else lay_out(loaded, self.layout)
                 self._take(loaded, assign=local_metadata.get("assign_to_params_buffers", False))
-                self.header = header
+                self.refresh_header()
         rest = {name: tensor for name, tensor in state_dict.items() if name not in {prefix + f for f in _FIELDS}}
         found: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, found, unexpected_keys, error_msgs)
@@ -128,7 +166,7 @@ class PackedModule(nn.Module):
 
     def _describe(self) -> str:
         bits = 8 * self.packed.nbytes / max(self.header.out_features * self.header.in_features, 1)
-        return f"format={self.header.quantizer}, bits={bits:.2f}"
+        return f"format={self.header.quantizer}, layout={self.layout}, bits={bits:.2f}"
 
 
 class FusedDecompressLinear(PackedModule):

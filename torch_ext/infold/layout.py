@@ -1,0 +1,116 @@
+"""How packed weights lie in memory: in the smallest form, or one that computes faster. Results are the same bits."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from infold._library import ops
+from infold.config import Layout, MemoryLayout
+from infold.nn import FusedDecompressLinear, PackedModule
+from infold.packed import Packed, lay_out
+
+#: ``auto`` takes a faster layout only if it is at most this many times the size...
+_SIZE_LIMIT = 1.3
+#: ...and at least this many times as fast.
+_SPEED_LIMIT = 1.05
+_MEASUREMENTS = 7
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What ``auto`` weighs for one weight: bytes and milliseconds of a product with one row of activations."""
+
+    bytes: dict[str, int]
+    milliseconds: dict[str, float]
+
+    @property
+    def gain(self) -> float:
+        """Milliseconds that the fast layout saves for each byte that it adds."""
+        saved = self.milliseconds["compact"] - self.milliseconds["fast"]
+        return saved / max(self.bytes["fast"] - self.bytes["compact"], 1)
+
+    @property
+    def pays(self) -> bool:
+        faster = self.milliseconds["compact"] >= _SPEED_LIMIT * self.milliseconds["fast"]
+        return faster and self.bytes["fast"] <= _SIZE_LIMIT * self.bytes["compact"]
+
+
+@torch.inference_mode(False)
+def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = None) -> dict[str, MemoryLayout]:
+    """Lays every packed weight of ``model`` out in memory, in place and exactly; returns the layout of each layer.
+
+    layout: ``"compact"`` is the smallest form, that of files and state dicts; ``"fast"`` is plain codes, about 1.1 to
+        1.25 times as large; ``"auto"`` measures both on this machine with one row of activations and takes the fast one
+        where it is faster and at most 1.3 times the size.
+    budget: with ``"auto"``, bytes that all packed weights may take: fast where it saves the most time a byte.
+
+    Layers that share a weight keep sharing it. Results do not depend on the layout. Raises ValueError for another
+    layout, and where even the compact form of all weights is over the budget.
+    """
+    if layout not in ("auto", "compact", "fast"):
+        raise ValueError(f"layout: expected auto, compact or fast, got {layout!r}")
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    by_weight: dict[int, list[PackedModule]] = {}
+    for module in modules.values():
+        by_weight.setdefault(id(module.payload), []).append(module)
+    chosen: dict[int, MemoryLayout] = dict.fromkeys(by_weight, "compact" if layout == "auto" else layout)
+    if layout == "auto":
+        measured: dict[tuple[object, ...], dict[str, float]] = {}
+        choices = {key: _weigh(group, measured) for key, group in by_weight.items()}
+        least = sum(choice.bytes["compact"] for choice in choices.values())
+        if budget is not None and budget < least:
+            raise ValueError(f"budget: expected at least {least} bytes, got {budget}")
+        left = float("inf") if budget is None else budget - least
+        for key, choice in sorted(choices.items(), key=lambda item: -item[1].gain):
+            extra = choice.bytes["fast"] - choice.bytes["compact"]
+            if choice.pays and extra <= left:
+                chosen[key] = "fast"
+                left -= max(extra, 0)
+    for key, group in by_weight.items():
+        relay(group, chosen[key])
+    return {name: module.layout for name, module in modules.items()}
+
+
+def relay(sharing: list[PackedModule], layout: str) -> None:
+    """Lays out the weight that all these modules share."""
+    first = sharing[0]
+    if first.layout != layout:
+        laid_out = lay_out(first.packed, layout)
+        for field in ("payload", "directory", "tables"):
+            getattr(first, field).data = getattr(laid_out, field)
+    for module in sharing:
+        module.refresh_header()
+
+
+def _weigh(sharing: list[PackedModule], measured: dict[tuple[object, ...], dict[str, float]]) -> _Choice:
+    module = next((module for module in sharing if isinstance(module, FusedDecompressLinear)), sharing[0])
+    forms = {name: lay_out(module.packed, name) for name in ("compact", "fast")}
+    sizes = {name: packed.nbytes for name, packed in forms.items()}
+    header = module.header
+    # Weights of one kind and shape are as fast as each other.
+    kind = (header.out_features, header.in_features, header.quantizer, header.dtype, header.scale_shape)
+    if kind not in measured:
+        measured[kind] = _measure(module, forms)
+    return _Choice(sizes, measured[kind])
+
+
+def _measure(module: PackedModule, forms: dict[str, Packed]) -> dict[str, float]:
+    """Median milliseconds of a product with one row of activations, the forms in turn."""
+    header = module.header
+    x = torch.randn(1, header.in_features)
+    scales = module.float_scales()
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    layouts = {name: ops.inspect_packed(*packed[:3])[1:3] for name, packed in forms.items()}
+    with torch.inference_mode():
+        for _ in range(_MEASUREMENTS):
+            for name, packed in forms.items():
+                arguments = (*layouts[name], header.out_features, header.in_features, header.dtype)
+                start = time.perf_counter()
+                ops.fused_linear(x, *packed[:3], scales, None, *arguments)
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
