@@ -1,48 +1,84 @@
-"""The fused linear against F.linear, forward, batch by batch.
+"""The fused linear against F.linear: forward by batch, and the gradient of the input.
 
-Weights are Gaussian; each run uses another copy of its weight, so that it comes from memory as in a model. The floor is
-the larger of two times that this machine shows in the same process: the multiply-adds at the rate of a float32 product,
-and the packed bytes at the rate of a plain read.
+Weights are Gaussian. Each run uses another copy of its weight, so many that they fill more than caches hold: weights come
+from memory, as in a model. The floor is the larger of two times that this machine shows in the same process: the
+multiply-adds at the rate of a float32 product, and the packed bytes at the rate of a plain read.
 
-Run: python benchmarks/fused_linear.py [--quick] [--json FILE]
+`--isa avx2` holds Infold and its peers (ATen, oneDNN, MKL) to AVX2: the machine that the goals were set on had no more.
+Without it every side uses what the CPU has, AMX included.
+
+Run: python benchmarks/fused_linear.py [--quick] [--isa avx2] [--threads N] [--json FILE]
 """
 
 from __future__ import annotations
+
+import os
+import sys
+
+if "--isa" in sys.argv:
+    # Read by the libraries when they are loaded.
+    isa = sys.argv[sys.argv.index("--isa") + 1]
+    os.environ["INFOLD_ISA"] = isa
+    if isa == "avx2":
+        os.environ.update(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2")
 
 import infold
 import torch
 import torch.nn.functional as F
 from harness import Results, Run, interleaved_medians, machine_rates, parse_arguments, rotate
-from infold.nn import FusedDecompressLinear
-from torch import nn
+from infold._library import ops
+from infold.packed import Packed, lay_out, pack, read_header
 
-#: bits a weight of a dense peer's dtype
 DENSE = {"F.linear float32": torch.float32, "F.linear bfloat16": torch.bfloat16, "F.linear float16": torch.float16}
+FASTEST = "fastest dense"
 CONFIGS = {
     "lossless": infold.FusedConfig("lossless"),
     "ecsq 4 bits": infold.FusedConfig("ecsq", bits=4),
     "int8": infold.FusedConfig("int8"),
+    "int4 g128": infold.FusedConfig("int4"),
 }
+#: Times as fast as the peer, at batches 1, 8, 32 and two threads on AVX2.
+GOALS = {
+    ("lossless", "fast", "F.linear bfloat16"): (2.2, 6.5, 7.0),
+    ("lossless", "fast", "F.linear float32"): (3.5, 3.8, 1.7),
+    ("lossless", "compact", "F.linear bfloat16"): (0.6, 3.2, 5.5),
+    ("ecsq 4 bits", "fast", "F.linear bfloat16"): (2.5, 6.3, 7.5),
+    ("ecsq 4 bits", "compact", "F.linear bfloat16"): (0.8, 3.5, 6.2),
+}
+BATCHES = (1, 8, 32, 256)
+#: Copies of a weight take this many bytes together: more than the caches keep.
+COLD_BYTES = 400_000_000
 
 
-def dense_run(weights: list[torch.Tensor], x: torch.Tensor) -> Run:
-    return rotate(lambda index: lambda: F.linear(x, weights[index]), len(weights))
+def copies(nbytes: int, quick: bool) -> int:
+    return 3 if quick else max(3, COLD_BYTES // nbytes)
 
 
-def packed_run(modules: list[FusedDecompressLinear], x: torch.Tensor) -> Run:
-    return rotate(lambda index: lambda: modules[index](x), len(modules))
+def dense_runs(weight: torch.Tensor, quick: bool, product: object) -> Run:
+    weights = [weight.clone() for _ in range(copies(weight.numel() * weight.element_size(), quick))]
+    return rotate(lambda index: lambda: product(weights[index]), len(weights))  # type: ignore[operator]
 
 
-def int8_peer(weights: list[torch.Tensor], x: torch.Tensor) -> Run:
-    """PyTorch's own weight-only int8 product, bfloat16 activations."""
-    scales = [(weight.abs().amax(1) / 127).bfloat16() for weight in weights]
-    codes = [(w / s.float().unsqueeze(1)).round().to(torch.int8) for w, s in zip(weights, scales, strict=True)]
-    x = x.bfloat16()
+def packed_runs(packed: Packed, quick: bool, product: object) -> Run:
+    """`product(tensors and layout integers)` with another copy of the payload each time."""
+    header = read_header(packed, "weight", verify=False)
+    scales = packed.scales if packed.scales.numel() else None
+    layout = (header.codec, header.layout, header.out_features, header.in_features, header.dtype)
+    payloads = [packed.payload.clone() for _ in range(copies(packed.nbytes, quick))]
 
     def make(index: int) -> Run:
-        return lambda: torch._weight_int8pack_mm(x, codes[index], scales[index])
+        weight = (payloads[index], packed.directory, packed.tables, scales)
+        return lambda: product(weight, layout)  # type: ignore[operator]
 
-    return rotate(make, len(weights))
+    return rotate(make, len(payloads))
+
+
+def int8_peer(weight: torch.Tensor, quick: bool, x: torch.Tensor) -> Run:
+    """PyTorch's own weight-only int8 product, bfloat16 activations."""
+    scales = (weight.abs().amax(1) / 127).bfloat16()
+    codes = (weight / scales.float().unsqueeze(1)).round().to(torch.int8)
+    x = x.bfloat16()
+    return dense_runs(codes, quick, lambda codes: torch._weight_int8pack_mm(x, codes, scales))
 
 
 def main() -> None:
@@ -52,42 +88,64 @@ def main() -> None:
     results = Results(arguments)
     multiplies, bytes_read = machine_rates()
     torch.manual_seed(0)
+    goals_apply = arguments.threads == 2 and infold.build_info()["cpu"] == "avx2" and not arguments.quick
     for rows, cols in shapes:
-        copies = 4 if arguments.quick else max(2, 128_000_000 // (rows * cols * 2))
-        weights = [0.02 * torch.randn(rows, cols) for _ in range(copies)]
-        halves = [weight.bfloat16() for weight in weights]
-        packed: dict[str, list[FusedDecompressLinear]] = {}
+        weight = 0.02 * torch.randn(rows, cols)
+        packed: dict[tuple[str, str], Packed] = {}
         for name, config in CONFIGS.items():
-            packed[name] = []
-            for weight in halves:
-                dense = nn.Linear(cols, rows, bias=False)
-                dense.weight = nn.Parameter(weight)
-                packed[name].append(FusedDecompressLinear.from_linear(dense, config))
-        for batch in (1, 8, 32):
-            x = torch.randn(batch, cols)
-            runs: dict[str, Run] = {}
-            for name, modules in packed.items():
-                runs[name] = packed_run(modules, x)
-            for peer, dtype in DENSE.items():
-                dense_weights = weights if dtype == torch.float32 else [weight.to(dtype) for weight in weights]
-                runs[peer] = dense_run(dense_weights, x.to(dtype))
-            reason = ""
-            try:
-                int8 = int8_peer(weights, x)
-                int8()
-                runs["_weight_int8pack_mm"] = int8
-            except (RuntimeError, AttributeError) as error:
-                reason = str(error).splitlines()[0]
+            packed[name, "compact"] = pack(weight.bfloat16(), config)
+            packed[name, "fast"] = lay_out(packed[name, "compact"], "fast")
+        dense = {peer: weight.to(dtype) for peer, dtype in DENSE.items()}
+
+        def report(
+            what: str, batch: int, runs: dict[object, Run], rows: int = rows, cols: int = cols, packed: object = packed
+        ) -> None:
             with torch.inference_mode():
-                medians = interleaved_medians(runs, seconds)
-            for name, modules in packed.items():
-                nbytes = modules[0].packed.nbytes
-                floor = max(batch * rows * cols / multiplies, nbytes / bytes_read)
-                for peer in [*DENSE, "_weight_int8pack_mm"]:
-                    case = f"{name}, {rows}x{cols}, batch {batch}"
-                    note = "" if peer in medians else f"did not run: {reason}"
-                    results.add(case, peer, medians[name], medians.get(peer), floor_ms=floor, note=note)
-    results.write()
+                medians = interleaved_medians(runs, seconds)  # type: ignore[arg-type]
+            peers = {peer: medians[peer] for peer in runs if isinstance(peer, str)}
+            peers[FASTEST] = min(medians[peer] for peer in DENSE if peer in medians)
+            for (name, layout), weight in packed.items():  # type: ignore[attr-defined]
+                operations, nbytes = batch * rows * cols, weight.nbytes
+                floor = max(operations / multiplies, nbytes / bytes_read)
+                for peer, peer_ms in peers.items():
+                    goal = GOALS.get((name, layout, peer)) if goals_apply and what == "forward" else None
+                    index = BATCHES.index(batch)
+                    results.add(
+                        f"{what} {name} {layout}, {rows}x{cols}, batch {batch}",
+                        peer,
+                        medians[name, layout],  # type: ignore[index]
+                        peer_ms,
+                        goal=goal[index] if goal and index < len(goal) else None,
+                        floor_ms=floor,
+                        operations=operations,
+                        bytes=nbytes,
+                        bits=8 * nbytes / (rows * cols),
+                    )
+
+        for batch in BATCHES:
+            x = torch.randn(batch, cols)
+            runs: dict[object, Run] = {}
+            for key, form in packed.items():
+                runs[key] = packed_runs(
+                    form, arguments.quick, lambda weight, layout, x=x: ops.fused_linear(x, *weight, None, *layout)
+                )
+            for peer, dtype in DENSE.items():
+                y = x.to(dtype)
+                runs[peer] = dense_runs(dense[peer], arguments.quick, lambda weight, y=y: F.linear(y, weight))
+            if batch <= 32:
+                runs["_weight_int8pack_mm"] = int8_peer(weight, arguments.quick, x)
+            report("forward", batch, runs)
+        for batch in (32, 256):
+            gradient = torch.randn(batch, rows)
+            runs = {}
+            for key, form in packed.items():
+                runs[key] = packed_runs(
+                    form, arguments.quick, lambda weight, layout, g=gradient: ops.fused_linear_dx(g, *weight, *layout)
+                )
+            peer = "F.linear float32"
+            runs[peer] = dense_runs(dense[peer], arguments.quick, lambda weight, g=gradient: g @ weight)
+            report("backward", batch, runs)
+    results.write(multiply_adds_per_ms=multiplies, bytes_read_per_ms=bytes_read)
 
 
 if __name__ == "__main__":

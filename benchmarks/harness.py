@@ -28,6 +28,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's intra-op threads")
+    parser.add_argument("--isa", help="an instruction set to hold everything to: avx2")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each run of a case")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -86,8 +87,12 @@ class Results:
         goal: float | None = None,
         floor_ms: float | None = None,
         note: str = "",
+        **extra: object,
     ) -> None:
-        """Adds and prints a row; a peer that could not run has no time and a note that says why."""
+        """Adds and prints a row; a peer that could not run has no time and a note that says why.
+
+        ``extra`` goes into the JSON only.
+        """
         ratio = None if peer_ms is None else peer_ms / ours_ms
         row = {
             "case": case,
@@ -98,16 +103,17 @@ class Results:
             "goal": goal,
             "floor_ms": floor_ms,
             "note": note,
+            **extra,
         }
         if not self.rows:
-            print(f"{'case':<38} {'peer':<22} {'ours ms':>9} {'peer ms':>9} {'ratio':>7} {'goal':>6} {'floor ms':>9}")
+            print(f"{'case':<50} {'peer':<22} {'ours ms':>9} {'peer ms':>9} {'ratio':>7} {'goal':>6} {'floor ms':>9}")
         self.rows.append(row)
 
         def show(value: float | None, digits: int) -> str:
             return "-" if value is None else f"{value:.{digits}f}"
 
         print(
-            f"{case:<38} {peer:<22} {show(ours_ms, 3):>9} {show(peer_ms, 3):>9} {show(ratio, 2):>7} "
+            f"{case:<50} {peer:<22} {show(ours_ms, 3):>9} {show(peer_ms, 3):>9} {show(ratio, 2):>7} "
             f"{show(goal, 2):>6} {show(floor_ms, 3):>9}  {note}",
             flush=True,
         )

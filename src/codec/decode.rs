@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::arch::per_isa;
-use super::element::{Element, Real, Scalar, Scales};
+use super::element::{Real, Scalar, Scales};
 use super::format::{Header, TILE_ALIGN};
 use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
 use super::points::{self, Assembly};
@@ -97,6 +97,7 @@ impl<'a> PackedWeight<'a> {
             streams: streams.collect::<Result<_>>()?,
             shape: BlockShape { row: 0, col: 0, lanes: 0, cols: 0 },
             next: 0,
+            blocks: self.geometry().block_count(tile),
             far: Vec::new(),
         })
     }
@@ -106,7 +107,7 @@ impl<'a> PackedWeight<'a> {
     pub fn value<S: Real, O: Scalar>(&self, code: u32, row: usize, col: usize, scales: Scales<S>) -> O {
         let header = &self.header;
         let point = self.assembly.point(code);
-        if let Element::Bits(dtype) = header.element {
+        if let Some(dtype) = header.element.float() {
             return O::from_bits(code, dtype).unwrap_or_else(|| O::from_f32(point));
         }
         let group = col / header.scale_grid.group_cols(header.geometry).max(1);
@@ -176,6 +177,7 @@ pub struct TileDecoder<'a> {
     /// The current block.
     shape: BlockShape,
     next: usize,
+    blocks: usize,
     /// See [`TileDecoder::far`].
     far: Vec<(usize, i32)>,
 }
@@ -185,15 +187,15 @@ impl TileDecoder<'_> {
     pub fn next_block(&mut self) -> Option<BlockShape> {
         let header = &self.weight.header;
         let geometry = header.geometry;
-        if self.next >= geometry.block_count(self.tile) {
+        if self.next >= self.blocks {
             return None;
         }
         self.shape = geometry.block(self.tile, self.next);
         self.far.clear();
         let first_row = geometry.rows_of(self.tile).start;
         for (plane, stream) in self.streams.iter_mut().enumerate() {
-            stream.advance(geometry, self.tile, self.next);
-            let symbols_say_all = plane > 0 || matches!(header.element, Element::Bits(_));
+            stream.advance(geometry, self.tile, self.next, self.shape);
+            let symbols_say_all = plane > 0 || header.element.float().is_some();
             while let Some((index, value)) = stream.escape(self.shape, first_row) {
                 if symbols_say_all {
                     stream.patch(index, value.wrapping_sub(stream.lo()) as u8);
@@ -277,7 +279,7 @@ impl TileDecoder<'_> {
 
     /// The code of a level whose first plane has the value `value`.
     fn far_code(&self, index: usize, value: i32) -> u32 {
-        let Element::Level { low_bits } = self.weight.header.element else { return 0 };
+        let low_bits = self.weight.header.element.low_bits();
         let low = self.streams.get(1).map_or(0, |stream| {
             let low = i32::from(stream.symbols().at(index));
             stream.lo().wrapping_add(low) as u32

@@ -6,6 +6,7 @@
 //! | f16 | its 16 bits | high byte; low byte |
 //! | f32 | its 32 bits | exponent; sign and 7 bits of mantissa; two low bytes |
 //! | level | a signed integer q | q >> r; its r low bits |
+//! | swapped bf16 | its 16 bits | as bf16, but the sign in the exponent's lowest bit and that in the sign's place |
 
 use half::{bf16, f16};
 
@@ -38,6 +39,8 @@ impl Dtype {
 pub enum Element {
     /// The bit pattern of a float.
     Bits(Dtype),
+    /// The bit pattern of a bf16 in the fast layout: the first plane makes its high byte, the second is its low byte.
+    SwappedBf16,
     /// A quantisation level, its `low_bits` low bits in a plane of their own.
     Level { low_bits: u32 },
 }
@@ -47,14 +50,32 @@ impl Element {
     pub fn planes(self) -> usize {
         match self {
             Self::Bits(dtype) => dtype.bytes(),
+            Self::SwappedBf16 => 2,
             Self::Level { low_bits } => 1 + usize::from(low_bits > 0),
+        }
+    }
+
+    /// Plain low bits of a level.
+    pub fn low_bits(self) -> u32 {
+        match self {
+            Self::Level { low_bits } => low_bits,
+            _ => 0,
+        }
+    }
+
+    /// The dtype whose bits this is, None for a level.
+    pub fn float(self) -> Option<Dtype> {
+        match self {
+            Self::Bits(dtype) => Some(dtype),
+            Self::SwappedBf16 => Some(Dtype::Bf16),
+            Self::Level { .. } => None,
         }
     }
 
     /// Width of a plane of plain bits, None for one that needs a model.
     pub fn plane_width(self, plane: usize) -> Option<u32> {
         match self {
-            Self::Bits(_) => Some(8),
+            Self::Bits(_) | Self::SwappedBf16 => Some(8),
             Self::Level { low_bits } if plane == 1 => Some(low_bits),
             Self::Level { .. } => None,
         }
@@ -68,6 +89,8 @@ impl Element {
             (Self::Bits(Dtype::F32), 0) => code >> 23,
             (Self::Bits(Dtype::F32), 1) => code >> 24 & 0x80 | code >> 16 & 0x7f,
             (Self::Bits(dtype), plane) => code >> (8 * (dtype.bytes() - 1 - plane)),
+            (Self::SwappedBf16, 0) => code >> 7 & 0xfe | code >> 15,
+            (Self::SwappedBf16, _) => code,
             (Self::Level { low_bits }, 0) => return code as i32 >> low_bits,
             (Self::Level { low_bits }, _) => code & ((1 << low_bits) - 1),
         };
@@ -77,6 +100,14 @@ impl Element {
     /// Adds the values `lo + symbol` of plane `plane` to codes whose bits there are zero; the inverse of [`Element::split`].
     pub fn place(self, plane: usize, lo: i32, symbols: &[u8], codes: &mut [u32]) {
         place(self, plane, lo, symbols, codes);
+    }
+}
+
+/// Turns a block's bytes of the two planes of a bf16 into those of a swapped one, or back: the lowest bit of the first and the
+/// highest of the second change places.
+pub fn swap_bf16(first: &mut [u8], second: &mut [u8]) {
+    for (a, b) in first.iter_mut().zip(second) {
+        (*a, *b) = (*a & 0xfe | *b >> 7, *a << 7 | *b & 0x7f);
     }
 }
 
@@ -98,6 +129,8 @@ per_isa! {
                 let shift = 8 * (dtype.bytes() - 1 - plane);
                 each(lo, symbols, codes, |v| (v & 0xff) << shift);
             }
+            (Element::SwappedBf16, 0) => each(lo, symbols, codes, |v| (v & 1) << 15 | (v & 0xfe) << 7),
+            (Element::SwappedBf16, _) => each(lo, symbols, codes, |v| v & 0xff),
             (Element::Level { low_bits }, 0) => each(lo, symbols, codes, |v| v << low_bits),
             (Element::Level { .. }, _) => each(lo, symbols, codes, |v| v),
         }

@@ -2,7 +2,7 @@
 
 use super::alias::{AliasCodes, AliasDecoder, AliasEncoder};
 use super::decode::{PackedWeight, checksum_scales, checksum_words};
-use super::element::{Element, Weights};
+use super::element::{Dtype, Element, Weights, swap_bf16};
 use super::format::{FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Plane, Quantizer, ScaleGrid, TILE_ALIGN};
 use super::geometry::{BLOCK, Geometry, LANES};
 use super::predict::Predictor;
@@ -403,7 +403,9 @@ fn fast(canonical: &Header) -> Header {
                 let width = plane.coding.values().next_power_of_two().ilog2();
                 Coding::Plain { lo: plane.coding.lo(), width, escapes: false }
             }
-            _ => plane.coding.flattened(),
+            _ if canonical.element != Element::Bits(Dtype::Bf16) => plane.coding.flattened(),
+            _ if index == 0 => plane.coding.flattened_with_sign(),
+            _ => Coding::Plain { lo: 0, width: 8, escapes: false },
         };
         Plane { coding, streams: 1, centroids: Vec::new() }
     };
@@ -411,6 +413,10 @@ fn fast(canonical: &Header) -> Header {
         version: FORMAT_VERSION,
         layout: Layout::Fast,
         predictor: Predictor::None,
+        element: match canonical.element {
+            Element::Bits(Dtype::Bf16) => Element::SwappedBf16,
+            other => other,
+        },
         planes: canonical.planes.iter().enumerate().map(flat).collect(),
         origin: Some(Box::new(canonical.clone())),
         ..canonical.clone()
@@ -423,18 +429,33 @@ fn move_tile(weight: &PackedWeight, to: &Header, tile: usize) -> Result<Vec<u8>>
     let mut planes: Vec<_> = to.planes.iter().map(|_| (Vec::with_capacity(size), Vec::new())).collect();
     let mut decoder = weight.tile(tile)?;
     let mut unpacked = [0; BLOCK];
+    let mut start = 0;
     while let Some(shape) = decoder.next_block() {
-        for (index, (plane, (symbols, escapes))) in to.planes.iter().zip(&mut planes).enumerate() {
-            let start = symbols.len();
+        let mut los: Vec<i32> = Vec::with_capacity(planes.len());
+        for (index, (symbols, _)) in planes.iter_mut().enumerate() {
             let (lo, from) = decoder.plane(index, &mut unpacked);
             symbols.extend_from_slice(&from[..shape.cols * LANES]);
+            los.push(lo);
+        }
+        if weight.header.element != to.element
+            && let [(first, _), (second, _)] = &mut planes[..]
+        {
+            // From symbols to bytes, which are swapped.
+            for (bytes, lo) in [&mut *first, &mut *second].into_iter().zip(&mut los) {
+                bytes[start..].iter_mut().for_each(|byte| *byte = byte.wrapping_add(*lo as u8));
+                *lo = 0;
+            }
+            swap_bf16(&mut first[start..], &mut second[start..]);
+        }
+        for (index, (plane, (symbols, escapes))) in to.planes.iter().zip(&mut planes).enumerate() {
             let far = if index == 0 { decoder.far() } else { &[] };
-            let recoding = Recoding { to: &plane.coding, lo, wraps: matches!(to.element, Element::Bits(_)) };
+            let recoding = Recoding { to: &plane.coding, lo: los[index], wraps: to.element.float().is_some() };
             recoding.run(&mut symbols[start..], far, shape.lanes, |index, value| {
                 let row = shape.row - geometry.rows_of(tile).start + index % LANES;
                 escapes.push((shape.col + index / LANES, row, value));
             });
         }
+        start += shape.cols * LANES;
     }
     let mut out = Vec::with_capacity(2 * size);
     for (index, (plane, (mut symbols, escapes))) in to.planes.iter().zip(planes).enumerate() {

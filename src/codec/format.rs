@@ -2,7 +2,7 @@
 
 use super::alias::{ALIAS_CEILING, ALIAS_SYMBOLS, ALIAS_TOTAL};
 use super::element::{Dtype, Element};
-use super::geometry::{CHUNK, Geometry, LANES};
+use super::geometry::{CHUNK, Geometry, LANES, MAX_TILE_ROWS};
 use super::predict::Predictor;
 use super::rans::MODEL_TOTAL;
 use super::symbols::{AliasModel, Coding, Model};
@@ -191,10 +191,6 @@ impl Header {
     /// The `tables` tensor.
     pub fn to_bytes(&self) -> Vec<u8> {
         let (scale_kind, group) = self.scale_grid.to_bytes();
-        let low_bits = match self.element {
-            Element::Bits(_) => 0,
-            Element::Level { low_bits } => low_bits as u8,
-        };
         let mut out = Vec::with_capacity(HEADER_BYTES + 256);
         out.extend(MAGIC);
         out.extend(self.version.to_le_bytes());
@@ -205,7 +201,7 @@ impl Header {
             self.quantizer as u8,
             self.predictor as u8,
             self.planes.len() as u8,
-            low_bits,
+            self.element.low_bits() as u8,
             scale_kind,
         ]);
         out.extend((self.geometry.tile_rows as u16).to_le_bytes());
@@ -234,7 +230,7 @@ impl Header {
     fn same_weight(&self, other: &Self) -> bool {
         let of = |header: &Self| {
             let Self { dtype, quantizer, geometry, scale_grid, element, scales_crc, .. } = header;
-            (*dtype, *quantizer, *geometry, *scale_grid, *element, *scales_crc)
+            (*dtype, *quantizer, *geometry, *scale_grid, element.low_bits(), *scales_crc)
         };
         of(self) == of(other)
     }
@@ -277,6 +273,7 @@ impl Header {
             return Err(Error::corrupt("scale_grid", "none, and only for lossless", scale_kind));
         }
         let element = match (lossless, low_bits) {
+            (true, 0) if layout == Layout::Fast && dtype == Dtype::Bf16 => Element::SwappedBf16,
             (true, 0) => Element::Bits(dtype),
             (false, 0..=8) => Element::Level { low_bits: u32::from(low_bits) },
             _ => return Err(Error::corrupt("low_bits", "0, or up to 8 for levels", low_bits)),
@@ -286,7 +283,7 @@ impl Header {
                 return Err(Error::corrupt(field, format!("below {MAX_DIMENSION}"), value));
             }
         }
-        if tile_rows != LANES && tile_rows != 2 * LANES {
+        if tile_rows != LANES && tile_rows != MAX_TILE_ROWS {
             return Err(Error::corrupt("tile_rows", "32 or 64", tile_rows));
         }
         if usize::from(plane_count) != element.planes() {

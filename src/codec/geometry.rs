@@ -16,6 +16,8 @@ use std::ops::Range;
 pub const LANES: usize = 32;
 /// Columns in a block.
 pub const CHUNK: usize = 64;
+/// Rows of the tallest tile.
+pub const MAX_TILE_ROWS: usize = 2 * LANES;
 /// Elements in a full block; a block's scratch is `[column][lane]`.
 pub const BLOCK: usize = CHUNK * LANES;
 
@@ -44,7 +46,7 @@ pub struct BlockShape {
 impl Geometry {
     /// The geometry that the encoder chooses for a shape.
     pub fn new(rows: usize, cols: usize) -> Self {
-        let tile_rows = if cols < WIDE { 2 * LANES } else { LANES };
+        let tile_rows = if cols < WIDE { MAX_TILE_ROWS } else { LANES };
         Self { rows, cols, tile_rows }
     }
 

@@ -28,6 +28,6 @@ pub use decode::{PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
 pub use encode::{Packed, lay_out, pack_lossless};
 pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer, ScaleGrid};
-pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES};
+pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES, MAX_TILE_ROWS};
 pub use predict::Predictor;
 pub use quantize::{EcsqTarget, pack_ecsq, pack_int4, pack_int8};

@@ -1,7 +1,7 @@
 //! From the symbols of a block's planes to floats: those of a lossless weight, or the reconstruction points r(q) of levels.
 
 use super::arch::{Simd, per_simd};
-use super::element::{Dtype, Element};
+use super::element::{Dtype, Element, bits_to_f32};
 use super::format::Header;
 use super::geometry::{BLOCK, LANES};
 use super::stream::Symbols;
@@ -61,19 +61,13 @@ impl Assembly {
     #[inline(always)]
     pub fn point(&self, code: u32) -> f32 {
         match self.element {
-            Element::Bits(dtype) => super::element::bits_to_f32(code, dtype),
+            Element::Bits(dtype) => bits_to_f32(code, dtype),
+            Element::SwappedBf16 => bits_to_f32(code, Dtype::Bf16),
             Element::Level { .. } => {
                 let level = code as i32;
                 let (first, centroids) = &self.centroids;
                 centroids.get(level.wrapping_sub(*first) as usize).copied().unwrap_or(level as f32)
             }
-        }
-    }
-
-    fn low_bits(&self) -> u32 {
-        match self.element {
-            Element::Level { low_bits } => low_bits,
-            Element::Bits(_) => 0,
         }
     }
 
@@ -134,7 +128,8 @@ fn each_column<S: Simd>(
     visit: impl FnMut(usize, S::Floats),
 ) {
     match assembly.element {
-        Element::Bits(Dtype::Bf16) => by_widths!(planes, (8, 8)(4, 8), bf16(simd, assembly, planes, cols, visit)),
+        Element::Bits(Dtype::Bf16) => by_widths!(planes, (8, 8), bf16(simd, assembly, planes, cols, visit)),
+        Element::SwappedBf16 => by_widths!(planes, (4, 8)(8, 8), swapped(simd, assembly, planes, cols, visit)),
         Element::Bits(_) => by_widths!(planes, (8, 8), f16(simd, assembly, planes, cols, visit)),
         Element::Level { low_bits: 0 } if assembly.offsets.is_empty() => {
             by_widths!(planes, (8, 0)(4, 0)(5, 0), levels(simd, assembly, planes, cols, visit));
@@ -162,6 +157,29 @@ fn bf16<S: Simd, const A: usize, const B: usize>(
         let exponent = simd.add(exponent, lo);
         let high = simd.or(simd.and(rest, sign), simd.shift_right::<1>(exponent));
         let low = simd.or(simd.and(rest, mantissa), simd.shift_left::<7>(exponent));
+        visit(col, simd.floats(low, high));
+    });
+}
+
+#[inline(always)]
+fn swapped<S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    assembly: &Assembly,
+    planes: [Symbols; 2],
+    cols: usize,
+    mut visit: impl FnMut(usize, S::Floats),
+) {
+    // A rotation takes the sign to the top. That of each of sixteen symbols is one lookup.
+    let lo = assembly.lo as u8;
+    let rotated = simd.table(&std::array::from_fn(|symbol| lo.wrapping_add(symbol as u8).rotate_right(1)));
+    let lo = simd.splat(lo);
+    columns::<S, A, B>(simd, planes, cols, |col, symbol, low| {
+        let high = if A == 4 {
+            simd.lookup(rotated, symbol)
+        } else {
+            let byte = simd.add(symbol, lo);
+            simd.or(simd.shift_right::<1>(byte), simd.shift_left::<7>(byte))
+        };
         visit(col, simd.floats(low, high));
     });
 }
@@ -199,7 +217,7 @@ fn split_levels<S: Simd, const A: usize, const B: usize>(
     cols: usize,
     mut visit: impl FnMut(usize, S::Floats),
 ) {
-    let low_bits = assembly.low_bits();
+    let low_bits = assembly.element.low_bits();
     let (zero, lo) = (simd.splat(0), (assembly.lo << low_bits) as f32);
     // Shifts are by constants; a product by 2^r is not.
     let weight = simd.splat(1 << low_bits);

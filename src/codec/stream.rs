@@ -160,9 +160,9 @@ impl<'a> Stream<'a> {
         self.lo
     }
 
-    /// Goes on to block `block` of tile `tile`, the next one.
-    pub fn advance(&mut self, geometry: Geometry, tile: usize, block: usize) {
-        let shape = geometry.block(tile, block);
+    /// Goes on to block `block` of tile `tile`, the next one, whose shape is `shape`.
+    #[inline]
+    pub fn advance(&mut self, geometry: Geometry, tile: usize, block: usize, shape: BlockShape) {
         self.current = match &mut self.source {
             Source::Constant => Current::Zero,
             Source::Plain { width, bytes } => {

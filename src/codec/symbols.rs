@@ -185,19 +185,40 @@ impl Coding {
         }
     }
 
+    /// How often each value from `lo` on occurs, as far as the coding says.
+    fn counts(&self) -> Vec<u64> {
+        match self {
+            Self::Modelled(model) => model.frequencies[..model.values()].iter().map(|&f| u64::from(f)).collect(),
+            Self::Alias(model) => model.frequencies.iter().map(|&f| u64::from(f)).collect(),
+            _ => vec![1; self.values()],
+        }
+    }
+
     /// Plain bits, and values listed apart, for a plane that this coding holds: the least size for its frequencies.
     pub fn flattened(&self) -> Self {
-        let (counts, total): (Vec<u64>, _) = match self {
-            Self::Modelled(model) => {
-                (model.frequencies[..model.values()].iter().map(|&f| u64::from(f)).collect(), MODEL_TOTAL)
-            }
-            Self::Alias(model) => (model.frequencies.iter().map(|&f| u64::from(f)).collect(), ALIAS_TOTAL),
-            _ => return self.clone(),
-        };
+        if self.is_modelled() { self.flat(self.lo(), &self.counts()) } else { self.clone() }
+    }
+
+    /// The same for a plane of exponents in whose lowest bit there is a sign.
+    pub fn flattened_with_sign(&self) -> Self {
+        let lo = self.lo() & !1;
+        let mut counts = Vec::new();
+        for (index, count) in self.counts().into_iter().enumerate() {
+            let pair = (self.lo() + index as i32 - lo) as usize / 2 * 2;
+            counts.resize(pair + 2, 0);
+            counts[pair] += count;
+            counts[pair + 1] += count;
+        }
+        self.flat(lo, &counts)
+    }
+
+    fn flat(&self, lo: i32, counts: &[u64]) -> Self {
         let kept: u64 = counts.iter().sum();
+        // What a model lists apart is less than one of its slots.
+        let total = kept.max(1) as f64;
         let cost = |width: u32| {
-            let (start, inside) = heaviest_window(&counts, 1 << width);
-            let outside = (kept - inside) as f64 / f64::from(total);
+            let (start, inside) = heaviest_window(counts, 1 << width);
+            let outside = (kept - inside) as f64 / total;
             (f64::from(width) + outside * ESCAPE_BITS, start, width, inside < kept)
         };
         let best = (1..=8).map(cost).min_by(|a, b| a.0.total_cmp(&b.0));
@@ -205,8 +226,8 @@ impl Coding {
         let escapes = outside || self.escapes();
         let unused = (1 << width) - counts.len().min(1 << width) as i32;
         // What is listed apart may find a place below: of floats, exponents that are too small are the more.
-        let below = if escapes { unused.min(self.lo().max(0)) } else { 0 };
-        Self::Plain { lo: self.lo() + start as i32 - below, width, escapes }
+        let below = if escapes { unused.min(lo.max(0)) } else { 0 };
+        Self::Plain { lo: lo + start as i32 - below, width, escapes }
     }
 }
 

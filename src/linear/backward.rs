@@ -1,15 +1,18 @@
 //! dx = g·W: the same tiles, read the other way.
+//!
+//! A decoded block lies `[column][row of W]`, so dxᵀ = Wᵀ·gᵀ takes it as it is: a block times a few rows of gᵀ, summed
+//! into the block's columns of dxᵀ.
 
 use super::forward::{Input, check};
 use super::kernel::{BlockProduct, Compute};
 use crate::Result;
-use crate::codec::{BLOCK, CHUNK, Geometry, LANES, PackedWeight, Scalar, Scales};
+use crate::codec::{BLOCK, LANES, MAX_TILE_ROWS, PackedWeight, Scalar, Scales};
 use crate::parallel::{DisjointSlice, Pool, map};
 
 /// Tiles are summed in so many runs, whatever the threads, and the runs in order: the result does not depend on the
 /// thread count, and the extra memory stays at 8 · 64 rows of x.
 const RUNS: usize = 8;
-/// Rows of g that share one decoding of a tile.
+/// Rows of g that share one decoding of a tile, at most.
 const BATCH: usize = 64;
 
 /// dx = g·W into `out` (rows of g by columns of W), summed in `T`. A lossless weight has no scales.
@@ -24,89 +27,108 @@ pub fn input_gradient<T: Compute, O: Scalar>(
     weight.check_scales(scales)?;
     check("gradient elements", gradient.values.len(), gradient.rows, geometry.rows)?;
     check("output elements", out.len(), gradient.rows, geometry.cols)?;
-    let tiles_per_run = geometry.tiles().div_ceil(RUNS).max(1);
-    let runs = geometry.tiles().div_ceil(tiles_per_run);
     for start in (0..gradient.rows).step_by(BATCH) {
         let rows = (gradient.rows - start).min(BATCH);
         let batch = Input { values: &gradient.values[start * geometry.rows..(start + rows) * geometry.rows], rows };
-        let sums = map(pool, runs, |run| {
-            let tiles = run * tiles_per_run..((run + 1) * tiles_per_run).min(geometry.tiles());
-            let mut sum = vec![T::default(); rows * geometry.cols];
-            for tile in tiles {
-                add_tile(weight, scales, batch, tile, &mut sum)?;
-            }
-            Ok(sum)
-        })
-        .into_iter()
-        .collect::<Result<Vec<_>>>()?;
         let out = &mut out[start * geometry.cols..(start + rows) * geometry.cols];
-        let out = DisjointSlice::new(out);
-        pool.for_ranges(rows * geometry.cols, &|range| {
-            // SAFETY: a pool's ranges do not overlap.
-            #[allow(unsafe_code)]
-            let out = unsafe { out.range_mut(range.clone()) };
-            for (out, index) in out.iter_mut().zip(range) {
-                let total = sums.iter().fold(T::default(), |total, sum| total + sum[index]);
-                *out = O::from_real(total);
-            }
-        });
+        if rows <= BATCH / 2 {
+            batch_gradient::<T, O, { BATCH / 2 }>(weight, scales, batch, out, pool)?;
+        } else {
+            batch_gradient::<T, O, BATCH>(weight, scales, batch, out, pool)?;
+        }
     }
     Ok(())
 }
 
-/// Adds one tile's part of dx.
-fn add_tile<T: Compute>(
+/// [`input_gradient`] for at most `N` rows.
+fn batch_gradient<T: Compute, O: Scalar, const N: usize>(
+    weight: &PackedWeight,
+    scales: Scales<T>,
+    gradient: Input<T>,
+    out: &mut [O],
+    pool: &dyn Pool,
+) -> Result<()> {
+    let geometry = weight.geometry();
+    let tiles_per_run = geometry.tiles().div_ceil(RUNS).max(1);
+    let runs = geometry.tiles().div_ceil(tiles_per_run);
+    let sums = map(pool, runs, |run| {
+        let tiles = run * tiles_per_run..((run + 1) * tiles_per_run).min(geometry.tiles());
+        let mut sum = vec![T::default(); N * geometry.cols];
+        let mut scratch = Scratch::new();
+        for tile in tiles {
+            add_tile::<T, N>(weight, scales, gradient, tile, &mut scratch, &mut sum)?;
+        }
+        Ok(sum)
+    })
+    .into_iter()
+    .collect::<Result<Vec<_>>>()?;
+    let out = DisjointSlice::new(out);
+    pool.for_ranges(gradient.rows, &|range| {
+        for row in range {
+            // SAFETY: a pool visits each row once.
+            #[allow(unsafe_code)]
+            let out = unsafe { out.range_mut(row * geometry.cols..(row + 1) * geometry.cols) };
+            for (col, out) in out.iter_mut().enumerate() {
+                let total = sums.iter().fold(T::default(), |total, sum| total + sum[col * N + row]);
+                *out = O::from_real(total);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// A thread's scratch.
+struct Scratch<T> {
+    points: Box<[f32; BLOCK]>,
+    buffer: Vec<T>,
+    /// gᵀ under a tile's scales, `[row of the tile][row of g]`.
+    scaled: Vec<T>,
+}
+
+impl<T: Compute> Scratch<T> {
+    fn new() -> Self {
+        let scaled = vec![T::default(); MAX_TILE_ROWS * BATCH];
+        Self { points: Box::new([0.0; BLOCK]), buffer: vec![T::default(); T::BUFFER], scaled }
+    }
+}
+
+/// Adds one tile's part of dxᵀ, `[column][row of g, of N]`.
+fn add_tile<T: Compute, const N: usize>(
     weight: &PackedWeight,
     scales: Scales<T>,
     gradient: Input<T>,
     tile: usize,
+    scratch: &mut Scratch<T>,
     sum: &mut [T],
 ) -> Result<()> {
     let geometry = weight.geometry();
-    let group_cols = weight.header.scale_grid.group_cols(geometry);
+    let grid = weight.header.scale_grid;
+    let group_cols = grid.group_cols(geometry);
+    let tile_rows = geometry.rows_of(tile);
     let mut decoder = weight.tile(tile)?;
-    let mut points = Box::new([0.0; BLOCK]);
-    let mut buffer = vec![T::default(); T::BUFFER];
-    let mut transposed = Box::new([T::default(); BLOCK]);
-    let mut scaled = vec![T::default(); gradient.rows * LANES];
-    // A block's product goes through a full-width strip, for the last chunk of dx may be narrower.
-    let mut strip = vec![T::default(); gradient.rows * CHUNK];
+    let mut group = None;
     while let Some(shape) = decoder.next_block() {
-        decoder.points(&mut points);
-        let block = T::of_points(&points, &mut buffer);
-        for lane in 0..shape.lanes {
-            for col in 0..CHUNK {
-                transposed[lane * CHUNK + col] = block[col * LANES + lane];
+        if group != Some(shape.col / group_cols) {
+            let this = shape.col / group_cols;
+            group = Some(this);
+            for (row, scaled) in tile_rows.clone().zip(scratch.scaled.chunks_exact_mut(N)) {
+                let scale = scales.get(grid.index(row, this, geometry)).unwrap_or(T::from_f32(1.0));
+                for (index, scaled) in scaled.iter_mut().take(gradient.rows).enumerate() {
+                    *scaled = gradient.values[index * geometry.rows + row] * scale;
+                }
             }
         }
-        let group = shape.col / group_cols;
-        for row in 0..gradient.rows {
-            for lane in 0..shape.lanes {
-                let w_row = shape.row + lane;
-                let value = gradient.values[row * geometry.rows + w_row];
-                let scale = scales.get(weight.header.scale_grid.index(w_row, group, geometry));
-                scaled[row * LANES + lane] = scale.map_or(value, |scale| value * scale);
-            }
-        }
-        strip.fill(T::default());
+        decoder.points(&mut scratch.points);
         let product = BlockProduct {
-            a: &scaled,
+            a: T::of_points(&scratch.points, &mut scratch.buffer),
             a_stride: LANES,
             depth: shape.lanes,
-            b: &transposed[..],
-            c: &mut strip,
-            c_stride: CHUNK,
-            rows: gradient.rows,
+            b: &scratch.scaled[(shape.row - tile_rows.start) * N..],
+            c: &mut sum[shape.col * N..],
+            c_stride: N,
+            rows: shape.cols,
         };
-        product.run::<CHUNK>();
-        add_strip(geometry, shape.col, shape.cols, &strip, sum);
+        product.run::<N>();
     }
     Ok(())
-}
-
-fn add_strip<T: Compute>(geometry: Geometry, col: usize, cols: usize, strip: &[T], sum: &mut [T]) {
-    for (sum, strip) in sum.chunks_exact_mut(geometry.cols).zip(strip.chunks_exact(CHUNK)) {
-        let pairs = sum[col..col + cols].iter_mut().zip(strip);
-        pairs.for_each(|(sum, &value)| *sum += value);
-    }
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::kernel::{BlockProduct, Compute};
-use crate::codec::{BLOCK, CHUNK, LANES, PackedWeight, Scalar, ScaleGrid, Scales};
+use crate::codec::{BLOCK, CHUNK, LANES, MAX_TILE_ROWS, PackedWeight, Scalar, ScaleGrid, Scales};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
@@ -199,12 +199,13 @@ pub fn forward<T: Compute, O: Scalar>(
         let tile_rows = geometry.rows_of(tile);
         let groups = weight.groups();
         tile_products(weight, tile, &chunked, scratch, |rows, group, partial, total| {
+            let mut factors = [T::from_f32(1.0); MAX_TILE_ROWS];
+            for (factor, row) in factors.iter_mut().zip(tile_rows.clone()) {
+                *factor = scales.get(grid.index(row, group, geometry)).unwrap_or(*factor);
+            }
             for (index, row) in rows.enumerate() {
                 let line = index * geometry.tile_rows..index * geometry.tile_rows + tile_rows.len();
-                let scaled = partial[line.clone()].iter().zip(tile_rows.clone()).map(|(&partial, w_row)| {
-                    let scale = scales.get(grid.index(w_row, group, geometry));
-                    scale.map_or(partial, |scale| scale * partial)
-                });
+                let scaled = partial[line.clone()].iter().zip(&factors).map(|(&partial, &factor)| factor * partial);
                 let total = total.get_mut(line).unwrap_or_default();
                 if group + 1 < groups {
                     // A batch begins with its first group.

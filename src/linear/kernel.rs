@@ -86,21 +86,24 @@ macro_rules! tiled {
             rows: usize,
         ) {
             let mut row = 0;
-            // As many rows at a time as registers hold sums of, then fewer: a loop of two is twice as slow a row.
             macro_rules! rows_of {
-                ($height:expr) => {
-                    while $height <= $m && rows - row >= $height {
-                        let (a, c) = (&a[row * a_stride..], &mut c[row * c_stride..]);
-                        tile::<T, N, { if $height <= $m { $height } else { 1 } }, $strip, $fused>(a, a_stride, depth, b, c, c_stride);
-                        row += $height;
-                    }
-                };
+                ($height:expr) => {{
+                    let (a, c) = (&a[row * a_stride..], &mut c[row * c_stride..]);
+                    tile::<T, N, { if $height <= $m { $height } else { 1 } }, $strip, $fused>(a, a_stride, depth, b, c, c_stride);
+                    row += $height;
+                }};
             }
-            rows_of!($m);
-            rows_of!(8);
-            rows_of!(4);
-            rows_of!(2);
-            rows_of!(1);
+            while row < rows {
+                // As many rows at a time as registers hold sums of, but no one or two at the end that a better cut avoids:
+                // their sums wait for each other.
+                match rows - row {
+                    left if left >= $m && !(1..=2).contains(&(left - $m)) => rows_of!($m),
+                    left if left >= 8 && $m > 8 => rows_of!(8),
+                    4.. if $m >= 4 => rows_of!(4),
+                    2.. => rows_of!(2),
+                    _ => rows_of!(1),
+                }
+            }
         }
     };
 }

@@ -6,18 +6,6 @@ use super::{RANKS, Simd};
 use crate::codec::geometry::LANES;
 use crate::codec::rans::{MODEL_BITS, SLOT_MASK, SlotTable};
 
-/// Proof that the CPU has AVX2, FMA and F16C.
-#[derive(Clone, Copy)]
-pub struct Avx2(());
-
-impl Avx2 {
-    #[target_feature(enable = "avx2,fma,f16c,popcnt")]
-    #[inline]
-    pub fn new() -> Self {
-        Self(())
-    }
-}
-
 /// Evaluates intrinsics.
 macro_rules! with_avx2 {
     ($($body:tt)*) => {
@@ -25,6 +13,44 @@ macro_rules! with_avx2 {
         // least the size that is read or written.
         unsafe { $($body)* }
     };
+}
+
+/// Proof that the CPU has AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub struct Avx2 {
+    /// What brings the lanes into the order in which unpacking within halves leaves them; see [`Avx2::words`].
+    order: __m256i,
+}
+
+impl Avx2 {
+    #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+    #[inline]
+    pub fn new() -> Self {
+        // Opaque, for the compiler would make two shuffles of one permutation that it knows.
+        Self { order: std::hint::black_box(_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)) }
+    }
+
+    /// A bit for each lane.
+    #[inline(always)]
+    fn bits(self, bytes: &[u8; LANES]) -> __m256i {
+        with_avx2! {
+            let all = _mm256_set1_epi32(i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+            let byte = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+            // The lane's bit alone, then 1 for any.
+            _mm256_min_epu8(_mm256_and_si256(_mm256_shuffle_epi8(all, byte), bit), _mm256_set1_epi8(1))
+        }
+    }
+
+    /// Sixteen-bit words `high · 256 + low`, so arranged that unpacking them to 32 bits within halves leaves lanes in order.
+    #[inline(always)]
+    fn words(self, low: __m256i, high: __m256i) -> [__m256i; 2] {
+        with_avx2! {
+            let low = _mm256_permutevar8x32_epi32(low, self.order);
+            let high = _mm256_permutevar8x32_epi32(high, self.order);
+            [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
+        }
+    }
 }
 
 impl Simd for Avx2 {
@@ -74,6 +100,9 @@ impl Simd for Avx2 {
     fn packed<const WIDTH: usize>(self, bytes: &[u8; LANES]) -> __m256i {
         // Eight symbols are WIDTH bytes. Sixteen go to each half of a register: a shuffle brings each the two bytes that it
         // lies in, a product by a power of two moves it to the top, a shift to the bottom.
+        if WIDTH == 1 {
+            return self.bits(bytes);
+        }
         let Windows { shuffle, factor } = const { Windows::new(WIDTH) };
         let shift = const { 16 - WIDTH as i32 };
         with_avx2! {
@@ -164,7 +193,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn floats(self, low: __m256i, high: __m256i) -> [__m256; 4] {
         with_avx2! {
-            let [a, b] = words(low, high);
+            let [a, b] = self.words(low, high);
             let zero = _mm256_setzero_si256();
             [
                 _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, a)),
@@ -194,7 +223,7 @@ impl Simd for Avx2 {
     fn fixed_point(self, low: __m256i, high: __m256i, offset: f32) -> [__m256; 4] {
         with_avx2! {
             // Under the exponent of 2^15, the low sixteen bits of a float count in 1/256.
-            let [a, b] = words(low, high);
+            let [a, b] = self.words(low, high);
             let exponent = _mm256_set1_epi16(0x4700);
             let offset = _mm256_set1_ps(offset - 32768.0);
             let shifted = |bits: __m256i| _mm256_add_ps(_mm256_castsi256_ps(bits), offset);
@@ -235,15 +264,6 @@ impl Simd for Avx2 {
             _mm256_storeu_ps(at.add(24), floats[3]);
         }
     }
-}
-
-/// Sixteen-bit words `high · 256 + low`, so arranged that unpacking them to 32 bits within halves leaves lanes in order.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn words(low: __m256i, high: __m256i) -> [__m256i; 2] {
-    let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    let (low, high) = (_mm256_permutevar8x32_epi32(low, order), _mm256_permutevar8x32_epi32(high, order));
-    [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
 }
 
 /// How to take symbols of some width apart: for each of two runs of eight, the bytes that each symbol lies in, and the
