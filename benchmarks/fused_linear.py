@@ -1,6 +1,6 @@
 """The fused linear against F.linear: forward by batch, and the gradient of the input.
 
-Weights are Gaussian. Each run uses another copy of its weight, so many that they fill more than caches hold: weights come
+Weights are Gaussian. Each run uses another copy of its weight, of more than caches hold together: weights come
 from memory, as in a model. The floor is the larger of two times that this machine shows in the same process: the
 multiply-adds at the rate of a float32 product, and the packed bytes at the rate of a plain read.
 

@@ -15,6 +15,9 @@ const RUNS: usize = 8;
 /// Rows of g that share one decoding of a tile, at most.
 const BATCH: usize = 64;
 
+/// Columns that are turned into rows of dx together: a cache line of float32.
+const COLUMNS: usize = 16;
+
 /// dx = g·W into `out` (rows of g by columns of W), summed in `T`. A lossless weight has no scales.
 pub fn input_gradient<T: Compute, O: Scalar>(
     weight: &PackedWeight,
@@ -63,14 +66,23 @@ fn batch_gradient<T: Compute, O: Scalar, const N: usize>(
     .into_iter()
     .collect::<Result<Vec<_>>>()?;
     let out = DisjointSlice::new(out);
-    pool.for_ranges(gradient.rows, &|range| {
-        for row in range {
-            // SAFETY: a pool visits each row once.
-            #[allow(unsafe_code)]
-            let out = unsafe { out.range_mut(row * geometry.cols..(row + 1) * geometry.cols) };
-            for (col, out) in out.iter_mut().enumerate() {
-                let total = sums.iter().fold(T::default(), |total, sum| total + sum[col * N + row]);
-                *out = O::from_real(total);
+    pool.for_ranges(geometry.cols.div_ceil(COLUMNS), &|range| {
+        let mut totals = [[T::default(); N]; COLUMNS];
+        for first in range.map(|index| index * COLUMNS) {
+            let cols = first..(first + COLUMNS).min(geometry.cols);
+            for (col, totals) in cols.clone().zip(&mut totals) {
+                totals.fill(T::default());
+                for sum in &sums {
+                    let pairs = totals.iter_mut().zip(&sum[col * N..(col + 1) * N]);
+                    pairs.for_each(|(total, &part)| *total += part);
+                }
+            }
+            for row in 0..gradient.rows {
+                let start = row * geometry.cols;
+                // SAFETY: these columns of the row are written here alone.
+                #[allow(unsafe_code)]
+                let out = unsafe { out.range_mut(start + cols.start..start + cols.end) };
+                out.iter_mut().zip(&totals).for_each(|(out, totals)| *out = O::from_real(totals[row]));
             }
         }
     });
