@@ -66,11 +66,22 @@ impl<'a, T> DisjointSlice<'a, T> {
 
 /// Runs `body` for each item and returns the results in order.
 pub fn map<T: Send>(pool: &dyn Pool, items: usize, body: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    map_with(pool, items, || (), |(), item| body(item))
+}
+
+/// [`map`] with a scratch that the items of a thread share.
+pub fn map_with<S, T: Send>(
+    pool: &dyn Pool,
+    items: usize,
+    scratch: impl Fn() -> S + Sync,
+    body: impl Fn(&mut S, usize) -> T + Sync,
+) -> Vec<T> {
     let mut results: Vec<Option<T>> = (0..items).map(|_| None).collect();
     let slots = DisjointSlice::new(&mut results);
     pool.for_ranges(items, &|range| {
+        let mut scratch = scratch();
         for item in range {
-            let value = body(item);
+            let value = body(&mut scratch, item);
             // SAFETY: a pool visits each item once, so each slot has one writer.
             #[allow(unsafe_code)]
             let slot = unsafe { slots.range_mut(item..item + 1) };

@@ -103,11 +103,13 @@ impl Element {
     }
 }
 
-/// Turns a block's bytes of the two planes of a bf16 into those of a swapped one, or back: the lowest bit of the first and the
-/// highest of the second change places.
-pub fn swap_bf16(first: &mut [u8], second: &mut [u8]) {
-    for (a, b) in first.iter_mut().zip(second) {
-        (*a, *b) = (*a & 0xfe | *b >> 7, *a << 7 | *b & 0x7f);
+per_isa! {
+    /// Turns a block's bytes of the two planes of a bf16 into those of a swapped one, or back: the lowest bit of the first and
+    /// the highest of the second change places.
+    pub fn swap_bf16(first: &mut [u8], second: &mut [u8]) {
+        for (a, b) in first.iter_mut().zip(second) {
+            (*a, *b) = (*a & 0xfe | *b >> 7, *a << 7 | *b & 0x7f);
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Making a packed weight from codes: gather statistics, choose each plane's coding, write the tiles.
 
 use super::alias::{AliasCodes, AliasDecoder, AliasEncoder};
+use super::arch::per_isa;
 use super::decode::{PackedWeight, checksum_scales, checksum_words};
 use super::element::{Dtype, Element, Weights, swap_bf16};
 use super::format::{FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Plane, Quantizer, ScaleGrid, TILE_ALIGN};
@@ -11,7 +12,7 @@ use super::stream::{LaneDecoder, pack_step, sort_escapes, write_coded, write_esc
 use super::symbols::{
     ALIAS_PREMIUM, Coding, Histogram, Plan, SYMBOL_TABLE_BITS, model_of_all, plan, plan_alias, streams,
 };
-use crate::parallel::{Pool, map};
+use crate::parallel::{DisjointSlice, Pool, map, map_with};
 use crate::{Error, Result};
 
 /// A predictor must save this share of the entropy to be worth its decoding.
@@ -140,19 +141,33 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
         origin: None,
     };
     let tiles = map(pool, geometry.tiles(), |tile| encode_tile(&header, tile, &tile_codes(tile)));
-    join(header, tiles, scales)
+    join(header, tiles, scales, pool)
 }
 
 /// Puts tiles one after another.
-fn join(mut header: Header, tiles: Vec<Vec<u8>>, scales: Vec<f32>) -> Result<Packed> {
-    let mut payload = Vec::with_capacity(tiles.iter().map(Vec::len).sum());
-    let mut directory = Vec::with_capacity(2 * tiles.len());
-    for tile in tiles {
-        let offset = u32::try_from(payload.len() / TILE_ALIGN)
-            .map_err(|_| Error::argument("packed size", "at most 16 GiB", payload.len()))?;
-        directory.extend([offset as i32, crc32fast::hash(&tile) as i32]);
-        payload.extend(tile);
+fn join(mut header: Header, tiles: Vec<Vec<u8>>, scales: Vec<f32>, pool: &dyn Pool) -> Result<Packed> {
+    let mut starts = Vec::with_capacity(tiles.len());
+    let mut size = 0;
+    for tile in &tiles {
+        starts.push(size);
+        size += tile.len();
     }
+    if u32::try_from(size / TILE_ALIGN).is_err() {
+        return Err(Error::argument("packed size", "at most 16 GiB", size));
+    }
+    let mut payload = vec![0; size];
+    let places = DisjointSlice::new(&mut payload);
+    let checksums = map(pool, tiles.len(), |tile| {
+        let bytes = &tiles[tile];
+        // SAFETY: tiles lie one after another.
+        #[allow(unsafe_code)]
+        let place = unsafe { places.range_mut(starts[tile]..starts[tile] + bytes.len()) };
+        place.copy_from_slice(bytes);
+        crc32fast::hash(bytes)
+    });
+    let entries = starts.iter().zip(checksums);
+    let directory: Vec<i32> =
+        entries.flat_map(|(start, checksum)| [(start / TILE_ALIGN) as u32 as i32, checksum as i32]).collect();
     header.directory_crc = checksum_words(&directory);
     Ok(Packed { tables: header.to_bytes(), header, payload, directory, scales })
 }
@@ -322,6 +337,8 @@ fn write_plane(out: &mut Vec<u8>, plane: &Plane, geometry: Geometry, tile: usize
                 let (block, rest) = blocks.split_at(shape.cols * LANES);
                 if *width == 8 && shape.lanes == LANES {
                     out.extend_from_slice(block);
+                } else if *width == 4 && shape.lanes == LANES {
+                    out.extend(block.as_chunks::<2>().0.iter().map(|[first, second]| first | second << 4));
                 } else {
                     block.chunks_exact(LANES).for_each(|step| pack_step(&step[..shape.lanes], *width, out));
                 }
@@ -390,8 +407,10 @@ pub fn lay_out(weight: &PackedWeight, layout: Layout, pool: &dyn Pool) -> Result
         (None, Layout::Fast) => fast(from),
         _ => from.clone(),
     };
-    let tiles = map(pool, header.geometry.tiles(), |tile| move_tile(weight, &header, tile));
-    join(header, tiles.into_iter().collect::<Result<_>>()?, Vec::new())
+    let scratch = || header.planes.iter().map(|_| (Vec::new(), Vec::new())).collect();
+    let tiles =
+        map_with(pool, header.geometry.tiles(), scratch, |scratch, tile| move_tile(weight, &header, tile, scratch));
+    join(header, tiles.into_iter().collect::<Result<_>>()?, Vec::new(), pool)
 }
 
 /// The header of a canonical form's fast twin.
@@ -423,10 +442,18 @@ fn fast(canonical: &Header) -> Header {
     }
 }
 
-fn move_tile(weight: &PackedWeight, to: &Header, tile: usize) -> Result<Vec<u8>> {
+/// `planes` are each plane's symbols and escapes, from the tile before.
+fn move_tile(
+    weight: &PackedWeight,
+    to: &Header,
+    tile: usize,
+    planes: &mut Vec<(Vec<u8>, Vec<Escape>)>,
+) -> Result<Vec<u8>> {
     let geometry = to.geometry;
-    let size = geometry.blocks(tile).map(|block| block.cols * LANES).sum();
-    let mut planes: Vec<_> = to.planes.iter().map(|_| (Vec::with_capacity(size), Vec::new())).collect();
+    for (symbols, escapes) in planes.iter_mut() {
+        symbols.clear();
+        escapes.clear();
+    }
     let mut decoder = weight.tile(tile)?;
     let mut unpacked = [0; BLOCK];
     let mut start = 0;
@@ -442,12 +469,12 @@ fn move_tile(weight: &PackedWeight, to: &Header, tile: usize) -> Result<Vec<u8>>
         {
             // From symbols to bytes, which are swapped.
             for (bytes, lo) in [&mut *first, &mut *second].into_iter().zip(&mut los) {
-                bytes[start..].iter_mut().for_each(|byte| *byte = byte.wrapping_add(*lo as u8));
+                shift(&mut bytes[start..], *lo as u8, &mut 0);
                 *lo = 0;
             }
             swap_bf16(&mut first[start..], &mut second[start..]);
         }
-        for (index, (plane, (symbols, escapes))) in to.planes.iter().zip(&mut planes).enumerate() {
+        for (index, (plane, (symbols, escapes))) in to.planes.iter().zip(planes.iter_mut()).enumerate() {
             let far = if index == 0 { decoder.far() } else { &[] };
             let recoding = Recoding { to: &plane.coding, lo: los[index], wraps: to.element.float().is_some() };
             recoding.run(&mut symbols[start..], far, shape.lanes, |index, value| {
@@ -457,17 +484,27 @@ fn move_tile(weight: &PackedWeight, to: &Header, tile: usize) -> Result<Vec<u8>>
         }
         start += shape.cols * LANES;
     }
-    let mut out = Vec::with_capacity(2 * size);
-    for (index, (plane, (mut symbols, escapes))) in to.planes.iter().zip(planes).enumerate() {
+    let mut out = Vec::with_capacity(2 * start);
+    for (index, (plane, (symbols, escapes))) in to.planes.iter().zip(planes).enumerate() {
         if index == 0 && to.predictor != Predictor::None {
-            let rows = from_blocks(geometry, tile, &symbols);
+            let rows = from_blocks(geometry, tile, symbols);
             let residuals = to.predictor.residuals(&rows, geometry.cols, plane.coding.values());
-            symbols = to_blocks(geometry, tile, &residuals);
+            *symbols = to_blocks(geometry, tile, &residuals);
         }
-        write_plane(&mut out, plane, geometry, tile, &symbols, &escapes);
+        write_plane(&mut out, plane, geometry, tile, symbols, escapes);
     }
     out.resize(out.len().next_multiple_of(TILE_ALIGN), 0);
     Ok(out)
+}
+
+per_isa! {
+    /// Adds `change` to bytes, modulo 256, and raises `most` to the largest result.
+    fn shift(bytes: &mut [u8], change: u8, most: &mut u8) {
+        for byte in bytes.iter_mut() {
+            *byte = byte.wrapping_add(change);
+            *most = (*most).max(*byte);
+        }
+    }
 }
 
 /// A block's symbols of one coding turned into those of another.
@@ -483,11 +520,12 @@ impl Recoding<'_> {
     /// `far` lists values that no symbol says; `escape` takes those (and any other) that the new coding has none for.
     fn run(&self, symbols: &mut [u8], far: &[(usize, i32)], lanes: usize, mut escape: impl FnMut(usize, i32)) {
         let change = self.lo.wrapping_sub(self.to.lo()) as u8;
-        let all = symbols.iter().fold(0, |most, symbol| most.max(symbol.wrapping_add(change)));
-        if far.is_empty() && lanes == LANES && usize::from(all) < self.to.values() && self.to.is_gapless() {
-            symbols.iter_mut().for_each(|symbol| *symbol = symbol.wrapping_add(change));
+        let mut most = 0;
+        shift(symbols, change, &mut most);
+        if far.is_empty() && lanes == LANES && usize::from(most) < self.to.values() && self.to.is_gapless() {
             return;
         }
+        shift(symbols, change.wrapping_neg(), &mut most);
         let mut far = far.iter().peekable();
         for (index, symbol) in symbols.iter_mut().enumerate().filter(|(index, _)| index % LANES < lanes) {
             let value = match far.next_if(|(place, _)| *place == index) {

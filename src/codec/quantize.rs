@@ -5,6 +5,7 @@
 
 use half::bf16;
 
+use super::arch::per_isa;
 use super::element::{Element, Weights};
 use super::encode::{Codes, Description, Packed, check_shape, encode, pack_lossless};
 use super::format::{Quantizer, ScaleGrid};
@@ -30,7 +31,7 @@ const WINDOW: i32 = 4096;
 const LOW_BITS_GAIN: f64 = 0.995;
 /// Below so many elements a level's coder is the smallest, not the fastest: decoding takes less time than the quality is
 /// worth that the bits buy.
-const ALIAS_FROM: f64 = 1_048_576.0;
+const ALIAS_FROM: usize = 1 << 20;
 /// f32 holds every integer up to here.
 const MAX_LEVEL: f32 = (1 << 24) as f32;
 /// 2^−100: a step of 2^−26 of it is still a normal f32.
@@ -46,6 +47,8 @@ const FIXED_SHARE: f64 = 0.05;
 /// The search aims this far below its target and is content within as much again, in bits a weight or octaves of error.
 const SLACK: f64 = 0.0015;
 const SEARCH_STEPS: usize = 24;
+/// Larger weights are searched by a sample of about so many elements first.
+const SAMPLE: usize = 1 << 20;
 
 /// A weight and the scales that turn it into levels.
 struct Levels<'a> {
@@ -66,41 +69,58 @@ impl Levels<'_> {
             visit(self.scales[self.grid.index(row, group, self.geometry)], values);
         }
     }
+}
 
-    fn level(&self, value: f32, scale: f32) -> f32 {
-        (value / scale).round_ties_even().clamp(-self.max, self.max)
+per_isa! {
+    /// The levels of values under one scale.
+    fn to_levels(values: &[f32], scale: f32, max: f32, out: &mut [i32]) {
+        for (value, out) in values.iter().zip(out) {
+            *out = (value / scale).round_ties_even().clamp(-max, max) as i32;
+        }
     }
 }
 
 impl Codes for Levels<'_> {
     fn row(&self, row: usize, out: &mut [u32]) {
-        let mut out = out.iter_mut();
+        let mut levels = vec![0; out.len()];
+        let mut rest = &mut levels[..];
         self.for_groups(row, |scale, values| {
-            for (value, out) in values.iter().zip(&mut out) {
-                *out = self.level(*value, scale) as i32 as u32;
-            }
+            let (group, after) = std::mem::take(&mut rest).split_at_mut(values.len());
+            to_levels(values, scale, self.max, group);
+            rest = after;
         });
+        out.iter_mut().zip(levels).for_each(|(out, level)| *out = level as u32);
     }
 }
 
-/// Sums over a weight at given scales.
+/// Sums over a weight, or over some of its rows, at given scales.
 struct Statistics {
     levels: Histogram,
     /// Σ s² and Σ s·w of each level: their quotient is the level's centroid in steps.
     weight: Vec<f64>,
     moment: Vec<f64>,
-    /// Σ (w − s·q)².
+    /// Σ (w − s·q)², and Σ w².
     distortion: f64,
+    energy: f64,
+}
+
+/// Sums under one scale: how often each level occurs, and Σ w there. Two of each, for elements in turn: a sum that is added
+/// to twice in a row waits for itself.
+struct GroupSums {
+    counts: [Vec<u32>; 2],
+    sums: [Vec<f64>; 2],
 }
 
 impl Statistics {
+    const SIZE: usize = 2 * WINDOW as usize + 1;
+
     fn new() -> Self {
-        let size = 2 * WINDOW as usize + 1;
         Self {
-            levels: Histogram { lo: -WINDOW, counts: vec![0; size], outside: 0 },
-            weight: vec![0.0; size],
-            moment: vec![0.0; size],
+            levels: Histogram { lo: -WINDOW, counts: vec![0; Self::SIZE], outside: 0 },
+            weight: vec![0.0; Self::SIZE],
+            moment: vec![0.0; Self::SIZE],
             distortion: 0.0,
+            energy: 0.0,
         }
     }
 
@@ -113,27 +133,24 @@ impl Statistics {
         sum(&mut self.moment, &other.moment);
         self.levels.outside += other.levels.outside;
         self.distortion += other.distortion;
+        self.energy += other.energy;
     }
 
-    fn measure(levels: &Levels, pool: &dyn Pool) -> Self {
+    /// Of every `every`th row.
+    fn measure(levels: &Levels, every: usize, pool: &dyn Pool) -> Self {
         let mut total = Self::new();
         for share in shares(levels.geometry.rows, pool, |rows| {
             let mut sums = Self::new();
-            for row in rows {
+            let mut group = GroupSums {
+                counts: [vec![0; Self::SIZE], vec![0; Self::SIZE]],
+                sums: [vec![0.0; Self::SIZE], vec![0.0; Self::SIZE]],
+            };
+            let mut codes = vec![0; levels.geometry.cols];
+            for row in rows.filter(|row| row.is_multiple_of(every)) {
                 levels.for_groups(row, |scale, values| {
-                    for &value in values {
-                        let level = levels.level(value, scale);
-                        let error = f64::from(value) - f64::from(scale) * f64::from(level);
-                        sums.distortion += error * error;
-                        if level.abs() <= WINDOW as f32 {
-                            let index = (level as i32 + WINDOW) as usize;
-                            sums.levels.counts[index] += 1;
-                            sums.weight[index] += f64::from(scale) * f64::from(scale);
-                            sums.moment[index] += f64::from(scale) * f64::from(value);
-                        } else {
-                            sums.levels.outside += 1;
-                        }
-                    }
+                    let codes = &mut codes[..values.len()];
+                    to_levels(values, scale, levels.max, codes);
+                    sums.add_group(&mut group, f64::from(scale), values, codes);
                 });
             }
             sums
@@ -143,8 +160,40 @@ impl Statistics {
         total
     }
 
+    fn add_group(&mut self, group: &mut GroupSums, scale: f64, values: &[f32], levels: &[i32]) {
+        let (mut least, mut most) = (WINDOW, -WINDOW);
+        for (index, (&value, &level)) in values.iter().zip(levels).enumerate() {
+            let value = f64::from(value);
+            self.energy += value * value;
+            if level.abs() > WINDOW {
+                let error = value - scale * f64::from(level);
+                self.distortion += error * error;
+                self.levels.outside += 1;
+                continue;
+            }
+            (least, most) = (least.min(level), most.max(level));
+            let place = (level + WINDOW) as usize;
+            // Σ (w − s·q)² = Σ w² − 2·s·q·Σ w + n·s²·q², level by level; Σ w² here, the rest below.
+            self.distortion += value * value;
+            group.counts[index % 2][place] += 1;
+            group.sums[index % 2][place] += value;
+        }
+        for level in least..=most {
+            let place = (level + WINDOW) as usize;
+            let mut take =
+                |of: usize| (std::mem::take(&mut group.counts[of][place]), std::mem::take(&mut group.sums[of][place]));
+            let ((n, first), (m, second)) = (take(0), take(1));
+            let (count, sum) = (f64::from(n) + f64::from(m), first + second);
+            let point = scale * f64::from(level);
+            self.distortion += count * point * point - 2.0 * point * sum;
+            self.levels.counts[place] += u64::from(n) + u64::from(m);
+            self.weight[place] += scale * scale * count;
+            self.moment[place] += scale * sum;
+        }
+    }
+
     /// The cheapest split of the levels into symbols and plain low bits: (low bits, plan, bits for the whole weight).
-    fn plan(&self) -> (u32, Plan, f64) {
+    fn plan(&self, geometry: Geometry) -> (u32, Plan, f64) {
         let elements = self.levels.total() as f64;
         let candidate = |low_bits: u32| {
             let plan = plan(&self.levels.without_low_bits(low_bits), Some(8));
@@ -155,7 +204,7 @@ impl Statistics {
             if other.2 < LOW_BITS_GAIN * best.2 { other } else { best }
         };
         let cheapest = (1..=8).map(candidate).fold(candidate(0), better);
-        let premium = if elements >= ALIAS_FROM { ALIAS_PREMIUM } else { 0.0 };
+        let premium = if geometry.elements() >= ALIAS_FROM { ALIAS_PREMIUM } else { 0.0 };
         let limit = cheapest.2 * (1.0 + premium);
         let quick = (0..=6).filter_map(|low_bits| {
             let plan = plan_alias(&self.levels.without_low_bits(low_bits))?;
@@ -234,8 +283,8 @@ fn storable(scale: f64, grid: ScaleGrid, up: bool) -> f32 {
 
 /// Packs to levels at `levels`' scales.
 fn pack_levels(levels: &Levels, quantizer: Quantizer, pool: &dyn Pool) -> Result<Packed> {
-    let statistics = Statistics::measure(levels, pool);
-    let (low_bits, plan, _) = statistics.plan();
+    let statistics = Statistics::measure(levels, 1, pool);
+    let (low_bits, plan, _) = statistics.plan(levels.geometry);
     let centroids = match quantizer {
         Quantizer::Ecsq => statistics.centroids(&plan.coding, low_bits).0,
         _ => Vec::new(),
@@ -302,6 +351,8 @@ pub fn pack_int4(weights: Weights, rows: usize, cols: usize, group: usize, pool:
 /// A candidate of the ECSQ search.
 struct Candidate<'a> {
     levels: Levels<'a>,
+    /// log₂ of the common factor of the steps.
+    log_factor: f64,
     /// Bits a weight that count against the target.
     bits: f64,
     /// Relative Frobenius error.
@@ -350,40 +401,98 @@ pub fn pack_ecsq(weights: Weights, rows: usize, cols: usize, target: EcsqTarget,
     if too_small(&norms) {
         return pack_lossless(weights, rows, cols, pool);
     }
-    let found = [ScaleGrid::Tensor, ScaleGrid::Row].map(|grid| search(weights, geometry, grid, &norms, target, pool));
-    let best = found.into_iter().flatten().min_by(|a, b| target.cost(a).total_cmp(&target.cost(b)));
-    match best {
+    let search = Search { weights, geometry, norms: &norms, target, pool };
+    match search.best() {
         Some(best) => pack_levels(&best.levels, Quantizer::Ecsq, pool),
         // An error that no step within reach keeps.
         None => pack_lossless(weights, rows, cols, pool),
     }
 }
 
-/// Finds the common factor of the steps by secants on (log₂ step, bits) or (log₂ step, log₂ error); None if no step that
-/// was tried keeps the target.
-fn search<'a>(
+/// The search for ECSQ's scales: a common factor of the rows' (or the weight's) root mean squares, by secants on (log₂ step,
+/// bits) or (log₂ step, log₂ error).
+struct Search<'a> {
     weights: Weights<'a>,
     geometry: Geometry,
-    grid: ScaleGrid,
-    norms: &[(f64, f32)],
+    /// Σ w² and max |w| of each row.
+    norms: &'a [(f64, f32)],
     target: EcsqTarget,
-    pool: &dyn Pool,
-) -> Option<Candidate<'a>> {
-    let elements = geometry.elements() as f64;
-    let energy: f64 = norms.iter().map(|(square, _)| square).sum();
-    let rms = (energy / elements).sqrt();
-    let try_factor = |log_factor: f64| {
+    pool: &'a dyn Pool,
+}
+
+impl<'a> Search<'a> {
+    /// The best candidate of both grids, None if no step that was tried keeps the target. Large weights are searched by a
+    /// sample of their rows, and the better grid then on all of them.
+    fn best(&self) -> Option<Candidate<'a>> {
+        let grids = [ScaleGrid::Tensor, ScaleGrid::Row];
+        let start = self.guess();
+        let better = |a: &Candidate, b: &Candidate| self.target.cost(a).total_cmp(&self.target.cost(b));
+        let every = self.geometry.elements().div_ceil(SAMPLE).min(self.geometry.rows / SHARES).max(1);
+        let mut found: Vec<_> = grids.into_iter().filter_map(|grid| self.solve(grid, every, start)).collect();
+        found.sort_by(better);
+        if every == 1 {
+            return found.into_iter().next();
+        }
+        // Where the sample kept the target nowhere, all rows may still.
+        let starts = found.iter().map(|candidate| (candidate.levels.grid, candidate.log_factor));
+        let starts: Vec<_> = starts.chain(grids.map(|grid| (grid, start))).collect();
+        starts.into_iter().find_map(|(grid, start)| self.solve(grid, 1, start))
+    }
+
+    /// A Gaussian at b bits wants a step of about σ · 2^(2.05 − b), and a step of s leaves an error of s / √12.
+    fn guess(&self) -> f64 {
+        match self.target {
+            EcsqTarget::Bits(bits) => 2.05 - bits,
+            EcsqTarget::Error(error) => (error * 12f64.sqrt()).log2(),
+        }
+    }
+
+    /// The common factor of the steps that meets the target best on every `every`th row, from `log_factor` on; None if no
+    /// step that was tried keeps it.
+    fn solve(&self, grid: ScaleGrid, every: usize, log_factor: f64) -> Option<Candidate<'a>> {
+        let mut candidate = self.candidate(grid, every, log_factor);
+        let mut last = (log_factor, self.target.excess(&candidate));
+        let mut slope = 1.0;
+        let mut best: Option<Candidate> = None;
+        for _ in 0..SEARCH_STEPS {
+            let met = self.target.met(last.1);
+            if met && best.as_ref().is_none_or(|best| self.target.cost(&candidate) < self.target.cost(best)) {
+                best = Some(candidate);
+            }
+            if last.1.abs() <= SLACK {
+                break;
+            }
+            let step = (-last.1 / slope).clamp(-3.0, 3.0);
+            candidate = self.candidate(grid, every, last.0 + step);
+            let now = self.target.excess(&candidate);
+            if step != 0.0 {
+                // Bits fall by at most one an octave; a flat stretch must not throw the search away.
+                slope = ((now - last.1) / step).clamp(0.2, 1.5);
+            }
+            last = (last.0 + step, now);
+        }
+        best
+    }
+
+    fn candidate(&self, grid: ScaleGrid, every: usize, log_factor: f64) -> Candidate<'a> {
+        let Self { weights, geometry, norms, target, pool } = *self;
+        let elements = geometry.elements() as f64;
         let factor = log_factor.exp2();
         let scales = match grid {
-            ScaleGrid::Tensor => vec![storable(factor * rms, grid, false)],
+            ScaleGrid::Tensor => {
+                let energy: f64 = norms.iter().map(|(square, _)| square).sum();
+                vec![storable(factor * (energy / elements).sqrt(), grid, false)]
+            }
             _ => norms
                 .iter()
                 .map(|(square, _)| storable(factor * (square / geometry.cols as f64).sqrt(), grid, false))
                 .collect(),
         };
         let levels = Levels { weights, geometry, grid, scales, max: MAX_LEVEL };
-        let statistics = Statistics::measure(&levels, pool);
-        let (low_bits, plan, bits) = statistics.plan();
+        let statistics = Statistics::measure(&levels, every, pool);
+        let (low_bits, plan, bits) = statistics.plan(geometry);
+        // A sample stands for the whole.
+        let bits = bits * elements / statistics.levels.total().max(1) as f64;
         let (_, distortion) = statistics.centroids(&plan.coding, low_bits);
         let state_bits = streams(&plan.coding, geometry, bits) as f64 * state_bits(&plan.coding);
         let per_tile = |tile| TILE_BITS + state_bits * geometry.lanes_of(tile) as f64;
@@ -394,35 +503,11 @@ fn search<'a>(
             EcsqTarget::Bits(target) => FIXED_SHARE * target * elements,
             EcsqTarget::Error(_) => f64::INFINITY,
         };
-        Candidate { levels, bits: (bits + fixed.min(allowed)) / elements, error: (distortion.max(0.0) / energy).sqrt() }
-    };
-
-    // A Gaussian at b bits wants a step of about σ · 2^(2.05 − b), and a step of s leaves an error of s / √12.
-    let mut log_factor = match target {
-        EcsqTarget::Bits(bits) => 2.05 - bits,
-        EcsqTarget::Error(error) => (error * 12f64.sqrt()).log2(),
-    };
-    let mut candidate = try_factor(log_factor);
-    let mut last = (log_factor, target.excess(&candidate));
-    let mut slope = 1.0;
-    let mut best: Option<Candidate> = None;
-    for _ in 0..SEARCH_STEPS {
-        let met = target.met(last.1);
-        if met && best.as_ref().is_none_or(|best| target.cost(&candidate) < target.cost(best)) {
-            best = Some(candidate);
+        Candidate {
+            levels,
+            log_factor,
+            bits: (bits + fixed.min(allowed)) / elements,
+            error: (distortion.max(0.0) / statistics.energy.max(f64::MIN_POSITIVE)).sqrt(),
         }
-        if last.1.abs() <= SLACK {
-            break;
-        }
-        let step = (-last.1 / slope).clamp(-3.0, 3.0);
-        log_factor = last.0 + step;
-        candidate = try_factor(log_factor);
-        let now = target.excess(&candidate);
-        if step != 0.0 {
-            // Bits fall by at most one an octave; a flat stretch must not throw the search away.
-            slope = ((now - last.1) / step).clamp(0.2, 1.5);
-        }
-        last = (log_factor, now);
     }
-    best
 }
