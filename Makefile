@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h)
 # Runs commands and prints how long they took.
 step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: demo test rust-test python-test build bench lint format wheel docs requirements tools clean
+.PHONY: demo test rust-test neon-test python-test build bench lint format wheel docs requirements tools clean
 .DEFAULT_GOAL := build
 
 demo: $(LIBRARY)
@@ -21,6 +21,11 @@ test: rust-test python-test
 rust-test: $(VENV)/.ready
 	$(call step,Rust tests,for isa in generic avx2 avx512; do INFOLD_ISA=$$isa cargo test --release --no-default-features --locked --quiet || exit 1; done)
 
+# The NEON decoders under emulation. Needs qemu-aarch64 and aarch64-linux-gnu-gcc (Debian: qemu-user, gcc-aarch64-linux-gnu) and
+# the Rust target. The skipped test starts itself again, which an emulator does not do.
+neon-test:
+	$(call step,NEON tests,CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" cargo test --release --no-default-features --locked --quiet --target aarch64-unknown-linux-gnu -- --skip damage_decodes_alike)
+
 python-test: $(LIBRARY)
 	$(call step,Python tests,$(PYTHON) -m pytest)
 
@@ -28,7 +33,7 @@ build: $(LIBRARY)
 
 bench: $(LIBRARY)
 	@mkdir -p build/bench
-	$(call step,benchmarks,$(PYTHON) benchmarks/codec_sizes.py --json build/bench/codec_sizes.json && $(PYTHON) benchmarks/fused_linear.py --json build/bench/fused_linear.json)
+	$(call step,benchmarks,$(PYTHON) benchmarks/codec_sizes.py --json build/bench/codec_sizes.json && $(PYTHON) benchmarks/codec.py --json build/bench/codec.json && $(PYTHON) benchmarks/fused_linear.py --json build/bench/fused_linear.json)
 
 lint: $(LIBRARY)
 	@cargo clippy --version >/dev/null 2>&1 && cargo fmt --version >/dev/null 2>&1 || { echo "clippy or rustfmt is missing: rustup component add clippy rustfmt"; exit 1; }

@@ -1,7 +1,7 @@
-"""The codec alone: decoders against htscodecs' 32-way rANS (Debian's libhtscodecs2), encoders, sizes, changes of layout.
+"""The codec alone: decoders against htscodecs' 32-way rANS (Debian's libhtscodecs2), encoders, sizes, layouts.
 
-One thread where nothing else is said; a Gaussian weight of 4096 x 4096. The rows of sizes are bits, not milliseconds, and
-their ratio is how near the entropy bound is.
+One thread where nothing else is said; a Gaussian weight of 4096 x 4096. The rows of sizes are bits, not milliseconds,
+and their ratio is how near the entropy bound is.
 
 Run: python benchmarks/codec.py [--isa avx2] [--json FILE]
 """

@@ -134,9 +134,9 @@ per_simd! {
     ) -> () {
         let tables = Tables {
             threshold: simd.table(&table.threshold),
-            alias: simd.table(&table.alias),
-            own_base: simd.table(&table.own_base),
-            alias_base: simd.table(&table.alias_base),
+            to_alias: simd.table(&std::array::from_fn(|bucket| bucket as u8 ^ table.alias[bucket])),
+            base: simd.table(&table.own_base),
+            to_alias_base: simd.table(&std::array::from_fn(|bucket| table.own_base[bucket] ^ table.alias_base[bucket])),
             frequency: simd.table(&table.frequency),
         };
         let mut states = [(simd.splat(0), simd.splat(0)); N];
@@ -185,9 +185,11 @@ fn padded(rest: &[u8]) -> Cow<'_, [u8]> {
 /// A model's tables in vector registers.
 struct Tables<B> {
     threshold: B,
-    alias: B,
-    own_base: B,
-    alias_base: B,
+    /// What makes a bucket's number that of its alias, by exclusive or.
+    to_alias: B,
+    base: B,
+    /// The same for the bases.
+    to_alias_base: B,
     frequency: B,
 }
 
@@ -205,9 +207,9 @@ impl<B: Copy> Tables<B> {
         let bucket = simd.shift_right::<4>(*low);
         let within = simd.and(*low, simd.splat(15));
         let limit = simd.lookup(self.threshold, bucket);
-        let symbol = simd.select_less(within, limit, bucket, simd.lookup(self.alias, bucket));
-        let (own, other) = (simd.lookup(self.own_base, bucket), simd.lookup(self.alias_base, bucket));
-        let base = simd.select_less(within, limit, own, other);
+        let symbol = simd.change_unless_less(within, limit, bucket, simd.lookup(self.to_alias, bucket));
+        let (base, change) = (simd.lookup(self.base, bucket), simd.lookup(self.to_alias_base, bucket));
+        let base = simd.change_unless_less(within, limit, base, change);
         simd.store(symbol, out);
         let frequency = simd.lookup(self.frequency, symbol);
         let (next_low, next_high) = simd.multiply_add(frequency, *high, simd.add(within, base));

@@ -3,11 +3,13 @@
 //! ```text
 //! weight ── element.rs / quantize.rs ──► one integer code per weight
 //!        ── element.rs ──► planes of at most 256 symbols
-//!        ── symbols.rs ──► per plane: one value, plain bits, or rANS with a 12-bit model
-//!        ── encode.rs, rans.rs, predict.rs ──► one stream per tile of rows
+//!        ── symbols.rs ──► per plane: one value, plain bits, rANS with a 12-bit model or over sixteen classes
+//!        ── encode.rs, rans.rs, alias.rs, predict.rs ──► the bytes of each tile of rows
 //! ```
-//! `decode.rs` goes the other way, a block of 64 columns by 32 rows at a time, and is the oracle for every faster path.
-//! `arch/` holds the same for wider instruction sets. Nothing else here is `unsafe`, and nothing trusts a byte that it reads: wrong bytes give wrong numbers or an error.
+//! `decode.rs` goes the other way, a block of 64 columns by 32 rows at a time: `stream.rs` turns a plane's bytes into symbols,
+//! `points.rs` symbols into floats. Both have a portable form, the oracle, and one over `arch::Simd`; the files of `arch/` say
+//! how an instruction set does that trait's few operations. Nothing trusts a byte that it reads: wrong bytes give wrong numbers
+//! or an error.
 
 mod alias;
 mod arch;

@@ -150,8 +150,8 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn select_less(self, a: __m256i, b: __m256i, x: __m256i, y: __m256i) -> __m256i {
-        with_avx2!(_mm256_blendv_epi8(y, x, _mm256_cmpgt_epi8(b, a)))
+    fn change_unless_less(self, a: __m256i, b: __m256i, x: __m256i, change: __m256i) -> __m256i {
+        with_avx2!(_mm256_xor_si256(x, _mm256_andnot_si256(_mm256_cmpgt_epi8(b, a), change)))
     }
 
     #[inline(always)]
@@ -186,7 +186,8 @@ impl Simd for Avx2 {
             let second = _mm256_set_epi64x(0x0808_0808_0808_0808, 0, 0x0808_0808_0808_0808, 0);
             let next = _mm256_shuffle_epi8(data, _mm256_or_si256(ranks, second));
             let high = _mm256_or_si256(high, _mm256_and_si256(low, short));
-            (_mm256_blendv_epi8(low, next, short), high, set.count_ones() as usize)
+            // Lanes that take none found nothing there: zero.
+            (_mm256_or_si256(_mm256_andnot_si256(short, low), next), high, set.count_ones() as usize)
         }
     }
 

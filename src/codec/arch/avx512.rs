@@ -75,8 +75,8 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn select_less(self, a: __m256i, b: __m256i, x: __m256i, y: __m256i) -> __m256i {
-        with_avx512!(_mm256_mask_blend_epi8(_mm256_cmplt_epi8_mask(a, b), y, x))
+    fn change_unless_less(self, a: __m256i, b: __m256i, x: __m256i, change: __m256i) -> __m256i {
+        with_avx512!(_mm256_xor_si256(x, _mm256_maskz_mov_epi8(_mm256_cmpge_epi8_mask(a, b), change)))
     }
 
     #[inline(always)]

@@ -112,8 +112,8 @@ pub trait Simd: Copy {
     fn add_saturating(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
     fn shift_left<const BITS: i32>(self, a: Self::Bytes) -> Self::Bytes;
     fn shift_right<const BITS: i32>(self, a: Self::Bytes) -> Self::Bytes;
-    /// `a < b ? x : y`, where a and b are below 128.
-    fn select_less(self, a: Self::Bytes, b: Self::Bytes, x: Self::Bytes, y: Self::Bytes) -> Self::Bytes;
+    /// `a < b ? x : x ^ change`, where a and b are below 128.
+    fn change_unless_less(self, a: Self::Bytes, b: Self::Bytes, x: Self::Bytes, change: Self::Bytes) -> Self::Bytes;
     /// The low and the high byte of `a · b + c`, where a is below 128.
     fn multiply_add(self, a: Self::Bytes, b: Self::Bytes, c: Self::Bytes) -> (Self::Bytes, Self::Bytes);
     /// Where `high` is zero: the low byte becomes the high one and the next of `bytes`, in the order of lanes, the low

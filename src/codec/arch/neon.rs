@@ -125,9 +125,16 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn select_less(self, a: uint8x16x2_t, b: uint8x16x2_t, x: uint8x16x2_t, y: uint8x16x2_t) -> uint8x16x2_t {
-        let less = both!(vcltq_u8, a, b);
-        both!(vbslq_u8, less, x, y)
+    fn change_unless_less(
+        self,
+        a: uint8x16x2_t,
+        b: uint8x16x2_t,
+        x: uint8x16x2_t,
+        change: uint8x16x2_t,
+    ) -> uint8x16x2_t {
+        let not_less = both!(vcgeq_u8, a, b);
+        let change = both!(vandq_u8, not_less, change);
+        both!(veorq_u8, x, change)
     }
 
     #[inline(always)]
