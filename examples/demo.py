@@ -130,6 +130,7 @@ def main() -> None:
             f"{row['largest_cosine_difference']:16.2e} {row['mean_cosine_difference']:9.1e} "
             f"{row['ms_per_batch']:9.1f} {row['peak_extra_bytes'] / 1e6:9.2f}"
         )
+    print("MB: in memory, in the layout that was measured to be faster. bits/w: as stored, of the packed weights.")
     print("Cosines are against dense float32: the bfloat16 rows show bfloat16's own rounding.")
     print("Extra: tensors that a forward holds at its peak; a packed layer adds at most 64 KB a thread of scratch.")
     result = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": arguments.threads, "rows": rows}
