@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h)
 # Runs commands and prints how long they took.
 step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: demo test rust-test neon-test python-test build bench lint format wheel docs requirements tools clean
+.PHONY: demo test rust-test neon-test python-test build bench lint format wheel wheel-test docs requirements tools clean
 .DEFAULT_GOAL := build
 
 demo: $(LIBRARY)
@@ -49,6 +49,10 @@ format: $(VENV)/.ready
 
 wheel: $(VENV)/.ready
 	$(call step,wheel,$(PYTHON) -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist && ls -l dist)
+
+# The wheel in an environment of its own that has neither this folder nor Rust in reach: the operators' and golden files' tests.
+wheel-test: wheel
+	$(call step,wheel test,rm -rf build/wheel && mkdir -p build/wheel && python3 -m venv build/wheel/venv && $(VENV)/bin/uv pip install --quiet --python build/wheel/venv/bin/python -c requirements.txt dist/infold-*.whl pytest hypothesis && cp -r python_tests build/wheel/ && cd build/wheel && env -i HOME="$$HOME" PATH=/usr/bin:/bin venv/bin/python -m pytest -q -c /dev/null --rootdir . python_tests/test_operators.py python_tests/test_golden.py python_tests/test_layout.py && rm -rf venv)
 
 docs: $(LIBRARY)
 	$(call step,docs,$(PYTHON) -m pdoc --output-directory docs/site/python infold && cargo doc --no-deps --no-default-features --release --quiet --target-dir build/rustdoc && rm -rf docs/site/rust && cp -r build/rustdoc/doc docs/site/rust)
