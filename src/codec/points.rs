@@ -107,13 +107,12 @@ per_simd! {
     }
 }
 
-/// Calls `$body::<width of the first plane, width of the second>` for the widths that are listed, which get loops of their own,
-/// and `$body::<ANY, ANY>` for others.
+/// Calls [`columns`] with the widths of the two planes as constants if they are listed, and else at run time.
 macro_rules! by_widths {
-    ($planes:expr, $(($first:literal, $second:literal))*, $body:ident $arguments:tt) => {
+    ($simd:expr, $planes:expr, $cols:expr, $(($first:literal, $second:literal))*, $visit:expr) => {
         match ($planes[0].width(), $planes[1].width()) {
-            $(($first, $second) => $body::<_, $first, $second> $arguments,)*
-            _ => $body::<_, ANY, ANY> $arguments,
+            $(($first, $second) => columns::<_, $first, $second>($simd, $planes, $cols, $visit),)*
+            _ => columns::<_, ANY, ANY>($simd, $planes, $cols, $visit),
         }
     };
 }
@@ -125,134 +124,71 @@ fn each_column<S: Simd>(
     assembly: &Assembly,
     planes: [Symbols; 2],
     cols: usize,
-    visit: impl FnMut(usize, S::Floats),
+    mut visit: impl FnMut(usize, S::Floats),
 ) {
+    let (zero, lo) = (simd.splat(0), simd.splat(assembly.lo as u8));
     match assembly.element {
-        Element::Bits(Dtype::Bf16) => by_widths!(planes, (8, 8), bf16(simd, assembly, planes, cols, visit)),
-        Element::SwappedBf16 => by_widths!(planes, (4, 8)(8, 8), swapped(simd, assembly, planes, cols, visit)),
-        Element::Bits(_) => by_widths!(planes, (8, 8), f16(simd, assembly, planes, cols, visit)),
+        Element::Bits(Dtype::Bf16) => {
+            let (sign, mantissa) = (simd.splat(0x80), simd.splat(0x7f));
+            by_widths!(simd, planes, cols, (8, 8), |col, exponent, rest| {
+                let exponent = simd.add(exponent, lo);
+                let high = simd.or(simd.and(rest, sign), simd.shift_right::<1>(exponent));
+                let low = simd.or(simd.and(rest, mantissa), simd.shift_left::<7>(exponent));
+                visit(col, simd.floats(low, high));
+            });
+        }
+        // A rotation takes the sign to the top. That of each of sixteen symbols is one lookup.
+        Element::SwappedBf16 if planes[0].width() == 4 => {
+            let rotate = |symbol| (assembly.lo as u8).wrapping_add(symbol as u8).rotate_right(1);
+            let rotated = simd.table(&std::array::from_fn(rotate));
+            by_widths!(simd, planes, cols, (4, 8), |col, symbol, low| {
+                visit(col, simd.floats(low, simd.lookup(rotated, symbol)));
+            });
+        }
+        Element::SwappedBf16 => by_widths!(simd, planes, cols, (8, 8), |col, symbol, low| {
+            let byte = simd.add(symbol, lo);
+            let high = simd.or(simd.shift_right::<1>(byte), simd.shift_left::<7>(byte));
+            visit(col, simd.floats(low, high));
+        }),
+        Element::Bits(_) => by_widths!(simd, planes, cols, (8, 8), |col, high, low| {
+            visit(col, simd.halves(low, simd.add(high, lo)));
+        }),
         Element::Level { low_bits: 0 } if assembly.offsets.is_empty() => {
-            by_widths!(planes, (8, 0)(4, 0)(5, 0), levels(simd, assembly, planes, cols, visit));
+            let lo = assembly.lo as f32;
+            by_widths!(simd, planes, cols, (8, 0)(4, 0)(5, 0), |col, level, _| {
+                visit(col, simd.fixed_point(zero, level, lo));
+            });
         }
         Element::Level { low_bits: 0 } => {
-            by_widths!(planes, (8, 0)(4, 0)(5, 0), centroids(simd, assembly, planes, cols, visit));
+            let (lo, limit) = (assembly.lo as f32 - 0.5, simd.splat(0x70));
+            by_widths!(simd, planes, cols, (8, 0)(4, 0)(5, 0), |col, level, _| {
+                let mut fraction = zero;
+                for (piece, table) in assembly.offsets.iter().enumerate() {
+                    // Symbols of other pieces saturate, and find nothing.
+                    let index = simd.add(level, simd.splat((piece * PIECE).wrapping_neg() as u8));
+                    let index = simd.add_saturating(index, limit);
+                    fraction = simd.or(fraction, simd.lookup(simd.table(table), index));
+                }
+                visit(col, simd.fixed_point(fraction, level, lo));
+            });
         }
-        Element::Level { .. } => {
-            by_widths!(planes, (8, 1)(4, 1)(8, 2)(8, 4)(4, 4), split_levels(simd, assembly, planes, cols, visit));
+        Element::Level { low_bits } => {
+            let lo = (assembly.lo << low_bits) as f32;
+            // Shifts are by constants, and a product by 2^r is not; but for one and four bits there is better.
+            match low_bits {
+                1 => by_widths!(simd, planes, cols, (8, 1)(4, 1), |col, level, low| {
+                    visit(col, simd.fixed_point(zero, simd.add(simd.add(level, level), low), lo));
+                }),
+                4 => by_widths!(simd, planes, cols, (8, 4)(4, 4), |col, level, low| {
+                    visit(col, simd.fixed_point(zero, simd.add(simd.shift_left::<4>(level), low), lo));
+                }),
+                _ => by_widths!(simd, planes, cols, (8, 2), |col, level, low| {
+                    let (level, _) = simd.multiply_add(simd.splat(1 << low_bits), level, low);
+                    visit(col, simd.fixed_point(zero, level, lo));
+                }),
+            }
         }
     }
-}
-
-#[inline(always)]
-fn bf16<S: Simd, const A: usize, const B: usize>(
-    simd: S,
-    assembly: &Assembly,
-    planes: [Symbols; 2],
-    cols: usize,
-    mut visit: impl FnMut(usize, S::Floats),
-) {
-    let lo = simd.splat(assembly.lo as u8);
-    let (sign, mantissa) = (simd.splat(0x80), simd.splat(0x7f));
-    columns::<S, A, B>(simd, planes, cols, |col, exponent, rest| {
-        let exponent = simd.add(exponent, lo);
-        let high = simd.or(simd.and(rest, sign), simd.shift_right::<1>(exponent));
-        let low = simd.or(simd.and(rest, mantissa), simd.shift_left::<7>(exponent));
-        visit(col, simd.floats(low, high));
-    });
-}
-
-#[inline(always)]
-fn swapped<S: Simd, const A: usize, const B: usize>(
-    simd: S,
-    assembly: &Assembly,
-    planes: [Symbols; 2],
-    cols: usize,
-    mut visit: impl FnMut(usize, S::Floats),
-) {
-    // A rotation takes the sign to the top. That of each of sixteen symbols is one lookup.
-    let lo = assembly.lo as u8;
-    let rotated = simd.table(&std::array::from_fn(|symbol| lo.wrapping_add(symbol as u8).rotate_right(1)));
-    let lo = simd.splat(lo);
-    columns::<S, A, B>(simd, planes, cols, |col, symbol, low| {
-        let high = if A == 4 {
-            simd.lookup(rotated, symbol)
-        } else {
-            let byte = simd.add(symbol, lo);
-            simd.or(simd.shift_right::<1>(byte), simd.shift_left::<7>(byte))
-        };
-        visit(col, simd.floats(low, high));
-    });
-}
-
-#[inline(always)]
-fn f16<S: Simd, const A: usize, const B: usize>(
-    simd: S,
-    assembly: &Assembly,
-    planes: [Symbols; 2],
-    cols: usize,
-    mut visit: impl FnMut(usize, S::Floats),
-) {
-    let lo = simd.splat(assembly.lo as u8);
-    columns::<S, A, B>(simd, planes, cols, |col, high, low| visit(col, simd.halves(low, simd.add(high, lo))));
-}
-
-#[inline(always)]
-fn levels<S: Simd, const A: usize, const B: usize>(
-    simd: S,
-    assembly: &Assembly,
-    planes: [Symbols; 2],
-    cols: usize,
-    mut visit: impl FnMut(usize, S::Floats),
-) {
-    let (zero, lo) = (simd.splat(0), assembly.lo as f32);
-    columns::<S, A, B>(simd, planes, cols, |col, level, _| visit(col, simd.fixed_point(zero, level, lo)));
-}
-
-/// Levels in two planes.
-#[inline(always)]
-fn split_levels<S: Simd, const A: usize, const B: usize>(
-    simd: S,
-    assembly: &Assembly,
-    planes: [Symbols; 2],
-    cols: usize,
-    mut visit: impl FnMut(usize, S::Floats),
-) {
-    let low_bits = assembly.element.low_bits();
-    let (zero, lo) = (simd.splat(0), (assembly.lo << low_bits) as f32);
-    // Shifts are by constants; a product by 2^r is not.
-    let weight = simd.splat(1 << low_bits);
-    columns::<S, A, B>(simd, planes, cols, |col, level, low| {
-        let level = if B == 1 {
-            simd.or(simd.add(level, level), low)
-        } else if B == 4 {
-            simd.or(simd.shift_left::<4>(level), low)
-        } else {
-            simd.multiply_add(weight, level, low).0
-        };
-        visit(col, simd.fixed_point(zero, level, lo));
-    });
-}
-
-#[inline(always)]
-fn centroids<S: Simd, const A: usize, const B: usize>(
-    simd: S,
-    assembly: &Assembly,
-    planes: [Symbols; 2],
-    cols: usize,
-    mut visit: impl FnMut(usize, S::Floats),
-) {
-    let lo = assembly.lo as f32 - 0.5;
-    let limit = simd.splat(0x70);
-    columns::<S, A, B>(simd, planes, cols, |col, level, _| {
-        let mut fraction = simd.splat(0);
-        for (piece, table) in assembly.offsets.iter().enumerate() {
-            // Symbols of other pieces saturate, and find nothing.
-            let index = simd.add(level, simd.splat((piece * PIECE).wrapping_neg() as u8));
-            let index = simd.add_saturating(index, limit);
-            fraction = simd.or(fraction, simd.lookup(simd.table(table), index));
-        }
-        visit(col, simd.fixed_point(fraction, level, lo));
-    });
 }
 
 /// Calls `visit` with the symbols of each of `cols` columns in two planes.

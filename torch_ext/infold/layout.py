@@ -12,7 +12,7 @@ from torch import nn
 from infold._library import ops
 from infold.config import Layout, MemoryLayout
 from infold.nn import FusedDecompressLinear, PackedModule
-from infold.packed import Packed, lay_out
+from infold.packed import LAYOUTS, Packed, lay_out
 
 #: ``auto`` takes a faster layout only if it is at most this many times the size...
 _SIZE_LIMIT = 1.3
@@ -89,7 +89,8 @@ def relay(sharing: list[PackedModule], layout: str) -> None:
 
 def _weigh(sharing: list[PackedModule], measured: dict[tuple[object, ...], dict[str, float]]) -> _Choice:
     module = next((module for module in sharing if isinstance(module, FusedDecompressLinear)), sharing[0])
-    forms = {name: lay_out(module.packed, name) for name in ("compact", "fast")}
+    packed, own = module.packed, module.layout
+    forms = {name: packed if name == own else lay_out(packed, name) for name in LAYOUTS}
     sizes = {name: packed.nbytes for name, packed in forms.items()}
     header = module.header
     # Weights of one kind and shape are as fast as each other.
