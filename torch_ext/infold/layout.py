@@ -25,8 +25,8 @@ _MEASUREMENTS = 7
 class _Choice:
     """What ``auto`` weighs for one weight: bytes and milliseconds of a product with one row of activations."""
 
-    bytes: dict[str, int]
-    milliseconds: dict[str, float]
+    bytes: dict[MemoryLayout, int]
+    milliseconds: dict[MemoryLayout, float]
 
     @property
     def gain(self) -> float:
@@ -60,7 +60,7 @@ def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = N
         by_weight.setdefault(id(module.payload), []).append(module)
     chosen: dict[int, MemoryLayout] = dict.fromkeys(by_weight, "compact" if layout == "auto" else layout)
     if layout == "auto":
-        measured: dict[tuple[object, ...], dict[str, float]] = {}
+        measured: dict[tuple[object, ...], dict[MemoryLayout, float]] = {}
         choices = {key: _weigh(group, measured) for key, group in by_weight.items()}
         least = sum(choice.bytes["compact"] for choice in choices.values())
         if budget is not None and budget < least:
@@ -87,7 +87,7 @@ def relay(sharing: list[PackedModule], layout: str) -> None:
         module.refresh_header()
 
 
-def _weigh(sharing: list[PackedModule], measured: dict[tuple[object, ...], dict[str, float]]) -> _Choice:
+def _weigh(sharing: list[PackedModule], measured: dict[tuple[object, ...], dict[MemoryLayout, float]]) -> _Choice:
     module = next((module for module in sharing if isinstance(module, FusedDecompressLinear)), sharing[0])
     packed, own = module.packed, module.layout
     forms = {name: packed if name == own else lay_out(packed, name) for name in LAYOUTS}
@@ -100,12 +100,12 @@ def _weigh(sharing: list[PackedModule], measured: dict[tuple[object, ...], dict[
     return _Choice(sizes, measured[kind])
 
 
-def _measure(module: PackedModule, forms: dict[str, Packed]) -> dict[str, float]:
+def _measure(module: PackedModule, forms: dict[MemoryLayout, Packed]) -> dict[MemoryLayout, float]:
     """Median milliseconds of a product with one row of activations, the forms in turn."""
     header = module.header
     x = torch.randn(1, header.in_features)
     scales = module.float_scales()
-    times: dict[str, list[float]] = {name: [] for name in forms}
+    times: dict[MemoryLayout, list[float]] = {name: [] for name in forms}
     layouts = {name: ops.inspect_packed(*packed[:3])[1:3] for name, packed in forms.items()}
     with torch.inference_mode():
         for _ in range(_MEASUREMENTS):
