@@ -85,6 +85,17 @@ def test_state_dicts_hold_the_canonical_form(name: str) -> None:
     assert same_state(other, compact)
 
 
+def test_a_held_state_dict_does_not_outlive_what_it_was_of() -> None:
+    states = [converted("compact", name).state_dict() for name in ("lossless", "int8")]
+    model = converted("fast")
+    held = []
+    for step in range(12):
+        for state in (states[step % 2], states[(step + 1) % 2]):
+            model.load_state_dict(state)
+        held.append(model.state_dict())
+        assert all(torch.equal(held[-1][name], tensor) for name, tensor in state.items())
+
+
 def test_preparing_goes_both_ways_and_keeps_ties() -> None:
     model = converted("compact")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

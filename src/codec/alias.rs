@@ -123,8 +123,8 @@ impl<'a> AliasDecoder<'a> {
 }
 
 per_simd! {
-    /// Decodes `steps` steps (at most 64) of 32 lanes from each of several streams. The streams are independent: the more there are, the
-    /// less a step waits for the one before.
+    /// Decodes `steps` steps (at most 64) of 32 lanes from each of several streams. The streams are independent: the more
+    /// there are, the less a step waits for the one before.
     pub fn decode_steps<const N: usize>(
         simd,
         table: &AliasTable,

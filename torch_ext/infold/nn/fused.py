@@ -87,6 +87,8 @@ class PackedModule(nn.Module):
 
     def refresh_header(self, name: str = "weight") -> None:
         """Reads the header again, after the tensors have changed."""
+        # New data may lie where older data lay: the address alone does not tell them apart.
+        _canonical.pop(self.payload, None)
         self.header = read_header(self.packed, name, verify=False)
 
     def float_scales(self) -> Tensor | None:
