@@ -8,7 +8,6 @@ Run: python benchmarks/codec.py [--isa avx2] [--json FILE]
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -19,9 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    environment = {**os.environ, **({"INFOLD_ISA": arguments.isa} if arguments.isa else {})}
     command = ["cargo", "bench", "--quiet", "--no-default-features", "--locked", "--bench", "codec"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     arguments.threads = 1
     results = Results(arguments)
     for line in run.stdout.splitlines():

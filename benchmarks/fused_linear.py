@@ -12,16 +12,6 @@ Run: python benchmarks/fused_linear.py [--quick] [--isa avx2] [--threads N] [--j
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "--isa" in sys.argv:
-    # Read by the libraries when they are loaded.
-    isa = sys.argv[sys.argv.index("--isa") + 1]
-    os.environ["INFOLD_ISA"] = isa
-    if isa == "avx2":
-        os.environ.update(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2")
-
 import infold
 import torch
 import torch.nn.functional as F

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,8 +33,17 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--isa", help="an instruction set to hold everything to: avx2")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each run of a case")
     arguments = parser.parse_args()
+    if arguments.isa and os.environ.get("INFOLD_ISA") != arguments.isa:
+        # The libraries read it when they are loaded: start again.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_isa_environment(arguments.isa)})
     torch.set_num_threads(arguments.threads)
     return arguments
+
+
+def _isa_environment(isa: str) -> dict[str, str]:
+    """What holds Infold and its peers (ATen, oneDNN, MKL) to an instruction set."""
+    peers = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    return {"INFOLD_ISA": isa, **(peers if isa == "avx2" else {})}
 
 
 def interleaved_medians(runs: Mapping[str, Run], seconds: float) -> dict[str, float]:

@@ -1,5 +1,6 @@
 // Gradients. T(g, s, x) = Σ g·s·r(q)·x is trilinear; y, dx and ds are its partial derivatives, so each one's backward
 // is made of the other two and double backward needs nothing new. For embeddings, T(g, s) = Σ g·s·r(q[i]) likewise.
+// A convolution differentiates the library's, and unpacks the weight again for it.
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -63,9 +64,14 @@ struct Weight {
     return op<FusedEmbeddingDsOp>().call(gradient, indices, payload, directory, tables, shape, codec, layout, out, in,
                                          dtype);
   }
-  Tensor unpack() const {
+  Tensor unpack(ScalarType dtype_) const {
     const auto& [codec, layout, out, in, dtype] = constants;
-    return op<UnpackOp>().call(payload, directory, tables, scales, codec, layout, out, in, dtype);
+    return op<UnpackOp>().call(payload, directory, tables, scales, codec, layout, out, in, dtype_);
+  }
+  /// The scales' gradient from the dense weight's: that is the lookup of every row.
+  Tensor unpack_ds(const Tensor& gradient) const {
+    const Tensor all = at::arange(constants.out_features, gradient.options().dtype(at::kLong));
+    return embedding_ds(gradient, all, scales->sizes()).to(scales->scalar_type());
   }
 
   /// Saves the weight and `more`.
@@ -225,18 +231,62 @@ struct UnpackFunction : Function<UnpackFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Weight weight{payload, directory, tables, scales, {codec, layout, out_features, in_features, dtype}};
     weight.save(ctx);
-    return weight.unpack();
+    return weight.unpack(dtype);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const Weight weight = Weight::load(ctx);
     Tensor ds;
-    if (weight.scales && ctx->needs_input_grad(3)) {
-      // The dense weight is the lookup of every row.
-      const Tensor all = at::arange(weight.constants.out_features, gradients[0].options().dtype(at::kLong));
-      ds = weight.embedding_ds(gradients[0], all, weight.scales->sizes()).to(weight.scales->scalar_type());
-    }
+    if (weight.scales && ctx->needs_input_grad(3)) ds = weight.unpack_ds(gradients[0]);
     return {{}, {}, {}, ds, {}, {}, {}, {}, {}};
+  }
+};
+
+/// A convolution. Its gradients are the library's, on a weight that is unpacked for them.
+struct ConvFunction : Function<ConvFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& payload, const Tensor& directory,
+                        const Tensor& tables, const OptionalTensor& scales, const OptionalTensor& bias,
+                        at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                        at::IntArrayRef dilation, int64_t groups, int64_t codec, int64_t layout, int64_t out_features,
+                        int64_t in_features, ScalarType dtype, bool exact) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Weight weight{payload, directory, tables, scales, {codec, layout, out_features, in_features, dtype}};
+    // Without ds x matters by its shape alone, which one element can stand for.
+    weight.save(ctx, trains(scales) ? x : x.new_empty({1}).expand_symint(x.sym_sizes()));
+    ctx->saved_data["kernel_size"] = kernel_size;
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["bias_dtype"] = static_cast<int64_t>(bias.has_value() ? bias->scalar_type() : x.scalar_type());
+    return op<FusedConvOp>().call(x, payload, directory, tables, scales, bias, kernel_size, stride, padding, dilation,
+                                  groups, codec, layout, out_features, in_features, dtype, exact);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const Tensor& gradient = gradients[0];
+    Tensor x;
+    const Weight weight = Weight::load(ctx, &x);
+    const auto list = [ctx](const char* name) { return ctx->saved_data[name].toIntVector(); };
+    const auto kernel_size = list("kernel_size");
+    const auto groups = ctx->saved_data["groups"].toInt();
+    const auto out_features = weight.constants.out_features;
+    std::vector<int64_t> shape{out_features, x.size(1) / groups};
+    shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+    const bool to_scales = weight.scales && ctx->needs_input_grad(4);
+    const auto bias_edge = weight.scales ? 5 : 4;
+    const bool to_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(bias_edge);
+    const std::vector<int64_t> output_padding(kernel_size.size(), 0);
+    auto [dx, dw, db] =
+        at::convolution_backward(gradient, x, weight.unpack(gradient.scalar_type()).view(shape),
+                                 at::IntArrayRef{out_features}, list("stride"), list("padding"), list("dilation"),
+                                 false, output_padding, groups, {ctx->needs_input_grad(0), to_scales, to_bias});
+    const Tensor ds = to_scales ? weight.unpack_ds(dw.flatten(1)) : Tensor();
+    if (to_bias) db = db.to(static_cast<ScalarType>(ctx->saved_data["bias_dtype"].toInt()));
+    return {dx, {}, {}, {}, ds, db, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -254,6 +304,7 @@ TORCH_LIBRARY_IMPL(infold, Autograd, m) {
   m.impl("fused_linear_ds", Apply<DsFunction, FusedLinearDsOp::Signature>::call);
   m.impl("fused_embedding", Apply<EmbeddingFunction, FusedEmbeddingOp::Signature>::call);
   m.impl("fused_embedding_ds", Apply<EmbeddingDsFunction, FusedEmbeddingDsOp::Signature>::call);
+  m.impl("fused_conv", Apply<ConvFunction, FusedConvOp::Signature>::call);
   m.impl("unpack", Apply<UnpackFunction, UnpackOp::Signature>::call);
 }
 

@@ -78,6 +78,18 @@ Tensor embedding_ds(const Tensor& gradient, const Tensor& indices, const Tensor&
   return run([&](Outputs& out) { return fused_embedding_ds(gradient, indices, weight, shape, out); });
 }
 
+Tensor conv(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+            const OptionalTensor& scales, const OptionalTensor& bias, at::IntArrayRef kernel_size,
+            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t codec,
+            int64_t layout, int64_t out_features, int64_t in_features, ScalarType /*weight_dtype*/, bool exact) {
+  const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
+  const auto slice = [](at::IntArrayRef list) { return rust::Slice<const int64_t>(list.data(), list.size()); };
+  const Window window{slice(kernel_size), slice(stride), slice(padding), slice(dilation), groups};
+  const Tensor y = run([&](Outputs& out) { return fused_conv(x, weight, or_undefined(bias), window, exact, out); });
+  // The library picks strides by its backend; the meta kernel has to foresee them.
+  return y.contiguous(x.suggest_memory_format());
+}
+
 Tensor dense(const Tensor& payload, const Tensor& directory, const Tensor& tables, const OptionalTensor& scales,
              int64_t codec, int64_t layout, int64_t out_features, int64_t in_features, ScalarType weight_dtype) {
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
@@ -121,6 +133,7 @@ TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("fused_linear_ds", linear_ds);
   m.impl("fused_embedding", embedding);
   m.impl("fused_embedding_ds", embedding_ds);
+  m.impl("fused_conv", conv);
   m.impl("unpack", dense);
   m.impl("pack_lossless", lossless);
   m.impl("pack_ecsq", ecsq);

@@ -54,6 +54,20 @@ Tensor embedding(const Tensor& indices, const Tensor&, const Tensor&, const Tens
   return indices.new_empty_symint(out, indices.options().dtype(weight_dtype));
 }
 
+Tensor conv(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+            at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+            int64_t, int64_t, int64_t, int64_t out_features, int64_t, ScalarType, bool) {
+  const auto dimensions = kernel_size.size();
+  TORCH_CHECK_VALUE(static_cast<std::size_t>(x.dim()) == dimensions + 2, "x: expected ", dimensions + 2,
+                    " dimensions, got ", x.dim());
+  c10::SymDimVector out{x.sym_size(0), out_features};
+  for (std::size_t i = 0; i < dimensions; ++i) {
+    const auto reach = dilation[i] * (kernel_size[i] - 1) + 1;
+    out.push_back((x.sym_size(static_cast<int64_t>(i) + 2) + 2 * padding[i] - reach) / stride[i] + 1);
+  }
+  return at::empty_symint(out, x.options(), x.suggest_memory_format());
+}
+
 Tensor unpack(const Tensor& payload, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
               int64_t out_features, int64_t in_features, ScalarType weight_dtype) {
   return payload.new_empty({out_features, in_features}, payload.options().dtype(weight_dtype));
@@ -65,6 +79,7 @@ TORCH_LIBRARY_IMPL(infold, Meta, m) {
   m.impl("fused_linear_ds", linear_ds);
   m.impl("fused_embedding", embedding);
   m.impl("fused_embedding_ds", linear_ds);
+  m.impl("fused_conv", conv);
   m.impl("unpack", unpack);
 }
 

@@ -47,6 +47,15 @@ struct FusedEmbeddingDsOp {
                            int64_t layout, int64_t num_embeddings, int64_t embedding_dim, at::ScalarType weight_dtype);
 };
 
+struct FusedConvOp {
+  static constexpr const char* name = "infold::fused_conv";
+  using Signature = Tensor(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
+                           const OptionalTensor& scales, const OptionalTensor& bias, at::IntArrayRef kernel_size,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                           int64_t codec, int64_t layout, int64_t out_features, int64_t in_features,
+                           at::ScalarType weight_dtype, bool exact);
+};
+
 struct UnpackOp {
   static constexpr const char* name = "infold::unpack";
   using Signature = Tensor(const Tensor& payload, const Tensor& directory, const Tensor& tables,

@@ -32,6 +32,11 @@ TORCH_LIBRARY(infold, m) {
       "Tensor",
       compute);
   m.def(
+      "fused_conv(Tensor x, Tensor payload, Tensor directory, Tensor tables, Tensor? scales, Tensor? bias, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, int codec, int layout, int "
+      "out_features, int in_features, ScalarType weight_dtype, bool exact=False) -> Tensor",
+      compute);
+  m.def(
       "unpack(Tensor payload, Tensor directory, Tensor tables, Tensor? scales, int codec, int layout, int "
       "out_features, "
       "int in_features, ScalarType weight_dtype) -> Tensor",

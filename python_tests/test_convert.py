@@ -164,7 +164,7 @@ def test_what_cannot_be_packed_is_refused_by_name() -> None:
             "infinite": nn.Linear(64, 64),
             "hooked": nn.Linear(8, 8),
             "experts": Experts(),
-            "conv": nn.Conv1d(3, 3, 3),
+            "conv": nn.ConvTranspose1d(3, 3, 3),
         }
     )
     with torch.no_grad():

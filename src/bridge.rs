@@ -31,6 +31,15 @@ mod ffi {
         in_features: i64,
     }
 
+    /// Where a convolution looks, a number for each spatial dimension.
+    struct Window<'a> {
+        kernel_size: &'a [i64],
+        stride: &'a [i64],
+        padding: &'a [i64],
+        dilation: &'a [i64],
+        groups: i64,
+    }
+
     unsafe extern "C++" {
         include!("infold/csrc/host.h");
 
@@ -65,6 +74,14 @@ mod ffi {
             scale_shape: &[i64],
             out: Pin<&mut Outputs>,
         ) -> Status;
+        fn fused_conv(
+            x: &Tensor,
+            weight: &Weight,
+            bias: &Tensor,
+            window: &Window,
+            exact: bool,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
         fn unpack(weight: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status;
         fn pack_lossless(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
         /// A target that is not asked for is NaN.
@@ -90,6 +107,7 @@ mod ffi {
     }
 }
 
+pub use ffi::Window;
 use ffi::{Outputs, Status, Tensor, Weight};
 
 /// PyTorch's intra-op threads, so that `torch.set_num_threads` governs.
@@ -203,6 +221,13 @@ fn fused_embedding_ds(
     call(out, |pool| {
         let (gradient, indices) = (need(gradient, "gradient")?, need(indices, "indices")?);
         Ok(vec![ops::embedding::scale_gradient(&gradient, &indices, &weight(w)?, shape, pool)?])
+    })
+}
+
+fn fused_conv(x: &Tensor, w: &Weight, bias: &Tensor, window: &Window, exact: bool, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let y = ops::conv::forward(&need(x, "x")?, &weight(w)?, share(bias).as_ref(), window, exact, pool)?;
+        Ok(vec![y])
     })
 }
 

@@ -1,5 +1,6 @@
 //! Reading a packed weight: any tile, block by block.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::arch::per_isa;
@@ -102,20 +103,6 @@ impl<'a> PackedWeight<'a> {
         })
     }
 
-    /// One weight, scaled.
-    #[inline(always)]
-    pub fn value<S: Real, O: Scalar>(&self, code: u32, row: usize, col: usize, scales: Scales<S>) -> O {
-        let header = &self.header;
-        let point = self.assembly.point(code);
-        if let Some(dtype) = header.element.float() {
-            return O::from_bits(code, dtype).unwrap_or_else(|| O::from_f32(point));
-        }
-        let group = col / header.scale_grid.group_cols(header.geometry).max(1);
-        let scale = scales.get(header.scale_grid.index(row, group, header.geometry));
-        let point = S::from_f32(point);
-        O::from_real(scale.map_or(point, |scale| scale * point))
-    }
-
     /// The dense weight, row-major, into `out`. A lossless weight whose dtype is `O` comes bit for bit.
     pub fn unpack<S: Real, O: Scalar>(&self, scales: Scales<S>, out: &mut [O], pool: &dyn Pool) -> Result<()> {
         let geometry = self.geometry();
@@ -131,21 +118,66 @@ impl<'a> PackedWeight<'a> {
             #[allow(unsafe_code)]
             let out = unsafe { out.range_mut(elements) };
             let mut decoder = self.tile(tile)?;
-            let mut codes = Box::new([0; BLOCK]);
+            let mut block = DenseBlock::new(self, scales);
             while let Some(shape) = decoder.next_block() {
-                decoder.codes(&mut codes);
-                for lane in 0..shape.lanes {
-                    let row = shape.row + lane;
+                block.read(&decoder);
+                for row in shape.row..shape.row + shape.lanes {
                     let at = (row - rows.start) * geometry.cols + shape.col;
-                    for (col, value) in out[at..at + shape.cols].iter_mut().enumerate() {
-                        *value = self.value(codes[col * LANES + lane], row, shape.col + col, scales);
-                    }
+                    block.write_row(shape, row, &mut out[at..at + shape.cols]);
                 }
             }
             Ok(())
         });
         results.into_iter().collect()
     }
+}
+
+/// A decoded block whose rows are written with their scales, in dtype `O`.
+pub struct DenseBlock<'a, S, O> {
+    weight: &'a PackedWeight<'a>,
+    scales: Scales<'a, S>,
+    codes: Box<[u32; BLOCK]>,
+    points: Box<[f32; BLOCK]>,
+    dtype: PhantomData<O>,
+}
+
+impl<'a, S: Real, O: Scalar> DenseBlock<'a, S, O> {
+    pub fn new(weight: &'a PackedWeight<'a>, scales: Scales<'a, S>) -> Self {
+        Self { weight, scales, codes: Box::new([0; BLOCK]), points: Box::new([0.0; BLOCK]), dtype: PhantomData }
+    }
+
+    /// Makes a float of a code where `O` is a lossless weight's own dtype: a NaN may not pass through another.
+    fn from_bits(&self) -> Option<impl Fn(u32) -> O> {
+        self.weight.header.element.float().and_then(O::from_bits)
+    }
+
+    /// Decodes the current block.
+    pub fn read(&mut self, decoder: &TileDecoder) {
+        if self.from_bits().is_some() {
+            decoder.codes(&mut self.codes);
+        } else {
+            decoder.points(&mut self.points);
+        }
+    }
+
+    /// Writes the columns of `row` that the block holds.
+    pub fn write_row(&self, shape: BlockShape, row: usize, out: &mut [O]) {
+        let header = &self.weight.header;
+        let lane = row - shape.row;
+        let group = shape.col / header.scale_grid.group_cols(header.geometry).max(1);
+        let scale = self.scales.get(header.scale_grid.index(row, group, header.geometry));
+        match (self.from_bits(), scale) {
+            (Some(from_bits), _) => fill(out, &self.codes[lane..], from_bits),
+            (None, Some(scale)) => fill(out, &self.points[lane..], |point| O::from_real(scale * S::from_f32(point))),
+            (None, None) => fill(out, &self.points[lane..], O::from_f32),
+        }
+    }
+}
+
+/// Fills a row with what `convert` makes of a lane of a block, whose values lie `LANES` apart.
+#[inline(always)]
+fn fill<T: Copy, O>(out: &mut [O], lane: &[T], convert: impl Fn(T) -> O) {
+    out.iter_mut().zip(lane.iter().step_by(LANES)).for_each(|(out, &value)| *out = convert(value));
 }
 
 /// CRC-32 of integers' little-endian bytes.

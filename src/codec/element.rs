@@ -155,8 +155,8 @@ pub trait Scalar: Copy + Send + Sync + 'static {
     fn from_real<T: Real>(value: T) -> Self {
         Self::from_f64(value.to_f64())
     }
-    /// Reinterprets a lossless code whose dtype is this very type; None if it is another.
-    fn from_bits(code: u32, dtype: Dtype) -> Option<Self>;
+    /// What makes a float of a lossless code of this very type; None for codes of another.
+    fn from_bits(dtype: Dtype) -> Option<impl Fn(u32) -> Self>;
 }
 
 macro_rules! real {
@@ -168,8 +168,8 @@ macro_rules! real {
             fn from_f64(value: f64) -> Self {
                 value as $type
             }
-            fn from_bits(code: u32, dtype: Dtype) -> Option<Self> {
-                $bits(code, dtype)
+            fn from_bits(dtype: Dtype) -> Option<impl Fn(u32) -> Self> {
+                $bits(dtype)
             }
         }
         impl Real for $type {
@@ -183,8 +183,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32, |code, dtype| (dtype == Dtype::F32).then(|| f32::from_bits(code)));
-real!(f64, |_, _| None);
+real!(f32, |dtype| (dtype == Dtype::F32).then_some(f32::from_bits));
+real!(f64, |_| None::<fn(u32) -> f64>);
 
 macro_rules! half {
     ($type:ty, $dtype:expr) => {
@@ -196,8 +196,8 @@ macro_rules! half {
                 // By way of f32, as PyTorch does.
                 <$type>::from_f32(value as f32)
             }
-            fn from_bits(code: u32, dtype: Dtype) -> Option<Self> {
-                (dtype == $dtype).then(|| <$type>::from_bits(code as u16))
+            fn from_bits(dtype: Dtype) -> Option<impl Fn(u32) -> Self> {
+                (dtype == $dtype).then_some(|code| <$type>::from_bits(code as u16))
             }
         }
     };

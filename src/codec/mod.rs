@@ -26,7 +26,7 @@ mod stream;
 mod symbols;
 
 pub use arch::Isa;
-pub use decode::{PackedWeight, TileDecoder};
+pub use decode::{DenseBlock, PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
 pub use encode::{Packed, lay_out, pack_lossless};
 pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer, ScaleGrid};

@@ -2,7 +2,7 @@
 
 use super::forward::{check, check_has_scales};
 use super::kernel::Compute;
-use crate::codec::{BLOCK, BlockShape, LANES, PackedWeight, Scalar, Scales, TileDecoder};
+use crate::codec::{BLOCK, BlockShape, DenseBlock, LANES, PackedWeight, Scalar, Scales, TileDecoder};
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
 
@@ -57,15 +57,13 @@ pub fn embedding<T: Compute, O: Scalar>(
     let tiles = by_tile(weight, indices)?;
     let out = DisjointSlice::new(out);
     let results = map(pool, tiles.len(), |index| {
-        let read = |decoder: &TileDecoder, codes: &mut Box<[u32; BLOCK]>| decoder.codes(codes);
-        visit_tile(weight, &tiles[index], read, Box::new([0; BLOCK]), |codes, shape, row, place| {
+        let read = |decoder: &TileDecoder, block: &mut DenseBlock<T, O>| block.read(decoder);
+        visit_tile(weight, &tiles[index], read, DenseBlock::new(weight, scales), |block, shape, row, place| {
             let start = place * cols + shape.col;
             // SAFETY: a place is wanted once, so one tile alone writes it.
             #[allow(unsafe_code)]
             let out = unsafe { out.range_mut(start..start + shape.cols) };
-            for (col, out) in out.iter_mut().enumerate() {
-                *out = weight.value(codes[col * LANES + row - shape.row], row, shape.col + col, scales);
-            }
+            block.write_row(shape, row, out);
         })
     });
     results.into_iter().collect()

@@ -1,9 +1,12 @@
 //! The only place that knows tensors. One file per operator family; each operator checks, allocates, runs.
 
+pub mod conv;
 pub mod embedding;
 pub mod linear;
 pub mod pack;
 mod tensor;
+
+use std::cell::RefCell;
 
 use tch::{Kind, Tensor};
 
@@ -11,6 +14,11 @@ use crate::codec::{MAX_DIMENSION, PackedWeight, Real, Scales};
 use crate::parallel::Pool;
 use crate::{Error, Result};
 use tensor::{Element, contiguous, kind_of, slice, slice_mut};
+
+thread_local! {
+    /// The dense weight of the library's product that ran last on this thread.
+    static SCRATCH: RefCell<Option<Tensor>> = const { RefCell::new(None) };
+}
 
 /// A packed weight's tensors and the integers that the operators' shapes depend on.
 pub struct Weight {
@@ -141,6 +149,22 @@ impl Weight {
             with_float!(kind, O => weight.unpack::<T, O>(scales, slice_mut(out)?, pool))
         }))
     }
+
+    /// Calls `body` with the dense weight in `kind`, in this thread's scratch.
+    fn with_dense<R>(&self, kind: Kind, pool: &dyn Pool, body: impl FnOnce(&Tensor) -> Result<R>) -> Result<R> {
+        let elements = self.out_features * self.in_features;
+        let kept = SCRATCH.with(|scratch| scratch.borrow_mut().take());
+        let kept = kept.filter(|kept| kept.kind() == kind && kept.numel() as i64 >= elements);
+        let buffer = match kept {
+            Some(kept) => kept,
+            None => Tensor::f_empty([elements], (kind, self.payload.device()))?,
+        };
+        let mut dense = buffer.f_narrow(0, 0, elements)?.f_view([self.out_features, self.in_features])?;
+        self.unpack_into(&mut dense, pool)?;
+        let result = body(&dense);
+        SCRATCH.with(|scratch| *scratch.borrow_mut() = Some(buffer));
+        result
+    }
 }
 
 /// The dense weight in dtype `dtype` (a ScalarType number).
@@ -149,6 +173,15 @@ pub fn unpack(weight: &Weight, dtype: i32, pool: &dyn Pool) -> Result<Tensor> {
     let mut out = Tensor::f_empty([weight.out_features, weight.in_features], options)?;
     weight.unpack_into(&mut out, pool)?;
     Ok(out)
+}
+
+fn check_bias(bias: Option<&Tensor>, weight: &Weight) -> Result<()> {
+    match bias {
+        Some(bias) if bias.size() != [weight.out_features] => {
+            Err(Error::argument("bias", format!("shape [{}]", weight.out_features), format!("{:?}", bias.size())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A tensor's float kind, or an error that names it.

@@ -1,4 +1,4 @@
-"""Replaces a model's linear and embedding layers by packed ones, in place."""
+"""Replaces a model's linear, embedding and convolution layers by packed ones, in place."""
 
 from __future__ import annotations
 
@@ -13,32 +13,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infold.config import WEIGHT_DTYPES, FusedConfig, Layout
-from infold.layout import prepare
-from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
+from infold.layers import (
+    dense_kind,
+    dense_weight,
+    has_hooks,
+    is_subclass,
+    is_transposed_linear,
+    packed_kind,
+    packed_like,
+    weight_of,
+)
+from infold.layout import prepare_modules
+from infold.nn import PackedModule
 from infold.packed import Packed, pack
 from infold.report import ConversionReport, LayerReport
 
 FilterFn = Callable[[nn.Module, str], bool]
 Configs = FusedConfig | Mapping[str, FusedConfig | None]
-
-# What calls the layer expects the module that was there.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D: a linear layer whose weight is (in_features, out_features)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def weight_of(module: nn.Module) -> nn.Parameter:
-    """The weight of a layer that can be packed."""
-    return cast(nn.Parameter, module.weight)
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a layer that can be packed, as (out_features, in_features)."""
-    weight = weight_of(module).detach()
-    return weight.T if is_transposed_linear(module) else weight
 
 
 @torch.inference_mode(False)
@@ -50,7 +41,8 @@ def convert(
     skip: Collection[str] = (),
     progress: bool = True,
 ) -> ConversionReport:
-    """Packs every ``nn.Linear``, ``nn.Embedding`` and transformers ``Conv1D`` in ``model``, in place.
+    """Packs every linear, embedding and convolution layer in ``model``, in place: ``nn.Linear``, ``nn.Embedding``,
+    ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` and transformers' ``Conv1D``.
 
     config: one for all layers, or one for each pattern of qualified names (``fnmatch``, first match wins, None leaves a
         layer dense; a layer that no pattern matches is left dense too).
@@ -64,18 +56,18 @@ def convert(
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    if _is_candidate(model):
+    if dense_kind(model):
         raise ValueError(
             f"model: expected a module that contains layers, got a {type(model).__name__}; "
-            "use FusedDecompressLinear.from_linear or FusedDecompressEmbedding.from_embedding"
+            "use FusedDecompressLinear.from_linear, or its like for embeddings and convolutions"
         )
-    layers_by_name = [name for module, all_names in names.items() if _is_candidate(module) for name in all_names]
+    layers_by_name = [name for module, all_names in names.items() if dense_kind(module) for name in all_names]
     _check_patterns(config, skip, layers_by_name)
 
     report = ConversionReport(model_bytes_before=_model_bytes(model))
     chosen: dict[nn.Module, FusedConfig] = {}
     for module, all_names in names.items():
-        if not _is_candidate(module):
+        if not dense_kind(module):
             if not filter_fn or filter_fn(module, all_names[0]):
                 _note_experts(module, all_names[0], report)
             continue
@@ -101,14 +93,21 @@ def convert(
             dense = dense_weight(module)
             tied = packed.get(key)
             try:
-                new = _replacement(module, tied[0] if tied else pack(dense, layer_config), layer_config, name)
+                new = packed_like(
+                    module,
+                    tied[0] if tied else pack(dense, layer_config),
+                    mode=layer_config.mode,
+                    dtype=weight.dtype,
+                    trainable_scales=layer_config.trainable_scales,
+                    name=name,
+                )
             except ValueError as error:
                 report.refused[name] = str(error)
                 continue
             if tied:
-                entry = LayerReport(**{**vars(tied[1]), "name": name, "kind": _kind(module), "tied_to": tied[1].name})
+                entry = replace(tied[1], name=name, kind=packed_kind(new), tied_to=tied[1].name)
             else:
-                entry = _layer_report(name, module, new, dense)
+                entry = _layer_report(name, new, dense)
                 if id(weight) in shared:
                     packed[key] = (new.packed, entry)
             report.layers.append(entry)
@@ -130,35 +129,20 @@ def _lay_out(
     report: ConversionReport,
 ) -> None:
     """Lays the packed weights out as their configurations ask, and notes it."""
-    wanted: dict[str, Layout] = {names[module][0]: layer_config.layout for module, layer_config in chosen.items()}
-    for layout in dict.fromkeys(wanted.values()):
-        part = nn.ModuleDict()
-        for layer in report.layers:
-            if wanted[layer.name] == layout:
-                part[layer.name.replace(".", "/")] = model.get_submodule(layer.name)
-        prepare(part, layout)
+    wanted: dict[Layout, list[PackedModule]] = {}
+    layouts = {names[module][0]: layer_config.layout for module, layer_config in chosen.items()}
+    for layer in report.layers:
+        wanted.setdefault(layouts[layer.name], []).append(cast(PackedModule, model.get_submodule(layer.name)))
+    for layout, modules in wanted.items():
+        prepare_modules(modules, layout)
     for index, layer in enumerate(report.layers):
         module = cast(PackedModule, model.get_submodule(layer.name))
         report.layers[index] = replace(layer, layout=module.layout, resident_bytes=module.packed.nbytes)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something hangs on this very module that a replacement would lose."""
-    hooked = any(getattr(module, hooks) for hooks in _HOOKS)
-    return hooked or hasattr(module, "_hf_hook") or "forward" in vars(module)
-
-
-def _kind(module: nn.Module) -> str:
-    return "embedding" if isinstance(module, nn.Embedding) else "linear"
-
-
-def _is_candidate(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding) or is_transposed_linear(module)
-
-
 def _refusal(module: nn.Module) -> str | None:
     """Why a layer cannot be packed."""
-    if not is_transposed_linear(module) and type(module) not in (nn.Linear, nn.Embedding):
+    if is_subclass(module):
         return f"{type(module).__name__} is a subclass that may compute something else"
     if has_hooks(module):
         return "it has hooks or a forward of its own, which would be lost"
@@ -232,17 +216,6 @@ def _check_patterns(config: Configs, skip: Collection[str], names: list[str]) ->
             )
 
 
-def _replacement(module: nn.Module, packed: Packed, config: FusedConfig, name: str) -> PackedModule:
-    dtype, trainable = weight_of(module).dtype, config.trainable_scales
-    new: PackedModule
-    if isinstance(module, nn.Embedding):
-        new = FusedDecompressEmbedding(packed, module.padding_idx, dtype=dtype, trainable_scales=trainable, name=name)
-    else:
-        bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-        new = FusedDecompressLinear(packed, bias, mode=config.mode, dtype=dtype, trainable_scales=trainable, name=name)
-    return new.train(module.training)
-
-
 def relative_error(exact: Tensor, approximation: Tensor) -> float:
     """‖W − Ŵ‖ / ‖W‖ in float64, 0 only where every bit is equal (NaNs included)."""
     difference = norm = 0.0
@@ -255,10 +228,10 @@ def relative_error(exact: Tensor, approximation: Tensor) -> float:
     return (difference / norm) ** 0.5 if difference else 0.0
 
 
-def _layer_report(name: str, module: nn.Module, new: PackedModule, dense: Tensor) -> LayerReport:
+def _layer_report(name: str, new: PackedModule, dense: Tensor) -> LayerReport:
     return LayerReport(
         name=name,
-        kind=_kind(module),
+        kind=packed_kind(new),
         format=new.header.quantizer,
         shape=(new.header.out_features, new.header.in_features),
         bytes_before=dense.numel() * dense.element_size(),

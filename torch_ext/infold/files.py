@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from infold._library import CorruptWeightError
 from infold.config import Mode
-from infold.convert import dense_weight, has_hooks, is_transposed_linear
+from infold.layers import dense_kind, dense_weight, has_hooks, packed_kind, packed_like, weight_of
 from infold.layout import relay
-from infold.nn import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
+from infold.nn import PackedModule
 from infold.packed import Packed, read_header
 
 _FORMAT = "infold-1"
@@ -34,10 +34,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FusedDecompressLinear):
-            modules[name] = {"kind": "linear", "mode": module.mode, "layout": module.layout}
-        elif isinstance(module, FusedDecompressEmbedding):
-            modules[name] = {"kind": "embedding", "padding_idx": module.padding_idx, "layout": module.layout}
+        if isinstance(module, PackedModule):
+            mode = getattr(module, "mode", "fused")
+            modules[name] = {"kind": packed_kind(module), "mode": mode, "layout": module.layout}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -161,13 +160,11 @@ def _target(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Modul
         target = model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"{name}: expected a layer of the model, got none") from error
-    embedding = isinstance(target, nn.Embedding | FusedDecompressEmbedding)
-    linear = isinstance(target, nn.Linear | FusedDecompressLinear) or is_transposed_linear(target)
     if has_hooks(target):
         raise ValueError(f"{name}: expected a layer without hooks, for they would be lost")
-    kind = options.get("kind")
-    if (kind, True) not in (("embedding", embedding), ("linear", linear)):
-        raise ValueError(f"{name}: expected a layer of kind {kind!r}, got {type(target).__name__}")
+    kind = packed_kind(target) if isinstance(target, PackedModule) else dense_kind(target)
+    if kind is None or kind != options.get("kind"):
+        raise ValueError(f"{name}: expected a layer of kind {options.get('kind')!r}, got {type(target).__name__}")
     return target
 
 
@@ -203,17 +200,9 @@ def _packed_module(
     packed = Packed(*(parameter(field) for field in _FIELDS))
     header = read_header(packed, name, verify=True)
     # As when a state dict is loaded: the model's dtype stays.
-    dtype = target.dtype if isinstance(target, PackedModule) else dense_weight(target).dtype
-    module: PackedModule
-    if options["kind"] == "embedding":
-        padding = options.get("padding_idx")
-        if not isinstance(padding, int | None):
-            raise CorruptWeightError(name, "padding_idx", f"expected an integer or null, got {padding!r}")
-        module = FusedDecompressEmbedding(packed, padding, dtype=dtype, name=name)
-    else:
-        bias: nn.Parameter | None = target.bias  # type: ignore[assignment]
-        mode: Mode = "exact" if options.get("mode") == "exact" else "fused"
-        module = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, name=name)
+    dtype = target.dtype if isinstance(target, PackedModule) else weight_of(target).dtype
+    mode: Mode = "exact" if options.get("mode") == "exact" else "fused"
+    module = packed_like(target, packed, mode=mode, dtype=dtype, name=name)
     if isinstance(target, PackedModule):
         shape = (target.header.out_features, target.header.in_features)
     else:
@@ -221,7 +210,7 @@ def _packed_module(
         shape = (rows, cols)
     if shape != (header.out_features, header.in_features):
         raise ValueError(f"{name}: expected a weight of {shape}, got {(header.out_features, header.in_features)}")
-    return module.train(target.training)
+    return module
 
 
 def _is_replaced(name: str, modules: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,14 @@ def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = N
     if layout not in ("auto", "compact", "fast"):
         raise ValueError(f"layout: expected auto, compact or fast, got {layout!r}")
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    prepare_modules(modules.values(), layout, budget)
+    return {name: module.layout for name, module in modules.items()}
+
+
+def prepare_modules(modules: Iterable[PackedModule], layout: Layout, budget: int | None = None) -> None:
+    """As `prepare`, for these modules."""
     by_weight: dict[int, list[PackedModule]] = {}
-    for module in modules.values():
+    for module in modules:
         by_weight.setdefault(id(module.payload), []).append(module)
     chosen: dict[int, MemoryLayout] = dict.fromkeys(by_weight, "compact" if layout == "auto" else layout)
     if layout == "auto":
@@ -73,7 +80,6 @@ def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = N
                 left -= max(extra, 0)
     for key, group in by_weight.items():
         relay(group, chosen[key])
-    return {name: module.layout for name, module in modules.items()}
 
 
 def relay(sharing: list[PackedModule], layout: str) -> None:
