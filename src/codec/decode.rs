@@ -147,13 +147,13 @@ impl<'a, S: Real, O: Scalar> DenseBlock<'a, S, O> {
     }
 
     /// Makes a float of a code where `O` is a lossless weight's own dtype: a NaN may not pass through another.
-    fn from_bits(&self) -> Option<impl Fn(u32) -> O> {
+    fn bits(&self) -> Option<impl Fn(u32) -> O> {
         self.weight.header.element.float().and_then(O::from_bits)
     }
 
     /// Decodes the current block.
     pub fn read(&mut self, decoder: &TileDecoder) {
-        if self.from_bits().is_some() {
+        if self.bits().is_some() {
             decoder.codes(&mut self.codes);
         } else {
             decoder.points(&mut self.points);
@@ -166,7 +166,7 @@ impl<'a, S: Real, O: Scalar> DenseBlock<'a, S, O> {
         let lane = row - shape.row;
         let group = shape.col / header.scale_grid.group_cols(header.geometry).max(1);
         let scale = self.scales.get(header.scale_grid.index(row, group, header.geometry));
-        match (self.from_bits(), scale) {
+        match (self.bits(), scale) {
             (Some(from_bits), _) => fill(out, &self.codes[lane..], from_bits),
             (None, Some(scale)) => fill(out, &self.points[lane..], |point| O::from_real(scale * S::from_f32(point))),
             (None, None) => fill(out, &self.points[lane..], O::from_f32),
