@@ -53,5 +53,10 @@ TORCH_LIBRARY(infold, m) {
   m.def(
       "inspect_packed(Tensor payload, Tensor directory, Tensor tables, Tensor? scales=None, bool verify=False) -> "
       "int[]");
+  // Bytes that the library holds outside tensors, and the most since the last reset.
+  m.def("allocated_bytes(bool reset_peak=False) -> int[]", [](bool reset_peak) {
+    const auto bytes = infold::allocated_bytes(reset_peak);
+    return std::vector<int64_t>(bytes.begin(), bytes.end());
+  });
   m.def("build_info() -> str", [] { return std::string(infold::build_info()); });
 }

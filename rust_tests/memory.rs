@@ -2,37 +2,14 @@
 
 mod support;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-
 use infold::codec::{EcsqTarget, Packed, Scales, Weights, pack_ecsq, pack_int4, pack_lossless};
 use infold::linear::{Input, forward};
+use infold::memory;
 use infold::parallel::{Pool, Serial, Threads};
 use support::*;
 
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(layout.size(), Relaxed) + layout.size();
-        PEAK.fetch_max(live, Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static COUNTING: Counting = Counting;
+static ALLOCATOR: memory::Counting = memory::Counting;
 
 /// The promise of the fused product beyond its output: 64 KB a thread and a copy of x, whatever the batch and the weight.
 #[test]
@@ -51,11 +28,11 @@ fn a_forward_takes_64_kilobytes_a_thread_and_gives_them_back() {
     let extra = |packed: &Packed, batch: usize, pool: &dyn Pool| {
         let x = vec![1.0f32; batch * cols];
         let mut out = vec![0.0f32; batch * rows];
-        let before = LIVE.load(Relaxed);
-        PEAK.store(before, Relaxed);
+        let before = memory::live();
+        memory::reset_peak();
         forward(&open(packed), Scales::Real(&packed.scales), Input { values: &x, rows: batch }, None, &mut out, pool)
             .unwrap();
-        (PEAK.load(Relaxed) - before, LIVE.load(Relaxed) - before)
+        (memory::peak() - before, memory::live() - before)
     };
     for packed in &weights {
         for batch in [1, 64, 1000] {

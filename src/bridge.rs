@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use crate::ops;
 use crate::parallel::Pool;
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 #[cxx::bridge(namespace = "infold")]
 mod ffi {
@@ -104,6 +104,7 @@ mod ffi {
             fields: &mut Vec<i64>,
         ) -> Status;
         fn build_info() -> String;
+        fn allocated_bytes(reset_peak: bool) -> [i64; 2];
     }
 }
 
@@ -289,4 +290,13 @@ fn build_info() -> String {
         crate::cuda::fatbins().iter().map(|fatbin| fatbin.bytes.len()).sum::<usize>(),
         crate::codec::Isa::get().name(),
     )
+}
+
+/// Bytes that this library holds outside tensors, and the most that it held since the last reset.
+fn allocated_bytes(reset_peak: bool) -> [i64; 2] {
+    let bytes = [memory::live() as i64, memory::peak() as i64];
+    if reset_peak {
+        memory::reset_peak();
+    }
+    bytes
 }

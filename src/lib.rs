@@ -6,6 +6,7 @@
 //! | [`linear`] | decode-and-multiply on the CPU | `codec` |
 //! | [`cuda`] | the embedded GPU kernels | nothing above |
 //! | [`parallel`] | how the three split work over threads | nothing |
+//! | [`memory`] | what they allocate, counted | nothing |
 //! | `ops` | PyTorch tensors: check, allocate, run | all of the above |
 //! | `bridge` | C++: the operator registration in `csrc/` | `ops` |
 //!
@@ -17,11 +18,16 @@ pub mod codec;
 pub mod cuda;
 pub mod error;
 pub mod linear;
+pub mod memory;
 pub mod parallel;
 
 #[cfg(feature = "torch")]
 mod bridge;
 #[cfg(feature = "torch")]
 mod ops;
+
+#[cfg(feature = "torch")]
+#[global_allocator]
+static ALLOCATOR: memory::Counting = memory::Counting;
 
 pub use error::{Error, Result};

@@ -12,6 +12,7 @@ from infold.config import FusedConfig
 from infold.convert import convert
 from infold.files import load_into, save
 from infold.layout import prepare
+from infold.memory import MemoryReport, profile_memory
 from infold.report import ConversionReport, LayerReport
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "CorruptWeightError",
     "FusedConfig",
     "LayerReport",
+    "MemoryReport",
     "build_info",
     "convert",
     "library_path",
     "load_into",
     "nn",
     "prepare",
+    "profile_memory",
     "save",
 ]
 __version__ = build_info()["version"]

@@ -126,22 +126,25 @@ class ConversionReport:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
             tail = f"  = {layer.tied_to}" if layer.tied_to else ""
             lines.append(
-                f"{layer.name:<{width}}  {layer.format:<8} {shape:>13} {_bytes(layer.bytes_before):>10} "
-                f"{_bytes(layer.bytes_after):>10} {layer.bits_per_weight:>7.2f} {layer.relative_error:>9.2g} "
-                f"{_bytes(layer.resident_bytes):>10} {layer.layout:<7}{tail}"
+                f"{layer.name:<{width}}  {layer.format:<8} {shape:>13} {format_bytes(layer.bytes_before):>10} "
+                f"{format_bytes(layer.bytes_after):>10} {layer.bits_per_weight:>7.2f} {layer.relative_error:>9.2g} "
+                f"{format_bytes(layer.resident_bytes):>10} {layer.layout:<7}{tail}"
             )
         lines.append("-" * len(head))
         lines.append(
-            f"{'total':<{width}}  {'':<8} {self.parameters:>13,} {_bytes(self.bytes_before):>10} "
-            f"{_bytes(self.bytes_after):>10} {self.bits_per_weight:>7.2f} {'':>9} {_bytes(self.resident_bytes):>10} "
-            f"({self.ratio:.2f}x smaller stored)"
+            f"{'total':<{width}}  {'':<8} {self.parameters:>13,} {format_bytes(self.bytes_before):>10} "
+            f"{format_bytes(self.bytes_after):>10} {self.bits_per_weight:>7.2f} {'':>9} "
+            f"{format_bytes(self.resident_bytes):>10} ({self.ratio:.2f}x smaller stored)"
         )
-        lines.append(f"model: {_bytes(self.model_bytes_before)} before, {_bytes(self.model_bytes_after)} after")
+        lines.append(
+            f"model: {format_bytes(self.model_bytes_before)} before, {format_bytes(self.model_bytes_after)} after"
+        )
         lines += [f"left dense: {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """A size for people, in decimal units."""
     size, unit = float(count), "B"
     for larger in ("KB", "MB", "GB"):
         if size < 1000:
