@@ -92,13 +92,15 @@ impl<'a> PackedWeight<'a> {
         let mut bytes = Bytes::new(&self.payload[range.start..], range.len());
         let planes = self.tables.iter().enumerate();
         let streams = planes.map(|(plane, table)| Stream::open(&mut bytes, &self.header, plane, table, tile));
+        let rows = self.geometry().rows_of(tile);
         Ok(TileDecoder {
             weight: self,
             tile,
             streams: streams.collect::<Result<_>>()?,
             shape: BlockShape { row: 0, col: 0, lanes: 0, cols: 0 },
-            next: 0,
-            blocks: self.geometry().block_count(tile),
+            next: self.geometry().first_block(&rows),
+            rows,
+            index: 0,
             far: Vec::new(),
         })
     }
@@ -206,10 +208,12 @@ pub struct TileDecoder<'a> {
     weight: &'a PackedWeight<'a>,
     tile: usize,
     streams: Vec<Stream<'a>>,
+    rows: Range<usize>,
     /// The current block.
     shape: BlockShape,
-    next: usize,
-    blocks: usize,
+    /// The one after it, and that one's index.
+    next: Option<BlockShape>,
+    index: usize,
     /// See [`TileDecoder::far`].
     far: Vec<(usize, i32)>,
 }
@@ -219,48 +223,45 @@ impl TileDecoder<'_> {
     pub fn next_block(&mut self) -> Option<BlockShape> {
         let header = &self.weight.header;
         let geometry = header.geometry;
-        if self.next >= self.blocks {
-            return None;
-        }
-        self.shape = geometry.block(self.tile, self.next);
+        let shape = self.next?;
+        let first_row = self.rows.start;
         self.far.clear();
-        let first_row = geometry.rows_of(self.tile).start;
         for (plane, stream) in self.streams.iter_mut().enumerate() {
-            stream.advance(geometry, self.tile, self.next, self.shape);
-            let symbols_say_all = plane > 0 || header.element.float().is_some();
-            while let Some((index, value)) = stream.escape(self.shape, first_row) {
-                if symbols_say_all {
-                    stream.patch(index, value.wrapping_sub(stream.lo()) as u8);
-                } else {
+            stream.advance(geometry, self.tile, self.index, shape);
+            let apart = plane == 0 && (header.element.float().is_none() || stream.is_in_payload());
+            while let Some((index, value)) = stream.escape(shape, first_row) {
+                if apart {
                     self.far.push((index, value));
+                } else {
+                    stream.patch(shape, index, value.wrapping_sub(stream.lo()) as u8);
                 }
             }
         }
-        self.next += 1;
-        Some(self.shape)
+        self.shape = shape;
+        self.next = geometry.next_block(&self.rows, shape);
+        self.index += 1;
+        Some(shape)
     }
 
     /// The current block in one plane: the value of symbol 0, and the symbols as bytes, `[column][lane]`, in the payload or
     /// in `buffer`.
     pub fn plane<'b>(&'b self, plane: usize, buffer: &'b mut [u8; BLOCK]) -> (i32, &'b [u8]) {
         let stream = &self.streams[plane];
-        let symbols = match stream.symbols() {
-            Symbols::Packed { width: 8, bytes } => bytes,
-            Symbols::Packed { width, bytes } => {
-                unpack_steps(bytes, width, self.shape, buffer);
-                buffer
-            }
-            Symbols::Zero => {
-                buffer.fill(0);
-                buffer
-            }
-        };
-        (stream.lo(), symbols)
+        let patches = if plane == 0 && self.weight.header.element.float().is_some() { &self.far[..] } else { &[] };
+        match stream.symbols() {
+            Symbols::Packed { width: 8, bytes, .. } if patches.is_empty() => return (stream.lo(), bytes),
+            Symbols::Packed { width, bytes, .. } => unpack_steps(bytes, width, self.shape, buffer),
+            Symbols::Zero => buffer.fill(0),
+        }
+        for &(index, value) in patches {
+            buffer[index] = value.wrapping_sub(stream.lo()) as u8;
+        }
+        (stream.lo(), buffer)
     }
 
     /// Levels of the current block that their symbols cannot say: place and value in the first plane.
     pub fn far(&self) -> &[(usize, i32)] {
-        &self.far
+        if self.weight.header.element.float().is_some() { &[] } else { &self.far }
     }
 
     /// The current block's codes, `[column][lane]`.
@@ -273,7 +274,7 @@ impl TileDecoder<'_> {
             let (lo, symbols) = self.plane(plane, &mut unpacked);
             element.place(plane, lo, &symbols[..size], &mut out[..size]);
         }
-        for &(index, value) in &self.far {
+        for &(index, value) in self.far() {
             out[index] = self.far_code(index, value);
         }
     }
@@ -283,14 +284,14 @@ impl TileDecoder<'_> {
     pub fn points(&self, out: &mut [f32; BLOCK]) {
         let Self { weight, shape, .. } = self;
         let assembly = &weight.assembly;
-        let vector = assembly.is_vector();
-        if !vector || points::assemble(assembly, self.two_planes(), shape.cols, out).is_none() {
+        if assembly.is_vector() && points::assemble(assembly, self.two_planes(), shape.cols, out).is_some() {
+            for (index, point) in self.far_points() {
+                out[index] = point;
+            }
+        } else {
             let mut codes = [0; BLOCK];
             self.codes(&mut codes);
             convert(assembly, &codes[..shape.cols * LANES], out);
-        }
-        for &(index, value) in &self.far {
-            out[index] = assembly.point(self.far_code(index, value));
         }
         if shape.lanes < LANES {
             out.chunks_exact_mut(LANES).for_each(|column| column[shape.lanes..].fill(0.0));
@@ -301,22 +302,37 @@ impl TileDecoder<'_> {
     /// it could: if not, [`TileDecoder::points`] and a product of them give the same bits.
     pub fn multiply(&self, x: &[f32], sums: &mut [f32; LANES]) -> bool {
         let assembly = &self.weight.assembly;
-        let plain = self.far.is_empty() && self.shape.lanes == LANES;
-        plain && assembly.is_vector() && points::multiply(assembly, self.two_planes(), x, sums).is_some()
+        let planes = self.two_planes();
+        if !assembly.is_vector() || self.shape.lanes < LANES {
+            return false;
+        }
+        if self.far.is_empty() {
+            return points::multiply(assembly, planes, x, sums).is_some();
+        }
+        // Only damaged escapes are out of order.
+        let in_order = self.far.is_sorted_by_key(|&(index, _)| index / LANES);
+        in_order && points::multiply_far(assembly, planes, x, self.far_points(), sums).is_some()
+    }
+
+    /// What is listed apart in the first plane: place and float.
+    fn far_points(&self) -> impl Iterator<Item = (usize, f32)> {
+        self.far.iter().map(|&(index, value)| (index, self.weight.assembly.point(self.far_code(index, value))))
     }
 
     fn two_planes(&self) -> [Symbols<'_>; 2] {
         [0, 1].map(|plane| self.streams.get(plane).map_or(Symbols::Zero, Stream::symbols))
     }
 
-    /// The code of a level whose first plane has the value `value`.
+    /// The code whose first plane has the value `value`.
     fn far_code(&self, index: usize, value: i32) -> u32 {
-        let low_bits = self.weight.header.element.low_bits();
-        let low = self.streams.get(1).map_or(0, |stream| {
-            let low = i32::from(stream.symbols().at(index));
-            stream.lo().wrapping_add(low) as u32
-        });
-        (value as u32) << low_bits | low
+        let element = self.weight.header.element;
+        let mut code = [0];
+        let place = |plane, lo, symbol, code: &mut [u32; 1]| element.place(plane, lo, &[symbol], code);
+        place(0, value, 0, &mut code);
+        for (plane, stream) in self.streams.iter().enumerate().skip(1) {
+            place(plane, stream.lo(), stream.symbols().at(index), &mut code);
+        }
+        code[0]
     }
 }
 

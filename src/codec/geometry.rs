@@ -78,8 +78,26 @@ impl Geometry {
     pub fn block(&self, tile: usize, index: usize) -> BlockShape {
         let rows = self.rows_of(tile);
         let groups = rows.len().div_ceil(LANES);
-        let (col, row) = (index / groups * CHUNK, rows.start + index % groups * LANES);
+        self.block_at(&rows, index / groups * CHUNK, rows.start + index % groups * LANES)
+    }
+
+    fn block_at(&self, rows: &Range<usize>, col: usize, row: usize) -> BlockShape {
         BlockShape { row, col, lanes: (rows.end - row).min(LANES), cols: (self.cols - col).min(CHUNK) }
+    }
+
+    /// The first block of a tile of `rows`, None where there is no column.
+    pub fn first_block(&self, rows: &Range<usize>) -> Option<BlockShape> {
+        (self.cols > 0 && !rows.is_empty()).then(|| self.block_at(rows, 0, rows.start))
+    }
+
+    /// The block after `shape` in a tile of `rows`, None after the last.
+    pub fn next_block(&self, rows: &Range<usize>, shape: BlockShape) -> Option<BlockShape> {
+        let (same_chunk, next_chunk) = (shape.row + LANES, shape.col + CHUNK);
+        if same_chunk < rows.end {
+            Some(self.block_at(rows, shape.col, same_chunk))
+        } else {
+            (next_chunk < self.cols).then(|| self.block_at(rows, next_chunk, rows.start))
+        }
     }
 
     /// The blocks of tile `tile`, in stream order.

@@ -8,8 +8,6 @@ use super::stream::Symbols;
 
 /// Entries of a vector table.
 const PIECE: usize = 16;
-/// Steps between the one that is read and the one that is fetched from memory: at a few ns a step, the latency of memory.
-const PREFETCH_STEPS: usize = 128;
 /// Levels this far out are still exact in the vector units' fixed-point numbers.
 const MAX_LEVEL: i64 = 1 << 15;
 
@@ -80,7 +78,7 @@ impl Assembly {
 per_simd! {
     /// Writes `cols` columns of a plane as bytes.
     pub fn unpack(simd, symbols: Symbols, cols: usize, out: &mut [u8]) -> () {
-        let mut reader = Reader::<ANY>::new(symbols);
+        let mut reader = Reader::<ANY>::new(symbols, 0);
         for column in out.as_chunks_mut::<LANES>().0.iter_mut().take(cols) {
             let symbols = reader.next(simd);
             simd.store(symbols, column);
@@ -92,7 +90,7 @@ per_simd! {
     /// Writes the first `cols` columns of a block.
     pub fn assemble(simd, assembly: &Assembly, planes: [Symbols; 2], cols: usize, out: &mut [f32; BLOCK]) -> () {
         let out = out.as_chunks_mut::<LANES>().0;
-        each_column(simd, assembly, planes, cols.min(out.len()), |col, floats| simd.store_floats(floats, &mut out[col]));
+        each_column(simd, assembly, planes, 0, cols.min(out.len()), |col, floats| simd.store_floats(floats, &mut out[col]));
     }
 }
 
@@ -100,29 +98,68 @@ per_simd! {
     /// Adds x[p] times column p to `sums`, column after column from zero.
     pub fn multiply(simd, assembly: &Assembly, planes: [Symbols; 2], x: &[f32], sums: &mut [f32; LANES]) -> () {
         let mut sum = simd.zero();
-        each_column(simd, assembly, planes, x.len(), |col, floats| sum = simd.fused_multiply_add(x[col], floats, sum));
-        let mut product = [0.0; LANES];
-        simd.store_floats(sum, &mut product);
-        sums.iter_mut().zip(product).for_each(|(sum, product)| *sum += product);
+        let add = |col: usize, floats| sum = simd.fused_multiply_add(x[col], floats, sum);
+        each_column(simd, assembly, planes, 0, x.len(), add);
+        add_to(simd, sum, sums);
     }
+}
+
+per_simd! {
+    /// [`multiply`] where some floats are others than the planes say: `far` has their places, by column, and values.
+    pub fn multiply_far(
+        simd,
+        assembly: &Assembly,
+        planes: [Symbols; 2],
+        x: &[f32],
+        far: impl Iterator<Item = (usize, f32)>,
+        sums: &mut [f32; LANES]
+    ) -> () {
+        let mut far = far.peekable();
+        let mut sum = simd.zero();
+        let mut start = 0;
+        while start < x.len() {
+            let end = far.peek().map_or(x.len(), |(index, _)| index / LANES).min(x.len());
+            let part = &x[start..end];
+            let add = |col: usize, floats| sum = simd.fused_multiply_add(part[col], floats, sum);
+            each_column(simd, assembly, planes, start, part.len(), add);
+            if let Some(&x) = x.get(end) {
+                let mut column = [0.0; LANES];
+                each_column(simd, assembly, planes, end, 1, |_, floats| simd.store_floats(floats, &mut column));
+                while let Some((index, value)) = far.next_if(|(index, _)| index / LANES == end) {
+                    column[index % LANES] = value;
+                }
+                sum = simd.fused_multiply_add(x, simd.load_floats(&column), sum);
+            }
+            start = end + 1;
+        }
+        add_to(simd, sum, sums);
+    }
+}
+
+#[inline(always)]
+fn add_to<S: Simd>(simd: S, sum: S::Floats, sums: &mut [f32; LANES]) {
+    let mut product = [0.0; LANES];
+    simd.store_floats(sum, &mut product);
+    sums.iter_mut().zip(product).for_each(|(sum, product)| *sum += product);
 }
 
 /// Calls [`columns`] with the widths of the two planes as constants if they are listed, and else at run time.
 macro_rules! by_widths {
-    ($simd:expr, $planes:expr, $cols:expr, $(($first:literal, $second:literal))*, $visit:expr) => {
+    ($simd:expr, $planes:expr, $start:expr, $cols:expr, $(($first:literal, $second:literal))*, $visit:expr) => {
         match ($planes[0].width(), $planes[1].width()) {
-            $(($first, $second) => columns::<_, $first, $second>($simd, $planes, $cols, $visit),)*
-            _ => columns::<_, ANY, ANY>($simd, $planes, $cols, $visit),
+            $(($first, $second) => columns::<_, $first, $second>($simd, $planes, $start, $cols, $visit),)*
+            _ => columns::<_, ANY, ANY>($simd, $planes, $start, $cols, $visit),
         }
     };
 }
 
-/// Calls `visit` with the floats of each of `cols` columns.
+/// Calls `visit` with the floats of each of `cols` columns from `first` on, which is its column 0.
 #[inline(always)]
 fn each_column<S: Simd>(
     simd: S,
     assembly: &Assembly,
     planes: [Symbols; 2],
+    first: usize,
     cols: usize,
     mut visit: impl FnMut(usize, S::Floats),
 ) {
@@ -130,7 +167,7 @@ fn each_column<S: Simd>(
     match assembly.element {
         Element::Bits(Dtype::Bf16) => {
             let (sign, mantissa) = (simd.splat(0x80), simd.splat(0x7f));
-            by_widths!(simd, planes, cols, (8, 8), |col, exponent, rest| {
+            by_widths!(simd, planes, first, cols, (8, 8), |col, exponent, rest| {
                 let exponent = simd.add(exponent, lo);
                 let high = simd.or(simd.and(rest, sign), simd.shift_right::<1>(exponent));
                 let low = simd.or(simd.and(rest, mantissa), simd.shift_left::<7>(exponent));
@@ -141,27 +178,27 @@ fn each_column<S: Simd>(
         Element::SwappedBf16 if planes[0].width() == 4 => {
             let rotate = |symbol| (assembly.lo as u8).wrapping_add(symbol as u8).rotate_right(1);
             let rotated = simd.table(&std::array::from_fn(rotate));
-            by_widths!(simd, planes, cols, (4, 8), |col, symbol, low| {
+            by_widths!(simd, planes, first, cols, (4, 8), |col, symbol, low| {
                 visit(col, simd.floats(low, simd.lookup(rotated, symbol)));
             });
         }
-        Element::SwappedBf16 => by_widths!(simd, planes, cols, (8, 8), |col, symbol, low| {
+        Element::SwappedBf16 => by_widths!(simd, planes, first, cols, (8, 8), |col, symbol, low| {
             let byte = simd.add(symbol, lo);
             let high = simd.or(simd.shift_right::<1>(byte), simd.shift_left::<7>(byte));
             visit(col, simd.floats(low, high));
         }),
-        Element::Bits(_) => by_widths!(simd, planes, cols, (8, 8), |col, high, low| {
+        Element::Bits(_) => by_widths!(simd, planes, first, cols, (8, 8), |col, high, low| {
             visit(col, simd.halves(low, simd.add(high, lo)));
         }),
         Element::Level { low_bits: 0 } if assembly.offsets.is_empty() => {
             let lo = assembly.lo as f32;
-            by_widths!(simd, planes, cols, (8, 0)(4, 0)(5, 0), |col, level, _| {
+            by_widths!(simd, planes, first, cols, (8, 0)(4, 0)(5, 0), |col, level, _| {
                 visit(col, simd.fixed_point(zero, level, lo));
             });
         }
         Element::Level { low_bits: 0 } => {
             let (lo, limit) = (assembly.lo as f32 - 0.5, simd.splat(0x70));
-            by_widths!(simd, planes, cols, (8, 0)(4, 0)(5, 0), |col, level, _| {
+            by_widths!(simd, planes, first, cols, (8, 0)(4, 0)(5, 0), |col, level, _| {
                 let mut fraction = zero;
                 for (piece, table) in assembly.offsets.iter().enumerate() {
                     // Symbols of other pieces saturate, and find nothing.
@@ -176,13 +213,13 @@ fn each_column<S: Simd>(
             let lo = (assembly.lo << low_bits) as f32;
             // Shifts are by constants, and a product by 2^r is not; but for one and four bits there is better.
             match low_bits {
-                1 => by_widths!(simd, planes, cols, (8, 1)(4, 1), |col, level, low| {
+                1 => by_widths!(simd, planes, first, cols, (8, 1)(4, 1), |col, level, low| {
                     visit(col, simd.fixed_point(zero, simd.add(simd.add(level, level), low), lo));
                 }),
-                4 => by_widths!(simd, planes, cols, (8, 4)(4, 4), |col, level, low| {
+                4 => by_widths!(simd, planes, first, cols, (8, 4)(4, 4), |col, level, low| {
                     visit(col, simd.fixed_point(zero, simd.add(simd.shift_left::<4>(level), low), lo));
                 }),
-                _ => by_widths!(simd, planes, cols, (8, 2), |col, level, low| {
+                _ => by_widths!(simd, planes, first, cols, (8, 2), |col, level, low| {
                     let (level, _) = simd.multiply_add(simd.splat(1 << low_bits), level, low);
                     visit(col, simd.fixed_point(zero, level, lo));
                 }),
@@ -191,18 +228,61 @@ fn each_column<S: Simd>(
     }
 }
 
-/// Calls `visit` with the symbols of each of `cols` columns in two planes.
+/// As [`each_column`], with the symbols in two planes.
 #[inline(always)]
 fn columns<S: Simd, const A: usize, const B: usize>(
     simd: S,
-    [first, second]: [Symbols; 2],
+    planes: [Symbols; 2],
+    first: usize,
     cols: usize,
     mut visit: impl FnMut(usize, S::Bytes, S::Bytes),
 ) {
-    let (mut first, mut second) = (Reader::<A>::new(first), Reader::<B>::new(second));
-    for col in 0..cols {
-        let symbols = first.next(simd);
-        visit(col, symbols, second.next(simd));
+    // Steps that are as long as what is loaded: no bounds are checked in this loop.
+    if const { is_whole(A) && (B == 0 || is_whole(B)) } {
+        let a = whole_steps::<A>(planes[0], first, cols);
+        let b = if B == 0 { a } else { whole_steps::<B>(planes[1], first, cols) };
+        let (ahead_a, ahead_b) = (planes[0].ahead(), planes[1].ahead());
+        let steps =
+            a.chunks_exact(step_bytes(A)).zip(b.chunks_exact(if B == 0 { step_bytes(A) } else { step_bytes(B) }));
+        for (col, (a, b)) in steps.enumerate() {
+            simd.prefetch(a.as_ptr().wrapping_add(ahead_a));
+            simd.prefetch(b.as_ptr().wrapping_add(ahead_b));
+            visit(col, load_step::<S, A>(simd, a), load_step::<S, B>(simd, b));
+        }
+    } else {
+        let (mut a, mut b) = (Reader::<A>::new(planes[0], first), Reader::<B>::new(planes[1], first));
+        for col in 0..cols {
+            let symbols = a.next(simd);
+            visit(col, symbols, b.next(simd));
+        }
+    }
+}
+
+/// Whether a step of this width is as long as what is loaded for it.
+const fn is_whole(width: usize) -> bool {
+    width == 4 || width == 8
+}
+
+const fn step_bytes(width: usize) -> usize {
+    LANES / 8 * width
+}
+
+/// The steps of some columns; all of them are there, or a block is unpacked first.
+#[inline(always)]
+fn whole_steps<const WIDTH: usize>(symbols: Symbols<'_>, first: usize, cols: usize) -> &[u8] {
+    let step = step_bytes(WIDTH);
+    match symbols {
+        Symbols::Packed { bytes, .. } => bytes.get(first * step..(first + cols) * step).unwrap_or_default(),
+        Symbols::Zero => &[],
+    }
+}
+
+#[inline(always)]
+fn load_step<S: Simd, const WIDTH: usize>(simd: S, step: &[u8]) -> S::Bytes {
+    match (step.first_chunk(), step.first_chunk()) {
+        (_, Some(bytes)) if WIDTH == 8 => simd.load(bytes),
+        (Some(nibbles), _) if WIDTH == 4 => simd.nibbles(nibbles),
+        _ => simd.splat(0),
     }
 }
 
@@ -214,15 +294,16 @@ struct Reader<'a, const WIDTH: usize> {
     width: usize,
     bytes: &'a [u8],
     at: usize,
+    ahead: usize,
 }
 
 impl<'a, const WIDTH: usize> Reader<'a, WIDTH> {
     #[inline(always)]
-    fn new(symbols: Symbols<'a>) -> Self {
+    fn new(symbols: Symbols<'a>, col: usize) -> Self {
         let width = if WIDTH == ANY { symbols.width() as usize } else { WIDTH };
         match symbols {
-            Symbols::Zero => Self { width, bytes: &[0; LANES], at: 0 },
-            Symbols::Packed { bytes, .. } => Self { width, bytes, at: 0 },
+            Symbols::Zero => Self { width, bytes: &[0; LANES], at: 0, ahead: 0 },
+            Symbols::Packed { bytes, ahead, .. } => Self { width, bytes, at: col * LANES / 8 * width, ahead },
         }
     }
 
@@ -232,7 +313,7 @@ impl<'a, const WIDTH: usize> Reader<'a, WIDTH> {
             return simd.splat(0);
         }
         let Some(bytes) = self.bytes[self.at..].first_chunk() else { return simd.splat(0) };
-        simd.prefetch(bytes.as_ptr().wrapping_add(PREFETCH_STEPS * LANES / 8 * self.width));
+        simd.prefetch(bytes.as_ptr().wrapping_add(self.ahead));
         self.at += LANES / 8 * self.width;
         match self.width {
             0 => simd.splat(0),

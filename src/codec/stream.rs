@@ -18,6 +18,9 @@ const ESCAPE_ROW_BITS: u32 = 6;
 /// Bytes of one escape: its position and its value.
 pub const ESCAPE_BYTES: usize = 8;
 
+/// Steps between the one that is read and the one that is fetched from memory: at a few ns a step, the latency of memory.
+const PREFETCH_STEPS: usize = 128;
+
 /// A coder of interleaved lanes, seen from its decoder.
 pub trait LaneDecoder<'a>: Sized {
     type Table;
@@ -59,8 +62,9 @@ impl Table {
 pub enum Symbols<'a> {
     /// All zero.
     Zero,
-    /// `width` bits each, least significant first; what follows the block is there as well. Eight bits: a byte each.
-    Packed { width: u32, bytes: &'a [u8] },
+    /// `width` bits each, least significant first; what follows the block is there as well. Eight bits: a byte each. What
+    /// will be read soon lies `ahead` bytes on; 0 where everything is in a cache.
+    Packed { width: u32, bytes: &'a [u8], ahead: usize },
 }
 
 impl Symbols<'_> {
@@ -72,11 +76,19 @@ impl Symbols<'_> {
         }
     }
 
+    /// How many bytes on what will be read soon lies.
+    pub fn ahead(self) -> usize {
+        match self {
+            Self::Zero => 0,
+            Self::Packed { ahead, .. } => ahead,
+        }
+    }
+
     /// The symbol at `index` of a block of 32 lanes.
     pub fn at(self, index: usize) -> u8 {
         match self {
             Self::Zero => 0,
-            Self::Packed { width, bytes } => {
+            Self::Packed { width, bytes, .. } => {
                 let bit = index * width as usize;
                 let word = u16::from_le_bytes([bytes[bit / 8], bytes.get(bit / 8 + 1).copied().unwrap_or(0)]);
                 (word >> (bit % 8)) as u8 & (u8::MAX >> (8 - width))
@@ -89,7 +101,7 @@ impl Symbols<'_> {
 pub struct Stream<'a> {
     lo: i32,
     source: Source<'a>,
-    restorer: Option<Restorer>,
+    restorer: Option<Box<Restorer>>,
     /// Escapes not yet reached, in stream order.
     escapes: Escapes<'a>,
     /// Blocks decoded ahead, one for each stream.
@@ -103,6 +115,9 @@ enum Source<'a> {
     Plain {
         width: u32,
         bytes: &'a [u8],
+        /// Bytes of the plane left, and from its end to its beginning in the next tile, if that is as large.
+        left: usize,
+        gap: usize,
     },
     Rans {
         table: &'a SlotTable,
@@ -118,7 +133,7 @@ enum Source<'a> {
 enum Current<'a> {
     Zero,
     Decoded(usize),
-    Payload { width: u32, bytes: &'a [u8] },
+    Payload { width: u32, bytes: &'a [u8], ahead: usize },
 }
 
 impl<'a> Stream<'a> {
@@ -129,12 +144,12 @@ impl<'a> Stream<'a> {
         let mut escapes = Escapes(&[]);
         let source = match (coding, table) {
             (Coding::Plain { width, escapes: with_escapes, .. }, _) => {
-                let size: usize = geometry.blocks(tile).map(|b| b.cols * step_bytes(b.lanes, *width)).sum();
+                let size = plain_bytes(geometry, tile, *width);
                 let plain = bytes.stream(size)?;
                 if *with_escapes {
                     escapes = bytes.escapes()?;
                 }
-                Source::Plain { width: *width, bytes: plain }
+                Source::Plain { width: *width, bytes: plain, left: size, gap: bytes.size.saturating_sub(size) }
             }
             (Coding::Modelled(_), Table::Rans(table)) => {
                 let decoders;
@@ -150,7 +165,7 @@ impl<'a> Stream<'a> {
         };
         let restorer = (index == 0 && header.predictor != Predictor::None).then(|| {
             let rows = geometry.rows_of(tile);
-            Restorer::new(header.predictor, coding.values(), rows.start, rows.len())
+            Box::new(Restorer::new(header.predictor, coding.values(), rows.start, rows.len()))
         });
         Ok(Self { lo: coding.lo(), source, restorer, escapes, decoded: Vec::new(), current: Current::Zero })
     }
@@ -165,10 +180,14 @@ impl<'a> Stream<'a> {
     pub fn advance(&mut self, geometry: Geometry, tile: usize, block: usize, shape: BlockShape) {
         self.current = match &mut self.source {
             Source::Constant => Current::Zero,
-            Source::Plain { width, bytes } => {
+            Source::Plain { width, bytes, left, gap } => {
                 let packed = *bytes;
-                *bytes = &packed[shape.cols * step_bytes(shape.lanes, *width)..];
-                Current::Payload { width: *width, bytes: packed }
+                let size = shape.cols * step_bytes(shape.lanes, *width);
+                let ahead = PREFETCH_STEPS * step_bytes(LANES, *width);
+                let ahead = if *left > ahead { ahead } else { ahead + *gap };
+                *bytes = &packed[size..];
+                *left -= size;
+                Current::Payload { width: *width, bytes: packed, ahead }
             }
             Source::Rans { table, decoders } => {
                 let streams = decoders.len();
@@ -181,13 +200,12 @@ impl<'a> Stream<'a> {
                 Current::Decoded(block % streams * BLOCK)
             }
         };
-        let first_row = geometry.rows_of(tile).start;
         let short = match self.current {
             // Vector units read 32 bytes at every step.
-            Current::Payload { width, bytes } => bytes.len() < shape.cols * step_bytes(LANES, width) + LANES,
+            Current::Payload { width, bytes, .. } => bytes.len() < shape.cols * step_bytes(LANES, width) + LANES,
             _ => false,
         };
-        if short || shape.lanes < LANES || self.restorer.is_some() || self.escapes.is_in(shape, first_row) {
+        if short || shape.lanes < LANES || self.restorer.is_some() {
             self.unpack(shape);
         }
         if let (Some(restorer), Current::Decoded(start)) = (&mut self.restorer, &self.current)
@@ -202,8 +220,14 @@ impl<'a> Stream<'a> {
         self.escapes.take_in(shape, first_row)
     }
 
-    /// Changes a symbol of the current block, which has an escape.
-    pub fn patch(&mut self, index: usize, symbol: u8) {
+    /// Whether the current block's symbols lie in the payload, where they cannot be changed at no cost.
+    pub fn is_in_payload(&self) -> bool {
+        matches!(self.current, Current::Payload { .. })
+    }
+
+    /// Changes a symbol of the current block.
+    pub fn patch(&mut self, shape: BlockShape, index: usize, symbol: u8) {
+        self.unpack(shape);
         if let Current::Decoded(start) = self.current {
             self.decoded[start + index] = symbol;
         }
@@ -213,8 +237,8 @@ impl<'a> Stream<'a> {
     pub fn symbols(&self) -> Symbols<'_> {
         match self.current {
             Current::Zero => Symbols::Zero,
-            Current::Decoded(start) => Symbols::Packed { width: 8, bytes: &self.decoded[start..] },
-            Current::Payload { width, bytes } => Symbols::Packed { width, bytes },
+            Current::Decoded(start) => Symbols::Packed { width: 8, bytes: &self.decoded[start..], ahead: 0 },
+            Current::Payload { width, bytes, ahead } => Symbols::Packed { width, bytes, ahead },
         }
     }
 
@@ -226,7 +250,7 @@ impl<'a> Stream<'a> {
                 self.decoded.clear();
                 self.decoded.resize(BLOCK, 0);
             }
-            Current::Payload { width, bytes } => {
+            Current::Payload { width, bytes, .. } => {
                 self.decoded.resize(BLOCK, 0);
                 unpack_steps(bytes, width, shape, &mut self.decoded);
             }
@@ -288,10 +312,16 @@ pub fn step_bytes(lanes: usize, width: u32) -> usize {
     (lanes * width as usize).div_ceil(8)
 }
 
+/// Bytes of a tile's plain bits.
+fn plain_bytes(geometry: Geometry, tile: usize, width: u32) -> usize {
+    let rows = geometry.rows_of(tile).len();
+    geometry.cols * (rows / LANES * step_bytes(LANES, width) + step_bytes(rows % LANES, width))
+}
+
 /// Unpacks a block's plain bits to `[column][lane of 32]`.
 pub fn unpack_steps(bytes: &[u8], width: u32, shape: BlockShape, out: &mut [u8]) {
     let roomy = shape.lanes == LANES && bytes.len() >= shape.cols * step_bytes(LANES, width) + LANES;
-    if roomy && points::unpack(Symbols::Packed { width, bytes }, shape.cols, out).is_some() {
+    if roomy && points::unpack(Symbols::Packed { width, bytes, ahead: 0 }, shape.cols, out).is_some() {
         return;
     }
     let size = step_bytes(shape.lanes, width);
@@ -370,7 +400,8 @@ pub fn sort_escapes(escapes: &mut [(usize, usize, i32)]) {
 
 /// Unread bytes of a tile, from where the payload goes on to its end.
 pub struct Bytes<'a> {
-    /// What the tile has left.
+    /// What the tile has, and has left.
+    size: usize,
     left: usize,
     payload: &'a [u8],
 }
@@ -378,7 +409,7 @@ pub struct Bytes<'a> {
 impl<'a> Bytes<'a> {
     /// The first `size` bytes of `payload`.
     pub fn new(payload: &'a [u8], size: usize) -> Self {
-        Self { left: size.min(payload.len()), payload }
+        Self { size, left: size.min(payload.len()), payload }
     }
 
     /// Takes the next `size` bytes and returns the payload from them on. A reader may run beyond its stream: then it finds
@@ -426,11 +457,6 @@ impl<'a> Bytes<'a> {
 struct Escapes<'a>(&'a [u8]);
 
 impl Escapes<'_> {
-    /// Whether the next one lies in this block.
-    fn is_in(&self, shape: BlockShape, first_row: usize) -> bool {
-        Escapes(self.0).take_in(shape, first_row).is_some()
-    }
-
     /// Takes the next one if it lies in this block: its place there and its value.
     fn take_in(&mut self, shape: BlockShape, first_row: usize) -> Option<(usize, i32)> {
         let (escape, rest) = self.0.split_first_chunk::<ESCAPE_BYTES>()?;

@@ -256,6 +256,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_floats(self, from: &[f32; LANES]) -> [__m256; 4] {
+        let at = from.as_ptr();
+        with_avx2! {
+            [
+                _mm256_loadu_ps(at),
+                _mm256_loadu_ps(at.add(8)),
+                _mm256_loadu_ps(at.add(16)),
+                _mm256_loadu_ps(at.add(24)),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn store_floats(self, floats: [__m256; 4], to: &mut [f32; LANES]) {
         let at = to.as_mut_ptr();
         with_avx2! {

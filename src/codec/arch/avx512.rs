@@ -93,11 +93,14 @@ impl Simd for Avx512 {
     fn floats(self, low: __m256i, high: __m256i) -> [__m512; 2] {
         with_avx512! {
             let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-            let sixteen = |order: &[u8; 64]| {
-                let order = _mm512_loadu_si512(order.as_ptr().cast());
-                _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xcccc_cccc_cccc_cccc, order, both))
-            };
-            [sixteen(const { &word_order(2, 0) }), sixteen(const { &word_order(2, 16) })]
+            // Of a pair of words, one register takes the first and the other the second: one shuffle for both.
+            let order = _mm512_loadu_si512(const { &pair_order() }.as_ptr().cast());
+            let pairs = _mm512_permutexvar_epi8(order, both);
+            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+                _mm512_castsi512_ps(_mm512_and_si512(pairs, upper)),
+            ]
         }
     }
 
@@ -139,6 +142,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_floats(self, from: &[f32; LANES]) -> [__m512; 2] {
+        with_avx512!([_mm512_loadu_ps(from.as_ptr()), _mm512_loadu_ps(from.as_ptr().add(16))])
+    }
+
+    #[inline(always)]
     fn store_floats(self, floats: [__m512; 2], to: &mut [f32; LANES]) {
         with_avx512! {
             _mm512_storeu_ps(to.as_mut_ptr(), floats[0]);
@@ -163,6 +171,18 @@ const fn word_order(at: usize, first: usize) -> [u8; 64] {
         order[4 * lane + at] = (first + lane) as u8;
         order[4 * lane + at + 1] = (LANES + first + lane) as u8;
         lane += 1;
+    }
+    order
+}
+
+/// For sixteen pairs of words, the places of lane i's low and high byte, and of lane `16 + i`'s.
+const fn pair_order() -> [u8; 64] {
+    let (first, second) = (word_order(0, 0), word_order(2, 16));
+    let mut order = [0; 64];
+    let mut at = 0;
+    while at < 64 {
+        order[at] = if at % 4 < 2 { first[at] } else { second[at] };
+        at += 1;
     }
     order
 }

@@ -130,6 +130,7 @@ pub trait Simd: Copy {
     /// `x · b + sum`, rounded once.
     fn fused_multiply_add(self, x: f32, b: Self::Floats, sum: Self::Floats) -> Self::Floats;
     fn store_floats(self, floats: Self::Floats, to: &mut [f32; LANES]);
+    fn load_floats(self, from: &[f32; LANES]) -> Self::Floats;
 }
 
 /// For each set of eight lanes: the rank of each lane that is in it, and 128 for the others.

@@ -209,6 +209,11 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn load_floats(self, from: &[f32; LANES]) -> [float32x4_t; 8] {
+        with_neon!(std::array::from_fn(|i| vld1q_f32(from[4 * i..].as_ptr())))
+    }
+
+    #[inline(always)]
     fn store_floats(self, floats: [float32x4_t; 8], to: &mut [f32; LANES]) {
         let places = to.chunks_exact_mut(4).zip(floats);
         places.for_each(|(to, floats)| with_neon!(vst1q_f32(to.as_mut_ptr(), floats)));
