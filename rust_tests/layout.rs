@@ -43,6 +43,13 @@ fn weights() -> Vec<(String, Packed)> {
     let predicted = pack_ecsq(Weights::F32(&smooth), 96, 192, EcsqTarget::Error(0.002), &Serial).unwrap();
     assert_ne!(predicted.header.predictor, Predictor::None);
     all.push(("predicted".into(), predicted));
+    // Zeros are far from every other exponent: about two of them in a block of the fast layout, and about sixty.
+    for share in [0.001, 0.03] {
+        let mut values = random.normals(96 * 320, 0.05);
+        values.iter_mut().for_each(|value| *value = if random.uniform() < share { 0.0 } else { *value });
+        let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), 96, 320, &Serial).unwrap();
+        all.push((format!("bf16 with {share} zeros"), packed));
+    }
     // Large enough for levels to be coded in sixteen classes, with low bits apart and without.
     let large = random.normals(1024 * 1024, 0.02);
     all.push(("large ecsq 4".into(), ecsq(&large, 1024, 1024, 4.0)));

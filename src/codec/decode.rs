@@ -203,6 +203,9 @@ fn check(field: &'static str, expected: u32, found: u32) -> Result<()> {
     Err(Error::corrupt(field, format!("{expected:08x}"), format!("{found:08x}")))
 }
 
+/// Up to so many escapes in a block are patched into its columns one by one; more, into all of it unpacked.
+const FEW: usize = 4;
+
 /// Decodes one tile's blocks in order.
 pub struct TileDecoder<'a> {
     weight: &'a PackedWeight<'a>,
@@ -310,8 +313,16 @@ impl TileDecoder<'_> {
             return points::multiply(assembly, planes, x, sums).is_some();
         }
         // Only damaged escapes are out of order.
-        let in_order = self.far.is_sorted_by_key(|&(index, _)| index / LANES);
-        in_order && points::multiply_far(assembly, planes, x, self.far_points(), sums).is_some()
+        if self.far.len() <= FEW && self.far.is_sorted_by_key(|&(index, _)| index / LANES) {
+            return points::multiply_far(assembly, planes, x, self.far_points(), sums).is_some();
+        }
+        if self.weight.header.element.float().is_none() {
+            return false;
+        }
+        let mut buffer = [0; BLOCK];
+        let (_, bytes) = self.plane(0, &mut buffer);
+        let first = Symbols::Packed { width: 8, bytes, ahead: 0 };
+        points::multiply(assembly, [first, planes[1]], x, sums).is_some()
     }
 
     /// What is listed apart in the first plane: place and float.

@@ -75,14 +75,23 @@ impl Assembly {
     }
 }
 
+/// Calls [`columns`] with the widths of the two planes as constants if they are listed, and else at run time.
+macro_rules! by_widths {
+    ($simd:expr, $planes:expr, $start:expr, $cols:expr, $(($first:literal, $second:literal))*, $visit:expr) => {
+        match ($planes[0].width(), $planes[1].width()) {
+            $(($first, $second) => columns::<_, $first, $second>($simd, $planes, $start, $cols, $visit),)*
+            _ => columns::<_, ANY, ANY>($simd, $planes, $start, $cols, $visit),
+        }
+    };
+}
+
 per_simd! {
     /// Writes `cols` columns of a plane as bytes.
     pub fn unpack(simd, symbols: Symbols, cols: usize, out: &mut [u8]) -> () {
-        let mut reader = Reader::<ANY>::new(symbols, 0);
-        for column in out.as_chunks_mut::<LANES>().0.iter_mut().take(cols) {
-            let symbols = reader.next(simd);
-            simd.store(symbols, column);
-        }
+        let out = out.as_chunks_mut::<LANES>().0;
+        by_widths!(simd, [symbols, Symbols::Zero], 0, cols.min(out.len()), (4, 0), |col, symbols, _| {
+            simd.store(symbols, &mut out[col]);
+        });
     }
 }
 
@@ -141,16 +150,6 @@ fn add_to<S: Simd>(simd: S, sum: S::Floats, sums: &mut [f32; LANES]) {
     let mut product = [0.0; LANES];
     simd.store_floats(sum, &mut product);
     sums.iter_mut().zip(product).for_each(|(sum, product)| *sum += product);
-}
-
-/// Calls [`columns`] with the widths of the two planes as constants if they are listed, and else at run time.
-macro_rules! by_widths {
-    ($simd:expr, $planes:expr, $start:expr, $cols:expr, $(($first:literal, $second:literal))*, $visit:expr) => {
-        match ($planes[0].width(), $planes[1].width()) {
-            $(($first, $second) => columns::<_, $first, $second>($simd, $planes, $start, $cols, $visit),)*
-            _ => columns::<_, ANY, ANY>($simd, $planes, $start, $cols, $visit),
-        }
-    };
 }
 
 /// Calls `visit` with the floats of each of `cols` columns from `first` on, which is its column 0.
