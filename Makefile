@@ -9,13 +9,18 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h)
 # Runs commands and prints how long they took.
 step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: demo test rust-test neon-test python-test build bench lint format wheel wheel-test docs requirements tools clean
+.PHONY: demo test rust-test neon-test fuzz python-test build bench lint format wheel wheel-test docs requirements tools clean
 .DEFAULT_GOAL := build
 
 demo: $(LIBRARY)
 	$(call step,demo,$(PYTHON) examples/demo.py --out build/demo)
 
 test: rust-test python-test
+
+# Hostile input by coverage, under AddressSanitizer. Needs cargo-fuzz (cargo install cargo-fuzz); RUNS inputs a target.
+RUNS ?= 10000000
+fuzz:
+	$(call step,fuzzing,cd fuzz && cargo run --quiet --release --bin seeds && RUSTC_BOOTSTRAP=1 cargo fuzz build && for target in header rans alias plain weight; do RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -runs=$(RUNS) -max_len=3000 || exit 1; done)
 
 # Without torch, so that a change to the codec is tested in seconds; on each instruction set up to this machine's widest.
 rust-test: $(VENV)/.ready
@@ -37,7 +42,7 @@ bench: $(LIBRARY)
 
 lint: $(LIBRARY)
 	@cargo clippy --version >/dev/null 2>&1 && cargo fmt --version >/dev/null 2>&1 || { echo "clippy or rustfmt is missing: rustup component add clippy rustfmt"; exit 1; }
-	$(call step,rustfmt and clippy,cargo fmt --check && cargo clippy --release --locked --quiet --lib -- -D warnings && cargo clippy --release --locked --quiet --no-default-features --all-targets -- -D warnings)
+	$(call step,rustfmt and clippy,cargo fmt --check && cargo fmt --check --manifest-path fuzz/Cargo.toml && cargo clippy --release --locked --quiet --lib -- -D warnings && cargo clippy --release --locked --quiet --no-default-features --all-targets -- -D warnings)
 	$(call step,ruff and mypy,$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check && $(PYTHON) -m mypy)
 	$(call step,clang-format,$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))
 
