@@ -56,10 +56,24 @@ Tensor embedding(const Tensor& indices, const Tensor&, const Tensor&, const Tens
 
 Tensor conv(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
             at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-            int64_t, int64_t, int64_t, int64_t out_features, int64_t, ScalarType, bool) {
+            int64_t groups, int64_t, int64_t, int64_t out_features, int64_t in_features, ScalarType, bool) {
   const auto dimensions = kernel_size.size();
+  TORCH_CHECK_VALUE(1 <= dimensions && dimensions <= 3, "kernel_size: expected 1 to 3 integers, got ", kernel_size);
+  const auto check = [&](const char* what, at::IntArrayRef list, int64_t least) {
+    bool fits = list.size() == dimensions;
+    for (const auto value : list) fits = fits && value >= least;
+    TORCH_CHECK_VALUE(fits, what, ": expected ", dimensions, " integers from ", least, ", got ", list);
+  };
+  check("kernel_size", kernel_size, 1);
+  check("stride", stride, 1);
+  check("padding", padding, 0);
+  check("dilation", dilation, 1);
   TORCH_CHECK_VALUE(static_cast<std::size_t>(x.dim()) == dimensions + 2, "x: expected ", dimensions + 2,
                     " dimensions, got ", x.dim());
+  auto columns = x.sym_size(1);
+  for (const auto length : kernel_size) columns = columns * length;
+  TORCH_CHECK_VALUE(groups > 0 && columns.sym_eq(in_features * groups).expect_true(__FILE__, __LINE__),
+                    "x: expected channels / groups · kernel to be ", in_features, ", got shape ", x.sym_sizes());
   c10::SymDimVector out{x.sym_size(0), out_features};
   for (std::size_t i = 0; i < dimensions; ++i) {
     const auto reach = dilation[i] * (kernel_size[i] - 1) + 1;

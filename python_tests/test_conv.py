@@ -194,8 +194,32 @@ def test_wrong_arguments_are_value_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments)  # type: ignore[arg-type]
+    # Tensors without data are checked alike.
+    weight = [tensor.to("meta") for tensor in packed.packed[:3]]
+    for where in (
+        [(3, 3), (1, 1), (), (1, 1), 1],
+        [(3, 3), (0, 0), (0, 0), (1, 1), 1],
+        [(3, 3), (1,), (0, 0), (1, 1), 1],
+        [(7, 7), (1, 1), (0, 0), (1, 1), 1],
+        [(), (), (), (), 1],
+        [(3, 3), (1, 1), (0, 0), (1, 1), 0],
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            ops.fused_conv(x.to("meta"), *weight, None, None, *where, *packed._layout(), torch.float32)
     with pytest.raises(RuntimeError):
         call(torch.randn(1, 8, 2, 2))  # smaller than the kernel: the library's own error
+
+
+def test_another_kernel_is_refused_and_hooks_fire_once(tmp_path: Path) -> None:
+    tall, wide = (nn.Sequential(nn.Conv2d(64, 64, size)) for size in ((3, 1), (1, 3)))
+    infold.convert(tall, FusedConfig(), progress=False)
+    infold.save(tall, tmp_path / "tall.safetensors")
+    with pytest.raises(ValueError, match=r"kernel size \[1, 3\], got \[3, 1\]"):
+        infold.load_into(wide, tmp_path / "tall.safetensors")
+    calls: list[object] = []
+    tall[0].register_forward_hook(lambda *_: calls.append(None))
+    tall(torch.randn(64, 5, 5))
+    assert len(calls) == 1
 
 
 def test_a_residual_network(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from infold._library import CorruptWeightError
 from infold.config import Mode
 from infold.layers import dense_kind, dense_weight, has_hooks, packed_kind, packed_like, weight_of
 from infold.layout import relay
-from infold.nn import PackedModule
+from infold.nn import FusedDecompressConv, PackedModule
 from infold.packed import Packed, read_header
 
 _FORMAT = "infold-1"
@@ -37,6 +37,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         if isinstance(module, PackedModule):
             mode = getattr(module, "mode", "fused")
             modules[name] = {"kind": packed_kind(module), "mode": mode, "layout": module.layout}
+            if isinstance(module, FusedDecompressConv):
+                modules[name]["kernel_size"] = list(module.window.kernel_size)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -197,6 +199,11 @@ def _packed_module(
             shared[full] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         return shared[full]
 
+    if isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d | FusedDecompressConv):
+        # A packed weight is a matrix: it does not say what its columns are.
+        expected, found = list(target.kernel_size), options.get("kernel_size")
+        if found != expected:
+            raise ValueError(f"{name}: expected a weight of kernel size {expected}, got {found}")
     packed = Packed(*(parameter(field) for field in _FIELDS))
     header = read_header(packed, name, verify=True)
     # As when a state dict is loaded: the model's dtype stays.

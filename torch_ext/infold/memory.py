@@ -18,8 +18,8 @@ from infold.nn import PackedModule
 from infold.report import format_bytes
 
 _SPAN = "infold.profile_memory:"
-#: Tensors of modules that have others inside.
-_OTHER = "(other)"
+#: The key of tensors of modules that have others inside: the name of no layer.
+_OTHER = ""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def profile_memory(model: nn.Module, *inputs: Any, **options: Any) -> MemoryRepo
         output, temporary, peak = (max(column) for column in zip(*calls, strict=True)) if calls else (0, 0, 0)
         modules.append(
             ModuleMemory(
-                name=name,
+                name=name or "(other)",
                 kind=type(module).__name__,
                 calls=len(calls),
                 weight_bytes=weights[name],

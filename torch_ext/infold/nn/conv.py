@@ -125,9 +125,12 @@ class FusedDecompressConv(PackedModule):
         return weight.view(len(weight), self.window.in_channels // self.window.groups, *self.window.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == len(self.window.kernel_size) + 1:
+            return self._convolve(x.unsqueeze(0)).squeeze(0)
+        return self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         window = self.window
-        if x.dim() == len(window.kernel_size) + 1:
-            return self(x.unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]
         if any(self._padding_before):
             mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
             x = F.pad(x, self._padding_before, mode)
