@@ -42,7 +42,7 @@ def package(name: str) -> Path:
 
 def resident(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
 def variants(model: nn.Module) -> dict[str, nn.Module]:

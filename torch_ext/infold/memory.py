@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from infold._library import ops
@@ -244,14 +244,10 @@ def _weights(model: nn.Module, leaves: dict[str, nn.Module]) -> tuple[dict[str, 
     for name, module in {**leaves, _OTHER: model}.items():
         own = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()] if id(tensor) not in seen}
         seen |= own.keys()
-        sizes[name] = sum(_bytes(tensor) for tensor in own.values())
+        sizes[name] = sum(tensor.nbytes for tensor in own.values())
         dense[name] = sizes[name]
         if isinstance(module, PackedModule) and id(module.payload) in own:
             header = module.header
-            packed = sum(_bytes(own[id(tensor)]) for tensor in module.packed if id(tensor) in own)
+            packed = sum(own[id(tensor)].nbytes for tensor in module.packed if id(tensor) in own)
             dense[name] += header.out_features * header.in_features * module.dtype.itemsize - packed
     return sizes, dense
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
