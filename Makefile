@@ -24,7 +24,7 @@ fuzz:
 
 # Without torch, so that a change to the codec is tested in seconds; on each instruction set up to this machine's widest.
 rust-test: $(VENV)/.ready
-	$(call step,Rust tests,for isa in generic avx2 avx512; do INFOLD_ISA=$$isa cargo test --release --no-default-features --locked --quiet || exit 1; done)
+	$(call step,Rust tests,for isa in generic avx2 avx512 amx; do INFOLD_ISA=$$isa cargo test --release --no-default-features --locked --quiet || exit 1; done)
 
 # The NEON decoders under emulation. Needs qemu-aarch64 and aarch64-linux-gnu-gcc (Debian: qemu-user, gcc-aarch64-linux-gnu) and
 # the Rust target. The skipped test starts itself again, which an emulator does not do.

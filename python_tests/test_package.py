@@ -17,7 +17,7 @@ def test_build_info_says_what_was_built() -> None:
     info = infold.build_info()
     assert info["version"] == infold.__version__
     assert info["format_version"] == 2
-    assert info["cpu"] in ("generic", "avx2", "avx512")
+    assert info["cpu"] in ("generic", "neon", "avx2", "avx512", "amx")
     nvcc = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "bin" / "nvcc"
     if nvcc.is_file():
         assert info["cuda"]

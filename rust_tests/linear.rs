@@ -4,7 +4,9 @@ mod support;
 
 use approx::assert_relative_eq;
 use half::bf16;
-use infold::codec::{EcsqTarget, Packed, Scales, Weights, pack_ecsq, pack_int4, pack_int8, pack_lossless};
+use infold::codec::{
+    BLOCK, Dtype, EcsqTarget, LANES, Layout, Packed, Scales, Weights, pack_ecsq, pack_int4, pack_int8, pack_lossless,
+};
 use infold::linear::{Input, embedding, embedding_scale_gradient, forward, input_gradient, scale_gradient};
 use infold::parallel::{Pool, Serial, Threads};
 use support::*;
@@ -48,6 +50,116 @@ fn forward_equals_the_dense_product() {
             forward(&open(&packed), Scales::Real(&packed.scales), input, Some(&bias), &mut out, &Serial).unwrap();
             let error = relative_error(out.iter().map(|&v| v.into()), expected);
             assert!(error < 1e-6, "{batch}x{rows}x{cols} {:?}: {error}", packed.header.quantizer);
+        }
+    }
+}
+
+/// Weights that bf16 activations are multiplied with, in both layouts: lossless, with zeros and outliers too, and levels.
+fn bf16_weights(values: &[f32], rows: usize, cols: usize) -> Vec<Packed> {
+    let mut uneven = values.to_vec();
+    uneven.iter_mut().step_by(17).for_each(|value| *value = 0.0);
+    uneven.iter_mut().skip(5).step_by(301).for_each(|value| *value = 1e4);
+    let lossless = |values: &[f32]| pack_lossless(Weights::Bf16(&to_bf16(values)), rows, cols, &Serial);
+    let packed = [
+        lossless(values),
+        lossless(&uneven),
+        pack_ecsq(Weights::F32(values), rows, cols, EcsqTarget::Bits(4.0), &Serial),
+        pack_ecsq(Weights::F32(values), rows, cols, EcsqTarget::Bits(7.0), &Serial),
+        pack_int8(Weights::F32(&uneven), rows, cols, &Serial),
+        pack_int4(Weights::F32(values), rows, cols, 64, &Serial),
+    ];
+    let packed = packed.into_iter().collect::<Result<Vec<_>, _>>().unwrap();
+    let fast: Vec<_> = packed.iter().map(|packed| in_layout(packed, Layout::Fast)).collect();
+    packed.into_iter().chain(fast).collect()
+}
+
+#[test]
+fn bf16_activations_lose_no_more_than_a_bf16_weight() {
+    for (batch, rows, cols) in SHAPES.into_iter().chain([(16, 32, 64), (17, 40, 70), (40, 64, 128), (150, 33, 200)]) {
+        let mut random = Random(18);
+        let values = random.normals(rows * cols, 0.1);
+        let x = to_bf16(&random.normals(batch * cols, 1.0));
+        let wide_x: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+        for packed in bf16_weights(&values, rows, cols) {
+            let weight = open(&packed);
+            let dense = unpack::<f32>(&packed);
+            let expected = if cols == 0 { vec![0.0; batch * rows] } else { product(&wide_x, &dense, cols, rows) };
+            let mut out = vec![f32::NAN; batch * rows];
+            let input = Input { values: &x, rows: batch };
+            forward(&weight, Scales::Real(&packed.scales), input, None, &mut out, &Threads(2)).unwrap();
+            let error = relative_error(out.iter().map(|&v| v.into()), expected);
+            let canonical = packed.header.origin.as_deref().unwrap_or(&packed.header);
+            // Centroids, and floats where levels did not pay, are rounded to bf16; levels up to 256 and bf16 itself are not.
+            let rounds = packed.header.element.float() == Some(Dtype::F32)
+                || canonical.planes.iter().any(|plane| !plane.centroids.is_empty());
+            let most = if rounds { 2e-3 } else { 2e-6 };
+            assert!(error < most, "{batch}x{rows}x{cols} {:?}: {error}", packed.header.quantizer);
+            for row in [0, batch / 2, batch - 1] {
+                let mut alone = vec![f32::NAN; rows];
+                let input = Input { values: &x[row * cols..(row + 1) * cols], rows: 1 };
+                forward(&weight, Scales::Real(&packed.scales), input, None, &mut alone, &Serial).unwrap();
+                assert_eq!(alone, out[row * rows..(row + 1) * rows], "row {row} of {batch}x{rows}x{cols}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_gradients_lose_no_more_than_a_bf16_weight() {
+    for (batch, rows, cols) in SHAPES.into_iter().chain([(16, 32, 64), (17, 40, 70), (33, 64, 128), (150, 97, 200)]) {
+        let mut random = Random(20);
+        let values = random.normals(rows * cols, 0.1);
+        let gradient = to_bf16(&random.normals(batch * rows, 1.0));
+        let wide_gradient: Vec<f32> = gradient.iter().map(|g| g.to_f32()).collect();
+        for packed in bf16_weights(&values, rows, cols) {
+            let weight = open(&packed);
+            let dense = unpack::<f32>(&packed);
+            let expected = product(&wide_gradient, &transpose(&dense, cols), rows, cols);
+            let run = |gradient: &[bf16], pool: &dyn Pool| {
+                let mut out = vec![f32::NAN; gradient.len() / rows * cols];
+                let input = Input { values: gradient, rows: gradient.len() / rows };
+                input_gradient(&weight, Scales::Real(&packed.scales), input, &mut out, pool).unwrap();
+                out
+            };
+            let out = run(&gradient, &Threads(2));
+            let error = relative_error(out.iter().map(|&v| v.into()), expected);
+            // The gradient is rounded under its scales, floats where levels did not pay.
+            let is_exact = packed.scales.is_empty() && packed.header.element.float() != Some(Dtype::F32);
+            let most = if is_exact { 2e-6 } else { 3e-3 };
+            assert!(error < most, "{batch}x{rows}x{cols} {:?}: {error}", packed.header.quantizer);
+            for row in [0, batch / 2, batch - 1] {
+                let alone = run(&gradient[row * rows..(row + 1) * rows], &Serial);
+                assert_eq!(alone, out[row * cols..(row + 1) * cols], "row {row} of {batch}x{rows}x{cols}");
+            }
+        }
+    }
+}
+
+#[test]
+fn pairs_are_the_points_in_bf16() {
+    for (rows, cols) in [(32, 64), (70, 130), (40, 97)] {
+        for packed in bf16_weights(&Random(19).normals(rows * cols, 0.1), rows, cols) {
+            let weight = open(&packed);
+            for tile in 0..weight.geometry().tiles() {
+                let mut decoder = weight.tile(tile).unwrap();
+                while let Some(shape) = decoder.next_block() {
+                    let (mut points, mut pairs) = ([f32::NAN; BLOCK], [u32::MAX; BLOCK / 2]);
+                    decoder.points(&mut points);
+                    decoder.pairs(&mut pairs);
+                    for (index, &pair) in pairs.iter().enumerate() {
+                        let (pair_col, lane) = (index / LANES * 2, index % LANES);
+                        for (col, bits) in [(pair_col, pair & 0xffff), (pair_col + 1, pair >> 16)] {
+                            let there = col < shape.cols && lane < shape.lanes;
+                            let point = if there { points[col * LANES + lane] } else { 0.0 };
+                            let found = bf16::from_bits(bits as u16).to_f32();
+                            assert!(
+                                (found - point).abs() <= point.abs() / 256.0,
+                                "{found} for {point} at {col}, {lane}"
+                            );
+                        }
+                    }
+                }
+            }
         }
     }
 }

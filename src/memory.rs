@@ -1,8 +1,59 @@
-//! Bytes that this library allocates outside PyTorch's tensors: the scratch of its products, for `infold.profile_memory`.
+//! The scratch of products: in whole cache lines, and counted for `infold.profile_memory`.
 #![allow(unsafe_code)] // an allocator is unsafe by its trait
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// Bytes of a cache line. A vector that lies across two of them takes two accesses, and a tile's rows four times as long.
+const LINE: usize = 64;
+
+/// A value that begins a cache line.
+#[repr(align(64))]
+pub struct Aligned<T>(pub T);
+
+impl<T> Deref for Aligned<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+/// A slice of its own that begins a cache line.
+pub struct AlignedVec<T> {
+    values: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Copy + Default> AlignedVec<T> {
+    pub fn new(len: usize) -> Self {
+        let values = vec![T::default(); len + LINE / size_of::<T>()];
+        let start = values.as_ptr().align_offset(LINE).min(values.len() - len);
+        Self { values, start, len }
+    }
+}
+
+impl<T> Deref for AlignedVec<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.values[self.start..self.start + self.len]
+    }
+}
+
+impl<T> DerefMut for AlignedVec<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.values[self.start..self.start + self.len]
+    }
+}
 
 /// The system's allocator, counted.
 pub struct Counting;

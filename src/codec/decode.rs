@@ -3,12 +3,13 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::arch::per_isa;
+use super::arch::{bf16_pair, per_isa};
 use super::element::{Real, Scalar, Scales};
 use super::format::{Header, TILE_ALIGN};
 use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
 use super::points::{self, Assembly};
 use super::stream::{Bytes, Stream, Symbols, Table, unpack_steps};
+use crate::memory::Aligned;
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
 
@@ -138,14 +139,20 @@ impl<'a> PackedWeight<'a> {
 pub struct DenseBlock<'a, S, O> {
     weight: &'a PackedWeight<'a>,
     scales: Scales<'a, S>,
-    codes: Box<[u32; BLOCK]>,
-    points: Box<[f32; BLOCK]>,
+    codes: Box<Aligned<[u32; BLOCK]>>,
+    points: Box<Aligned<[f32; BLOCK]>>,
     dtype: PhantomData<O>,
 }
 
 impl<'a, S: Real, O: Scalar> DenseBlock<'a, S, O> {
     pub fn new(weight: &'a PackedWeight<'a>, scales: Scales<'a, S>) -> Self {
-        Self { weight, scales, codes: Box::new([0; BLOCK]), points: Box::new([0.0; BLOCK]), dtype: PhantomData }
+        Self {
+            weight,
+            scales,
+            codes: Box::new(Aligned([0; BLOCK])),
+            points: Box::new(Aligned([0.0; BLOCK])),
+            dtype: PhantomData,
+        }
     }
 
     /// Makes a float of a code where `O` is a lossless weight's own dtype: a NaN may not pass through another.
@@ -301,6 +308,34 @@ impl TileDecoder<'_> {
         }
     }
 
+    /// What [`TileDecoder::points`] gives, rounded to bf16 in pairs of columns, `[pair][lane]`: the first column of a pair in
+    /// the low half. Columns and lanes that are not there are zero.
+    pub fn pairs(&self, out: &mut [u32; BLOCK / 2]) {
+        let Self { weight, shape, .. } = self;
+        let assembly = &weight.assembly;
+        let is_vector = assembly.is_vector() && shape.cols.is_multiple_of(2);
+        if is_vector && points::assemble_pairs(assembly, self.two_planes(), shape.cols, out).is_some() {
+            for (index, point) in self.far_points() {
+                let pair = &mut out[index / LANES / 2 * LANES + index % LANES];
+                let halves = [bf16_pair(point, 0.0), bf16_pair(0.0, point)];
+                *pair = if (index / LANES).is_multiple_of(2) {
+                    *pair & !0xffff | halves[0]
+                } else {
+                    *pair & 0xffff | halves[1]
+                };
+            }
+        } else {
+            let mut points = [0.0; BLOCK];
+            self.points(&mut points);
+            points[shape.cols * LANES..].fill(0.0);
+            pair_up(&points, out);
+        }
+        out[shape.cols.div_ceil(2) * LANES..].fill(0);
+        if shape.lanes < LANES {
+            out.chunks_exact_mut(LANES).for_each(|pair| pair[shape.lanes..].fill(0));
+        }
+    }
+
     /// Adds x (one value for each column) times the current block to `sums` without writing the block down. Returns whether
     /// it could: if not, [`TileDecoder::points`] and a product of them give the same bits.
     pub fn multiply(&self, x: &[f32], sums: &mut [f32; LANES]) -> bool {
@@ -344,6 +379,15 @@ impl TileDecoder<'_> {
             place(plane, stream.lo(), stream.symbols().at(index), &mut code);
         }
         code[0]
+    }
+}
+
+per_isa! {
+    fn pair_up(points: &[f32; BLOCK], out: &mut [u32; BLOCK / 2]) {
+        for (out, points) in out.chunks_exact_mut(LANES).zip(points.chunks_exact(2 * LANES)) {
+            let (even, odd) = points.split_at(LANES);
+            out.iter_mut().zip(even.iter().zip(odd)).for_each(|(out, (&even, &odd))| *out = bf16_pair(even, odd));
+        }
     }
 }
 

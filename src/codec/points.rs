@@ -3,7 +3,7 @@
 use super::arch::{Simd, per_simd};
 use super::element::{Dtype, Element, bits_to_f32};
 use super::format::Header;
-use super::geometry::{BLOCK, LANES};
+use super::geometry::{BLOCK, CHUNK, LANES};
 use super::stream::Symbols;
 
 /// Entries of a vector table.
@@ -104,6 +104,21 @@ per_simd! {
 }
 
 per_simd! {
+    /// Writes the first `cols` columns of a block, an even number, as pairs of bf16; see [`super::TileDecoder::pairs`].
+    pub fn assemble_pairs(
+        simd,
+        assembly: &Assembly,
+        planes: [Symbols; 2],
+        cols: usize,
+        out: &mut [u32; BLOCK / 2]
+    ) -> () {
+        let pairs = out.as_chunks_mut::<LANES>().0;
+        let pairs = Pairs { floats: simd.zero(), bytes: [simd.splat(0); 2], pairs };
+        each_column(simd, assembly, planes, 0, cols.min(CHUNK), pairs);
+    }
+}
+
+per_simd! {
     /// Adds x[p] times column p to `sums`, column after column from zero.
     pub fn multiply(simd, assembly: &Assembly, planes: [Symbols; 2], x: &[f32], sums: &mut [f32; LANES]) -> () {
         let mut sum = simd.zero();
@@ -152,7 +167,54 @@ fn add_to<S: Simd>(simd: S, sum: S::Floats, sums: &mut [f32; LANES]) {
     sums.iter_mut().zip(product).for_each(|(sum, product)| *sum += product);
 }
 
-/// Calls `visit` with the floats of each of `cols` columns from `first` on, which is its column 0.
+/// What is done with the floats of a column. Closures are enough where they are so small that they are inlined into all the
+/// loops of [`each_column`].
+trait Visit<S: Simd> {
+    fn visit(&mut self, simd: S, col: usize, floats: S::Floats);
+
+    /// [`Visit::visit`] of floats that are bf16, by their low and high bytes.
+    #[inline(always)]
+    fn visit_bytes(&mut self, simd: S, col: usize, low: S::Bytes, high: S::Bytes) {
+        self.visit(simd, col, simd.floats(low, high));
+    }
+}
+
+impl<S: Simd, F: FnMut(usize, S::Floats)> Visit<S> for F {
+    #[inline(always)]
+    fn visit(&mut self, _: S, col: usize, floats: S::Floats) {
+        self(col, floats);
+    }
+}
+
+/// Stores columns in pairs.
+struct Pairs<'a, S: Simd> {
+    /// The last even column, as floats or as bytes.
+    floats: S::Floats,
+    bytes: [S::Bytes; 2],
+    pairs: &'a mut [[u32; LANES]],
+}
+
+impl<S: Simd> Visit<S> for Pairs<'_, S> {
+    #[inline(always)]
+    fn visit(&mut self, simd: S, col: usize, floats: S::Floats) {
+        if col.is_multiple_of(2) {
+            self.floats = floats;
+        } else {
+            simd.store_pairs(self.floats, floats, &mut self.pairs[col / 2]);
+        }
+    }
+
+    #[inline(always)]
+    fn visit_bytes(&mut self, simd: S, col: usize, low: S::Bytes, high: S::Bytes) {
+        if col.is_multiple_of(2) {
+            self.bytes = [low, high];
+        } else {
+            simd.store_byte_pairs(self.bytes, [low, high], &mut self.pairs[col / 2]);
+        }
+    }
+}
+
+/// Visits each of `cols` columns from `first` on, which is its column 0.
 #[inline(always)]
 fn each_column<S: Simd>(
     simd: S,
@@ -160,7 +222,7 @@ fn each_column<S: Simd>(
     planes: [Symbols; 2],
     first: usize,
     cols: usize,
-    mut visit: impl FnMut(usize, S::Floats),
+    mut visitor: impl Visit<S>,
 ) {
     let (zero, lo) = (simd.splat(0), simd.splat(assembly.lo as u8));
     match assembly.element {
@@ -170,7 +232,7 @@ fn each_column<S: Simd>(
                 let exponent = simd.add(exponent, lo);
                 let high = simd.or(simd.and(rest, sign), simd.shift_right::<1>(exponent));
                 let low = simd.or(simd.and(rest, mantissa), simd.shift_left::<7>(exponent));
-                visit(col, simd.floats(low, high));
+                visitor.visit_bytes(simd, col, low, high);
             });
         }
         // A rotation takes the sign to the top. That of each of sixteen symbols is one lookup.
@@ -178,21 +240,21 @@ fn each_column<S: Simd>(
             let rotate = |symbol| (assembly.lo as u8).wrapping_add(symbol as u8).rotate_right(1);
             let rotated = simd.table(&std::array::from_fn(rotate));
             by_widths!(simd, planes, first, cols, (4, 8), |col, symbol, low| {
-                visit(col, simd.floats(low, simd.lookup(rotated, symbol)));
+                visitor.visit_bytes(simd, col, low, simd.lookup(rotated, symbol));
             });
         }
         Element::SwappedBf16 => by_widths!(simd, planes, first, cols, (8, 8), |col, symbol, low| {
             let byte = simd.add(symbol, lo);
             let high = simd.or(simd.shift_right::<1>(byte), simd.shift_left::<7>(byte));
-            visit(col, simd.floats(low, high));
+            visitor.visit_bytes(simd, col, low, high);
         }),
         Element::Bits(_) => by_widths!(simd, planes, first, cols, (8, 8), |col, high, low| {
-            visit(col, simd.halves(low, simd.add(high, lo)));
+            visitor.visit(simd, col, simd.halves(low, simd.add(high, lo)));
         }),
         Element::Level { low_bits: 0 } if assembly.offsets.is_empty() => {
             let lo = assembly.lo as f32;
             by_widths!(simd, planes, first, cols, (8, 0)(4, 0)(5, 0), |col, level, _| {
-                visit(col, simd.fixed_point(zero, level, lo));
+                visitor.visit(simd, col, simd.fixed_point(zero, level, lo));
             });
         }
         Element::Level { low_bits: 0 } => {
@@ -205,7 +267,7 @@ fn each_column<S: Simd>(
                     let index = simd.add_saturating(index, limit);
                     fraction = simd.or(fraction, simd.lookup(simd.table(table), index));
                 }
-                visit(col, simd.fixed_point(fraction, level, lo));
+                visitor.visit(simd, col, simd.fixed_point(fraction, level, lo));
             });
         }
         Element::Level { low_bits } => {
@@ -213,14 +275,14 @@ fn each_column<S: Simd>(
             // Shifts are by constants, and a product by 2^r is not; but for one and four bits there is better.
             match low_bits {
                 1 => by_widths!(simd, planes, first, cols, (8, 1)(4, 1), |col, level, low| {
-                    visit(col, simd.fixed_point(zero, simd.add(simd.add(level, level), low), lo));
+                    visitor.visit(simd, col, simd.fixed_point(zero, simd.add(simd.add(level, level), low), lo));
                 }),
                 4 => by_widths!(simd, planes, first, cols, (8, 4)(4, 4), |col, level, low| {
-                    visit(col, simd.fixed_point(zero, simd.add(simd.shift_left::<4>(level), low), lo));
+                    visitor.visit(simd, col, simd.fixed_point(zero, simd.add(simd.shift_left::<4>(level), low), lo));
                 }),
                 _ => by_widths!(simd, planes, first, cols, (8, 2), |col, level, low| {
                     let (level, _) = simd.multiply_add(simd.splat(1 << low_bits), level, low);
-                    visit(col, simd.fixed_point(zero, level, lo));
+                    visitor.visit(simd, col, simd.fixed_point(zero, level, lo));
                 }),
             }
         }

@@ -100,7 +100,7 @@ pub fn decode_steps<const N: usize>(
     let (done, read) = match arch::Isa::get() {
         // SAFETY: `Isa::get` names only what the CPU has.
         #[allow(unsafe_code)]
-        arch::Isa::Avx512 => unsafe { arch::avx512::rans_steps(states, table, words, steps, out) },
+        arch::Isa::Avx512 | arch::Isa::Amx => unsafe { arch::avx512::rans_steps(states, table, words, steps, out) },
         // SAFETY: as above.
         #[allow(unsafe_code)]
         arch::Isa::Avx2 => unsafe { arch::avx2::rans_steps(states, table, words, steps, out) },

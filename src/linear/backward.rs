@@ -4,9 +4,10 @@
 //! into the block's columns of dxᵀ.
 
 use super::forward::{Input, check};
-use super::kernel::{BlockProduct, Compute};
+use super::kernel::Operand;
 use crate::Result;
-use crate::codec::{BLOCK, LANES, MAX_TILE_ROWS, PackedWeight, Scalar, Scales};
+use crate::codec::{CHUNK, LANES, MAX_TILE_ROWS, PackedWeight, Scalar, Scales, TILE_HEIGHT};
+use crate::memory::AlignedVec;
 use crate::parallel::{DisjointSlice, Pool, map};
 
 /// Tiles are summed in so many runs, whatever the threads, and the runs in order: the result does not depend on the
@@ -18,10 +19,10 @@ const BATCH: usize = 64;
 /// Columns that are turned into rows of dx together: a cache line of float32.
 const COLUMNS: usize = 16;
 
-/// dx = g·W into `out` (rows of g by columns of W), summed in `T`. A lossless weight has no scales.
-pub fn input_gradient<T: Compute, O: Scalar>(
+/// dx = g·W into `out` (rows of g by columns of W), summed in `T::Sum`. A lossless weight has no scales.
+pub fn input_gradient<T: Operand, O: Scalar>(
     weight: &PackedWeight,
-    scales: Scales<T>,
+    scales: Scales<T::Sum>,
     gradient: Input<T>,
     out: &mut [O],
     pool: &dyn Pool,
@@ -44,9 +45,9 @@ pub fn input_gradient<T: Compute, O: Scalar>(
 }
 
 /// [`input_gradient`] for at most `N` rows.
-fn batch_gradient<T: Compute, O: Scalar, const N: usize>(
+fn batch_gradient<T: Operand, O: Scalar, const N: usize>(
     weight: &PackedWeight,
-    scales: Scales<T>,
+    scales: Scales<T::Sum>,
     gradient: Input<T>,
     out: &mut [O],
     pool: &dyn Pool,
@@ -56,7 +57,7 @@ fn batch_gradient<T: Compute, O: Scalar, const N: usize>(
     let runs = geometry.tiles().div_ceil(tiles_per_run);
     let sums = map(pool, runs, |run| {
         let tiles = run * tiles_per_run..((run + 1) * tiles_per_run).min(geometry.tiles());
-        let mut sum = vec![T::default(); N * geometry.cols];
+        let mut sum = AlignedVec::new(N * geometry.cols.next_multiple_of(CHUNK));
         let mut scratch = Scratch::new();
         for tile in tiles {
             add_tile::<T, N>(weight, scales, gradient, tile, &mut scratch, &mut sum)?;
@@ -67,11 +68,11 @@ fn batch_gradient<T: Compute, O: Scalar, const N: usize>(
     .collect::<Result<Vec<_>>>()?;
     let out = DisjointSlice::new(out);
     pool.for_ranges(geometry.cols.div_ceil(COLUMNS), &|range| {
-        let mut totals = [[T::default(); N]; COLUMNS];
+        let mut totals = [[T::Sum::default(); N]; COLUMNS];
         for first in range.map(|index| index * COLUMNS) {
             let cols = first..(first + COLUMNS).min(geometry.cols);
             for (col, totals) in cols.clone().zip(&mut totals) {
-                totals.fill(T::default());
+                totals.fill(T::Sum::default());
                 for sum in &sums {
                     let pairs = totals.iter_mut().zip(&sum[col * N..(col + 1) * N]);
                     pairs.for_each(|(total, &part)| *total += part);
@@ -90,28 +91,26 @@ fn batch_gradient<T: Compute, O: Scalar, const N: usize>(
 }
 
 /// A thread's scratch.
-struct Scratch<T> {
-    points: Box<[f32; BLOCK]>,
-    buffer: Vec<T>,
+struct Scratch<T: Operand> {
+    block: T::Scratch,
     /// gᵀ under a tile's scales, `[row of the tile][row of g]`.
-    scaled: Vec<T>,
+    scaled: AlignedVec<T::Factor>,
 }
 
-impl<T: Compute> Scratch<T> {
+impl<T: Operand> Scratch<T> {
     fn new() -> Self {
-        let scaled = vec![T::default(); MAX_TILE_ROWS * BATCH];
-        Self { points: Box::new([0.0; BLOCK]), buffer: vec![T::default(); T::BUFFER], scaled }
+        Self { block: T::scratch(TILE_HEIGHT), scaled: AlignedVec::new(MAX_TILE_ROWS / T::DEPTH * BATCH) }
     }
 }
 
 /// Adds one tile's part of dxᵀ, `[column][row of g, of N]`.
-fn add_tile<T: Compute, const N: usize>(
+fn add_tile<T: Operand, const N: usize>(
     weight: &PackedWeight,
-    scales: Scales<T>,
+    scales: Scales<T::Sum>,
     gradient: Input<T>,
     tile: usize,
     scratch: &mut Scratch<T>,
-    sum: &mut [T],
+    sum: &mut [T::Sum],
 ) -> Result<()> {
     let geometry = weight.geometry();
     let grid = weight.header.scale_grid;
@@ -123,24 +122,22 @@ fn add_tile<T: Compute, const N: usize>(
         if group != Some(shape.col / group_cols) {
             let this = shape.col / group_cols;
             group = Some(this);
-            for (row, scaled) in tile_rows.clone().zip(scratch.scaled.chunks_exact_mut(N)) {
-                let scale = scales.get(grid.index(row, this, geometry)).unwrap_or(T::from_f32(1.0));
-                for (index, scaled) in scaled.iter_mut().take(gradient.rows).enumerate() {
-                    *scaled = gradient.values[index * geometry.rows + row] * scale;
+            let scale = |row| scales.get(grid.index(row, this, geometry)).unwrap_or(T::Sum::from_f32(1.0));
+            // Rows past the last are zero in the weight, but must be numbers here.
+            let scaled = |row: usize, index: usize| match gradient.values.get(index * geometry.rows + row) {
+                Some(value) if row < tile_rows.end => value.widen() * scale(row),
+                _ => T::Sum::default(),
+            };
+            let rows = tile_rows.start..tile_rows.start + tile_rows.len().next_multiple_of(LANES);
+            let rows = rows.step_by(T::DEPTH);
+            for (row, factors) in rows.zip(scratch.scaled.chunks_exact_mut(N)) {
+                for (index, factor) in factors.iter_mut().take(gradient.rows).enumerate() {
+                    *factor = T::factor(|below| scaled(row + below, index));
                 }
             }
         }
-        decoder.points(&mut scratch.points);
-        let product = BlockProduct {
-            a: T::of_points(&scratch.points, &mut scratch.buffer),
-            a_stride: LANES,
-            depth: shape.lanes,
-            b: &scratch.scaled[(shape.row - tile_rows.start) * N..],
-            c: &mut sum[shape.col * N..],
-            c_stride: N,
-            rows: shape.cols,
-        };
-        product.run::<N>();
+        let gradient = &scratch.scaled[(shape.row - tile_rows.start) / T::DEPTH * N..];
+        T::multiply_transposed::<N>(&decoder, shape, gradient, &mut scratch.block, &mut sum[shape.col * N..]);
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 //! y = x·Wᵀ + b and its derivative by the scales: both need x times the unscaled weight, tile by tile.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
-use super::kernel::{BlockProduct, Compute};
-use crate::codec::{BLOCK, CHUNK, LANES, MAX_TILE_ROWS, PackedWeight, Scalar, ScaleGrid, Scales};
+use super::kernel::{Compute, Operand};
+use crate::codec::{CHUNK, MAX_TILE_ROWS, PackedWeight, Real, Scalar, ScaleGrid, Scales, per_isa};
+use crate::memory::AlignedVec;
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
@@ -19,22 +19,28 @@ pub struct Input<'a, T> {
     pub rows: usize,
 }
 
-/// x chunk by chunk of 64 columns, all rows of a chunk together: `[chunk][row][column]`. A block's product then reads rows
-/// that lie side by side; in x itself they are often a power of two apart and evict each other.
-struct Chunked<'a, T: Compute> {
-    values: Cow<'a, [T]>,
+/// x chunk by chunk of 64 columns, all rows of a chunk together: `[chunk][row][column]`, zero where there is none. A block's
+/// product then reads rows that lie side by side; in x itself they are often a power of two apart and evict each other.
+struct Chunked<'a, T: Operand> {
+    /// Where x itself is not in this order.
+    copy: Option<AlignedVec<T>>,
+    x: &'a [T],
+    /// Rows of x, and with the zeros that make tiles whole.
+    present: usize,
     rows: usize,
+    height: usize,
 }
 
-impl<'a, T: Compute> Chunked<'a, T> {
+impl<'a, T: Operand> Chunked<'a, T> {
     fn new(input: Input<'a, T>, cols: usize, pool: &dyn Pool) -> Self {
-        let rows = input.rows;
-        if rows <= 1 {
-            // One row is in this order already; its last chunk may be short.
-            return Self { values: Cow::Borrowed(input.values), rows };
+        let height = T::height(input.rows);
+        let rows = input.rows.next_multiple_of(height);
+        if rows <= 1 && cols.is_multiple_of(CHUNK) {
+            // In this order already.
+            return Self { copy: None, x: input.values, present: rows, rows, height };
         }
-        let mut values = vec![T::default(); cols.next_multiple_of(CHUNK) * rows];
-        let chunks = DisjointSlice::new(&mut values);
+        let mut copy = AlignedVec::new(cols.next_multiple_of(CHUNK) * rows);
+        let chunks = DisjointSlice::new(&mut copy);
         pool.for_ranges(cols.div_ceil(CHUNK), &|range| {
             for chunk in range {
                 let size = rows * CHUNK;
@@ -47,109 +53,99 @@ impl<'a, T: Compute> Chunked<'a, T> {
                 }
             }
         });
-        Self { values: Cow::Owned(values), rows }
+        Self { copy: Some(copy), x: input.values, present: input.rows, rows, height }
     }
 
     /// The chunk that begins at column `col`, from row `row` on.
     fn at(&self, row: usize, col: usize) -> &[T] {
-        &self.values[col * self.rows + row * CHUNK..]
+        let values = self.copy.as_deref().unwrap_or(self.x);
+        &values[col * self.rows + row * CHUNK..]
     }
 }
 
 /// A thread's scratch.
-struct Scratch<T> {
-    points: Box<[f32; BLOCK]>,
-    block: Vec<T>,
+struct Scratch<T: Operand> {
+    block: T::Scratch,
     /// x · r(q) under one scale, `[row of x][row of the tile]`.
-    partial: Vec<T>,
+    partial: AlignedVec<T::Sum>,
     /// Where several scales lie side by side in a row: the scaled sum over those that are done.
-    total: Vec<T>,
+    total: AlignedVec<T::Sum>,
     /// Rows of x that share one decoding of a tile.
     batch: usize,
 }
 
-impl<T: Compute> Scratch<T> {
-    fn new(weight: &PackedWeight, rows: usize) -> Self {
+impl<T: Operand> Scratch<T> {
+    fn new(weight: &PackedWeight, input: &Chunked<T>) -> Self {
         let width = weight.geometry().tile_rows;
         let grouped = weight.groups() > 1;
-        let row_bytes = width * size_of::<T>() * if grouped { 2 } else { 1 };
-        let batch = (SUM_BYTES / row_bytes).min(rows);
+        let row_bytes = width * size_of::<T::Sum>() * if grouped { 2 } else { 1 };
+        let batch = (SUM_BYTES / row_bytes / input.height * input.height).min(input.rows);
         Self {
-            points: Box::new([0.0; BLOCK]),
-            block: vec![T::default(); T::BUFFER],
-            partial: vec![T::default(); batch * width],
-            total: vec![T::default(); if grouped { batch * width } else { 0 }],
+            block: T::scratch(input.height),
+            partial: AlignedVec::new(batch * width),
+            total: AlignedVec::new(if grouped { batch * width } else { 0 }),
             batch,
         }
     }
 }
 
-/// x times the unscaled weight of one tile: calls `visit(rows of x, column group, products, total)` with
+/// x times the unscaled weight, tile by tile: calls `visit(tile, rows of x, column group, products, total)` with
 /// `products[row][lane]`, and a total of the same shape that is the caller's.
-fn tile_products<T: Compute>(
+fn tile_products<T: Operand>(
     weight: &PackedWeight,
-    tile: usize,
-    input: &Chunked<T>,
-    scratch: &mut Scratch<T>,
-    mut visit: impl FnMut(Range<usize>, usize, &[T], &mut [T]),
-) -> Result<()> {
-    let geometry = weight.geometry();
-    let first_row = geometry.rows_of(tile).start;
-    let group_cols = weight.header.scale_grid.group_cols(geometry);
-    let width = geometry.tile_rows;
-    for start in (0..input.rows).step_by(scratch.batch.max(1)) {
-        let rows = start..(start + scratch.batch).min(input.rows);
-        let partial = &mut scratch.partial[..rows.len() * width];
-        partial.fill(T::default());
-        let mut decoder = weight.tile(tile)?;
-        let mut group = 0;
-        while let Some(shape) = decoder.next_block() {
-            if shape.col / group_cols != group {
-                visit(rows.clone(), group, partial, &mut scratch.total);
-                partial.fill(T::default());
-                group = shape.col / group_cols;
-            }
-            let sums = &mut partial[shape.row - first_row..];
-            let x = input.at(rows.start, shape.col);
-            if rows.len() == 1 && T::multiply(&decoder, &x[..shape.cols], sums) {
-                continue;
-            }
-            decoder.points(&mut scratch.points);
-            let product = BlockProduct {
-                a: x,
-                a_stride: CHUNK,
-                depth: shape.cols,
-                b: T::of_points(&scratch.points, &mut scratch.block),
-                c: sums,
-                c_stride: width,
-                rows: rows.len(),
-            };
-            product.run::<LANES>();
-        }
-        visit(rows, group, partial, &mut scratch.total);
-    }
-    Ok(())
-}
-
-/// Runs `body` with a scratch of its own for each range of tiles, and returns an error if there was one.
-fn for_tiles<T: Compute>(
-    weight: &PackedWeight,
-    rows: usize,
+    input: Input<T>,
     pool: &dyn Pool,
-    body: impl Fn(usize, &mut Scratch<T>) -> Result<()> + Sync,
+    visit: impl Fn(usize, Range<usize>, usize, &mut [T::Sum], &mut [T::Sum]) + Sync,
 ) -> Result<()> {
+    let input = Chunked::new(input, weight.geometry().cols, pool);
     let failure = std::sync::Mutex::new(None);
     pool.for_ranges(weight.geometry().tiles(), &|tiles| {
-        let mut scratch = Scratch::new(weight, rows);
-        for tile in tiles {
-            if let Err(error) = body(tile, &mut scratch) {
-                failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
-                return;
+        let mut scratch = Scratch::new(weight, &input);
+        // All tiles with the same rows of x, which then stay in the cache.
+        for start in (0..input.rows).step_by(scratch.batch.max(1)) {
+            let rows = start..(start + scratch.batch).min(input.rows);
+            for tile in tiles.clone() {
+                if let Err(error) = tile_product(weight, tile, &input, rows.clone(), &mut scratch, &visit) {
+                    failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+                    return;
+                }
             }
         }
     });
     let failure = failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
     failure.map_or(Ok(()), Err)
+}
+
+/// [`tile_products`] for one tile and some rows of x.
+fn tile_product<T: Operand>(
+    weight: &PackedWeight,
+    tile: usize,
+    input: &Chunked<T>,
+    rows: Range<usize>,
+    scratch: &mut Scratch<T>,
+    visit: &impl Fn(usize, Range<usize>, usize, &mut [T::Sum], &mut [T::Sum]),
+) -> Result<()> {
+    let geometry = weight.geometry();
+    let first_row = geometry.rows_of(tile).start;
+    let group_cols = weight.header.scale_grid.group_cols(geometry);
+    let width = geometry.tile_rows;
+    let present = rows.start..rows.end.min(input.present);
+    let partial = &mut scratch.partial[..rows.len() * width];
+    partial.fill(T::Sum::default());
+    let mut decoder = weight.tile(tile)?;
+    let mut group = 0;
+    while let Some(shape) = decoder.next_block() {
+        if shape.col / group_cols != group {
+            visit(tile, present.clone(), group, partial, &mut scratch.total);
+            partial.fill(T::Sum::default());
+            group = shape.col / group_cols;
+        }
+        let sums = &mut partial[shape.row - first_row..];
+        let x = input.at(rows.start, shape.col);
+        T::multiply_block(&decoder, shape, x, &mut scratch.block, sums, width, rows.len());
+    }
+    visit(tile, present, group, partial, &mut scratch.total);
+    Ok(())
 }
 
 /// Checks that a matrix has `rows` rows of `width`.
@@ -165,12 +161,12 @@ pub(super) fn check_has_scales(weight: &PackedWeight) -> Result<()> {
     }
 }
 
-/// y = x·Wᵀ + b into `out` (rows of x by rows of W), summed in `T`. A lossless weight has no scales.
-pub fn forward<T: Compute, O: Scalar>(
+/// y = x·Wᵀ + b into `out` (rows of x by rows of W), summed in `T::Sum`. A lossless weight has no scales.
+pub fn forward<T: Operand, O: Scalar>(
     weight: &PackedWeight,
-    scales: Scales<T>,
+    scales: Scales<T::Sum>,
     input: Input<T>,
-    bias: Option<&[T]>,
+    bias: Option<&[T::Sum]>,
     out: &mut [O],
     pool: &dyn Pool,
 ) -> Result<()> {
@@ -194,38 +190,63 @@ pub fn forward<T: Compute, O: Scalar>(
         }
         return Ok(());
     }
-    let chunked = Chunked::new(input, geometry.cols, pool);
-    for_tiles(weight, input.rows, pool, |tile, scratch| {
+    let groups = weight.groups();
+    tile_products(weight, input, pool, |tile, rows, group, partial, total| {
         let tile_rows = geometry.rows_of(tile);
-        let groups = weight.groups();
-        tile_products(weight, tile, &chunked, scratch, |rows, group, partial, total| {
-            let mut factors = [T::from_f32(1.0); MAX_TILE_ROWS];
-            for (factor, row) in factors.iter_mut().zip(tile_rows.clone()) {
-                *factor = scales.get(grid.index(row, group, geometry)).unwrap_or(*factor);
-            }
-            for (index, row) in rows.enumerate() {
-                let line = index * geometry.tile_rows..index * geometry.tile_rows + tile_rows.len();
-                let scaled = partial[line.clone()].iter().zip(&factors).map(|(&partial, &factor)| factor * partial);
-                let total = total.get_mut(line).unwrap_or_default();
+        let mut factors = [T::Sum::from_f32(1.0); MAX_TILE_ROWS];
+        for (factor, row) in factors.iter_mut().zip(tile_rows.clone()) {
+            *factor = scales.get(grid.index(row, group, geometry)).unwrap_or(*factor);
+        }
+        for (index, row) in rows.enumerate() {
+            let line = index * geometry.tile_rows..index * geometry.tile_rows + tile_rows.len();
+            let mut sums = &mut partial[line.clone()];
+            if groups == 1 {
+                scale(sums, &factors);
+            } else {
+                let total = &mut total[line];
+                // A batch begins with its first group.
+                if group == 0 {
+                    total.fill(T::Sum::default());
+                }
+                add_scaled(total, sums, &factors);
                 if group + 1 < groups {
-                    // A batch begins with its first group.
-                    if group == 0 {
-                        total.fill(T::default());
-                    }
-                    total.iter_mut().zip(scaled).for_each(|(total, scaled)| *total += scaled);
                     continue;
                 }
-                let start = row * geometry.rows;
-                // SAFETY: this tile alone writes its columns of y.
-                #[allow(unsafe_code)]
-                let out = unsafe { out.range_mut(start + tile_rows.start..start + tile_rows.end) };
-                for (lane, (out, scaled)) in out.iter_mut().zip(scaled).enumerate() {
-                    let sum = total.get(lane).map_or(scaled, |&total| total + scaled);
-                    *out = O::from_real(bias.map_or(sum, |bias| sum + bias[tile_rows.start + lane]));
-                }
+                sums = total;
             }
-        })
+            let start = row * geometry.rows;
+            // SAFETY: this tile alone writes its columns of y.
+            #[allow(unsafe_code)]
+            let out = unsafe { out.range_mut(start + tile_rows.start..start + tile_rows.end) };
+            finish(sums, bias.map(|bias| &bias[tile_rows.clone()]), out);
+        }
     })
+}
+
+per_isa! {
+    fn scale<T: Real>(sums: &mut [T], factors: &[T]) {
+        sums.iter_mut().zip(factors).for_each(|(sum, &factor)| *sum = factor * *sum);
+    }
+}
+
+per_isa! {
+    fn add_scaled<T: Real>(totals: &mut [T], sums: &[T], factors: &[T]) {
+        let scaled = sums.iter().zip(factors).map(|(&sum, &factor)| factor * sum);
+        totals.iter_mut().zip(scaled).for_each(|(total, scaled)| *total += scaled);
+    }
+}
+
+per_isa! {
+    /// Writes sums, with the bias where there is one, in the output's dtype.
+    fn finish<T: Real, O: Scalar>(sums: &[T], bias: Option<&[T]>, out: &mut [O]) {
+        match bias {
+            Some(bias) => {
+                let sums = sums.iter().zip(bias).map(|(&sum, &bias)| sum + bias);
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = O::from_real(sum));
+            }
+            None => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = O::from_real(sum)),
+        }
+    }
 }
 
 /// ds of each scale: Σ (gᵀx)·r(q) over the elements that share it, into `out` in the scales' order.
@@ -246,21 +267,18 @@ pub fn scale_gradient<T: Compute>(
     // A sum for each row of W and column group; a scale that spans rows adds them up below, in order.
     let mut sums = vec![T::default(); geometry.rows * groups];
     let cells = DisjointSlice::new(&mut sums);
-    let chunked = Chunked::new(input, geometry.cols, pool);
-    for_tiles(weight, input.rows, pool, |tile, scratch| {
+    tile_products(weight, input, pool, |tile, rows, group, partial, _| {
         let tile_rows = geometry.rows_of(tile);
         // SAFETY: a tile owns the sums of its rows.
         #[allow(unsafe_code)]
         let cells = unsafe { cells.range_mut(tile_rows.start * groups..tile_rows.end * groups) };
-        tile_products(weight, tile, &chunked, scratch, |rows, group, partial, _| {
-            for (index, row) in rows.enumerate() {
-                let partial = &partial[index * geometry.tile_rows..];
-                let gradient = &gradient.values[row * geometry.rows..(row + 1) * geometry.rows];
-                for (lane, w_row) in tile_rows.clone().enumerate() {
-                    cells[lane * groups + group] += gradient[w_row] * partial[lane];
-                }
+        for (index, row) in rows.enumerate() {
+            let partial = &partial[index * geometry.tile_rows..];
+            let gradient = &gradient.values[row * geometry.rows..(row + 1) * geometry.rows];
+            for (lane, w_row) in tile_rows.clone().enumerate() {
+                cells[lane * groups + group] += gradient[w_row] * partial[lane];
             }
-        })
+        }
     })?;
     out.fill(T::default());
     for row in 0..geometry.rows {

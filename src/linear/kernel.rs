@@ -1,8 +1,56 @@
 //! The inner product of activations with one decoded block, compiled once per instruction set.
 
-use crate::codec::{BLOCK, Isa, LANES, Real, TileDecoder};
+use half::bf16;
 
-/// A type that kernels sum in.
+#[cfg(target_arch = "x86_64")]
+use crate::codec::Tiles;
+use crate::codec::{
+    BLOCK, BlockShape, CHUNK, Dtype, Isa, LANES, Matrix, PackedWeight, Real, TILE_HEIGHT, TileDecoder, per_isa,
+};
+use crate::memory::{Aligned, AlignedVec};
+
+/// A dtype of activations and gradients, and how they meet a decoded block.
+pub trait Operand: Copy + Default + Send + Sync {
+    /// What products are summed in.
+    type Sum: Real;
+    /// What a thread needs for that.
+    type Scratch;
+    /// Values that lie one below the other in a gradient's transpose, [`Operand::DEPTH`] of them.
+    type Factor: Copy + Default + Send + Sync;
+    const DEPTH: usize;
+
+    fn scratch(height: usize) -> Self::Scratch;
+
+    /// Rows of x that are multiplied together, where there are `rows`; x is padded to a multiple of it.
+    fn height(rows: usize) -> usize;
+
+    fn widen(self) -> Self::Sum;
+
+    fn factor(value: impl Fn(usize) -> Self::Sum) -> Self::Factor;
+
+    /// Adds x times the decoder's current block to `sums`. x has a row every [`CHUNK`] values, sums every `stride`.
+    fn multiply_block(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        x: &[Self],
+        scratch: &mut Self::Scratch,
+        sums: &mut [Self::Sum],
+        stride: usize,
+        rows: usize,
+    );
+
+    /// Adds the transpose of the decoder's current block times gᵀ (`[row of W][row of g, of N]`) to a chunk of dxᵀ (`[column]
+    /// [row of g]`). The scratch is one for [`TILE_HEIGHT`] rows.
+    fn multiply_transposed<const N: usize>(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        gradient: &[Self::Factor],
+        scratch: &mut Self::Scratch,
+        sums: &mut [Self::Sum],
+    );
+}
+
+/// Activations and the decoded block in one type, in which it is also summed.
 pub trait Compute: Real {
     /// A decoded block in this type; `buffer` is where it is written if that is not f32.
     fn of_points<'a>(points: &'a [f32; BLOCK], buffer: &'a mut [Self]) -> &'a [Self];
@@ -11,6 +59,184 @@ pub trait Compute: Real {
     /// Adds one row of activations times the current block to `sums` without writing the block down; see
     /// [`TileDecoder::multiply`].
     fn multiply(decoder: &TileDecoder, x: &[Self], sums: &mut [Self]) -> bool;
+}
+
+/// A thread's decoded block.
+pub struct Block<T> {
+    points: Box<Aligned<[f32; BLOCK]>>,
+    converted: AlignedVec<T>,
+}
+
+impl<T: Compute> Block<T> {
+    pub fn new() -> Self {
+        Self { points: Box::new(Aligned([0.0; BLOCK])), converted: AlignedVec::new(T::BUFFER) }
+    }
+
+    /// The decoder's current block, `[column][lane]`.
+    pub fn read(&mut self, decoder: &TileDecoder) -> &[T] {
+        decoder.points(&mut self.points);
+        T::of_points(&self.points, &mut self.converted)
+    }
+}
+
+impl<T: Compute> Operand for T {
+    type Sum = T;
+    type Scratch = Block<T>;
+    type Factor = T;
+    const DEPTH: usize = 1;
+
+    fn scratch(_: usize) -> Block<T> {
+        Block::new()
+    }
+
+    fn height(_: usize) -> usize {
+        1
+    }
+
+    fn widen(self) -> T {
+        self
+    }
+
+    fn factor(value: impl Fn(usize) -> T) -> T {
+        value(0)
+    }
+
+    fn multiply_block(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        x: &[T],
+        scratch: &mut Block<T>,
+        sums: &mut [T],
+        stride: usize,
+        rows: usize,
+    ) {
+        if rows == 1 && T::multiply(decoder, &x[..shape.cols], sums) {
+            return;
+        }
+        let b = scratch.read(decoder);
+        BlockProduct { a: x, a_stride: CHUNK, depth: shape.cols, b, c: sums, c_stride: stride, rows }.run::<LANES>();
+    }
+
+    fn multiply_transposed<const N: usize>(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        gradient: &[T],
+        scratch: &mut Block<T>,
+        sums: &mut [T],
+    ) {
+        let a = scratch.read(decoder);
+        let (depth, b, rows) = (shape.lanes, gradient, shape.cols);
+        BlockProduct { a, a_stride: LANES, depth, b, c: sums, c_stride: N, rows }.run::<N>();
+    }
+}
+
+/// Whether bf16 activations are best left in bf16: the CPU multiplies tiles of them, and the weight is of bf16 or levels,
+/// so that it loses no more by rounding than a dense weight in bf16 does.
+pub fn keeps_bf16(weight: &PackedWeight) -> bool {
+    Isa::get() == Isa::Amx && matches!(weight.header.element.float(), None | Some(Dtype::Bf16))
+}
+
+/// A thread's decoded block in bf16, and what multiplies tiles of it.
+pub struct Pairs {
+    pairs: Box<Aligned<[u32; BLOCK / 2]>>,
+    /// The block's columns, `[column][lane]`; the backward's.
+    columns: Box<Aligned<[bf16; BLOCK]>>,
+    height: usize,
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<Tiles>,
+}
+
+impl Pairs {
+    /// Adds a times b to c, `tiles` tiles of rows by [`LANES`] columns. b has its values in pairs of rows.
+    fn multiply(&self, a: Matrix<bf16>, b: Matrix<u32>, depth: usize, c: &mut [f32], c_stride: usize, tiles: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(registers) = &self.tiles {
+            registers.multiply_add(a, b, depth, c, c_stride, tiles);
+            return;
+        }
+        for (a, c) in a.values.chunks(a.stride).zip(c.chunks_mut(c_stride)).take(tiles * self.height) {
+            for (a, pairs) in a[..depth.next_multiple_of(2)].chunks_exact(2).zip(b.values.chunks(b.stride)) {
+                let (even, odd) = (a[0].to_f32(), a[1].to_f32());
+                for (sum, &pair) in c.iter_mut().zip(&pairs[..LANES]) {
+                    *sum += even * f32::from_bits(pair << 16) + odd * f32::from_bits(pair & 0xffff_0000);
+                }
+            }
+        }
+    }
+}
+
+impl Operand for bf16 {
+    type Sum = f32;
+    type Scratch = Pairs;
+    type Factor = u32;
+    const DEPTH: usize = 2;
+
+    fn scratch(height: usize) -> Pairs {
+        Pairs {
+            pairs: Box::new(Aligned([0; BLOCK / 2])),
+            columns: Box::new(Aligned([bf16::ZERO; BLOCK])),
+            height,
+            // SAFETY: `Isa::get` names only what the CPU has, and a thread has one scratch at a time.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            tiles: (Isa::get() == Isa::Amx).then(|| unsafe { Tiles::new(height) }),
+        }
+    }
+
+    fn height(rows: usize) -> usize {
+        // As even as it can be.
+        rows.div_ceil(rows.div_ceil(TILE_HEIGHT).max(1)).max(1)
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    fn factor(value: impl Fn(usize) -> f32) -> u32 {
+        let half = |row| u32::from(bf16::from_f32(value(row)).to_bits());
+        half(1) << 16 | half(0)
+    }
+
+    fn multiply_block(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        x: &[bf16],
+        scratch: &mut Pairs,
+        sums: &mut [f32],
+        stride: usize,
+        rows: usize,
+    ) {
+        decoder.pairs(&mut scratch.pairs);
+        let (a, b) = (Matrix { values: x, stride: CHUNK }, Matrix { values: &scratch.pairs[..], stride: LANES });
+        scratch.multiply(a, b, shape.cols, sums, stride, rows / scratch.height);
+    }
+
+    fn multiply_transposed<const N: usize>(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        gradient: &[u32],
+        scratch: &mut Pairs,
+        sums: &mut [f32],
+    ) {
+        decoder.pairs(&mut scratch.pairs);
+        split_pairs(&scratch.pairs, &mut scratch.columns);
+        let a = Matrix { values: &scratch.columns[..], stride: LANES };
+        for first in (0..N).step_by(LANES) {
+            let b = Matrix { values: &gradient[first..], stride: N };
+            scratch.multiply(a, b, LANES, &mut sums[first..], N, shape.cols.div_ceil(scratch.height));
+        }
+    }
+}
+
+per_isa! {
+    /// Pairs of columns as columns.
+    fn split_pairs(pairs: &[u32; BLOCK / 2], columns: &mut [bf16; BLOCK]) {
+        for (pairs, columns) in pairs.chunks_exact(LANES).zip(columns.chunks_exact_mut(2 * LANES)) {
+            let (even, odd) = columns.split_at_mut(LANES);
+            even.iter_mut().zip(pairs).for_each(|(even, &pair)| *even = bf16::from_bits(pair as u16));
+            odd.iter_mut().zip(pairs).for_each(|(odd, &pair)| *odd = bf16::from_bits((pair >> 16) as u16));
+        }
+    }
 }
 
 impl Compute for f32 {
@@ -59,7 +285,7 @@ impl<T: Real> BlockProduct<'_, T> {
             // SAFETY: `Isa::get` names only what the CPU has.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Isa::Avx512 => unsafe { avx512::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
+            Isa::Avx512 | Isa::Amx => unsafe { avx512::<T, N>(a, a_stride, depth, b, c, c_stride, rows) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]

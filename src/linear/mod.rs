@@ -11,3 +11,4 @@ mod kernel;
 pub use backward::input_gradient;
 pub use embedding::{embedding, embedding_scale_gradient};
 pub use forward::{Input, forward, scale_gradient};
+pub use kernel::{Operand, keeps_bf16};

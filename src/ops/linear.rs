@@ -3,11 +3,38 @@
 
 use tch::{Kind, Tensor};
 
-use super::tensor::{contiguous, slice, slice_mut};
+use super::tensor::{Element, contiguous, slice, slice_mut};
 use super::{Weight, check_bias, compute_kind, float_kind, rows_of, with_float, with_last, with_real};
 use crate::linear::{self, Input};
 use crate::parallel::Pool;
 use crate::{Error, Result};
+
+/// Opens `$weight` and calls `$body` with `$type` standing for the type that tensors of kind `$kind` are multiplied in, and
+/// `$out` for their own.
+macro_rules! with_operand {
+    ($kind:expr, $weight:expr, $type:ident, $out:ident, |$packed:ident, $scales:ident| $body:expr) => {
+        if $kind == Kind::BFloat16 {
+            type $out = half::bf16;
+            $weight.open::<f32, _>(|$packed, $scales| {
+                if linear::keeps_bf16($packed) {
+                    type $type = half::bf16;
+                    $body
+                } else {
+                    type $type = f32;
+                    $body
+                }
+            })
+        } else {
+            with_real!($kind, Real => $weight.open::<Real, _>(|$packed, $scales| {
+                type $type = Real;
+                with_float!($kind, Float => {
+                    type $out = Float;
+                    $body
+                })
+            }))
+        }
+    };
+}
 
 /// y = x·Wᵀ + b, in x's dtype.
 pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, exact: bool, pool: &dyn Pool) -> Result<Tensor> {
@@ -18,15 +45,14 @@ pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, exact: bool, 
         let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
         return weight.with_dense(kind, pool, |dense| Ok(x.f_linear(dense, bias.as_ref())?));
     }
-    let compute = compute_kind(kind);
-    let input = contiguous(x, "x", compute)?;
-    let bias = bias.map(|bias| contiguous(bias, "bias", compute)).transpose()?;
     let mut out = Tensor::f_empty(with_last(x, weight.out_features), (kind, x.device()))?;
-    with_real!(kind, T => weight.open::<T, _>(|packed, scales| {
-        let bias = bias.as_ref().map(slice::<T>).transpose()?;
-        let input = Input { values: slice(&input)?, rows };
-        with_float!(kind, O => linear::forward::<T, O>(packed, scales, input, bias, slice_mut(&mut out)?, pool))
-    }))?;
+    let y = &mut out;
+    with_operand!(kind, weight, T, O, |packed, scales| {
+        let x = contiguous(x, "x", T::KIND)?;
+        let bias = bias.map(|bias| contiguous(bias, "bias", compute_kind(kind))).transpose()?;
+        let bias = bias.as_ref().map(slice).transpose()?;
+        linear::forward::<T, O>(packed, scales, Input { values: slice(&x)?, rows }, bias, slice_mut(y)?, pool)
+    })?;
     Ok(out)
 }
 
@@ -37,12 +63,12 @@ pub fn input_gradient(gradient: &Tensor, weight: &Weight, exact: bool, pool: &dy
     if exact {
         return weight.with_dense(kind, pool, |dense| Ok(gradient.f_matmul(dense)?));
     }
-    let input = contiguous(gradient, "gradient", compute_kind(kind))?;
     let mut out = Tensor::f_empty(with_last(gradient, weight.in_features), (kind, gradient.device()))?;
-    with_real!(kind, T => weight.open::<T, _>(|packed, scales| {
-        let input = Input { values: slice(&input)?, rows };
-        with_float!(kind, O => linear::input_gradient::<T, O>(packed, scales, input, slice_mut(&mut out)?, pool))
-    }))?;
+    let dx = &mut out;
+    with_operand!(kind, weight, T, O, |packed, scales| {
+        let input = contiguous(gradient, "gradient", T::KIND)?;
+        linear::input_gradient::<T, O>(packed, scales, Input { values: slice(&input)?, rows }, slice_mut(dx)?, pool)
+    })?;
     Ok(out)
 }
 

@@ -269,6 +269,20 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn store_pairs(self, even: [__m256; 4], odd: [__m256; 4], to: &mut [u32; LANES]) {
+        with_avx2! {
+            let half = _mm256_set1_epi32(super::BF16_HALF as i32);
+            let upper = _mm256_set1_epi32(super::BF16_UPPER as i32);
+            for i in 0..4 {
+                let even = _mm256_srli_epi32::<16>(_mm256_add_epi32(_mm256_castps_si256(even[i]), half));
+                let odd = _mm256_add_epi32(_mm256_castps_si256(odd[i]), half);
+                let pairs = _mm256_or_si256(even, _mm256_and_si256(odd, upper));
+                _mm256_storeu_si256(to.as_mut_ptr().add(8 * i).cast(), pairs);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn store_floats(self, floats: [__m256; 4], to: &mut [f32; LANES]) {
         let at = to.as_mut_ptr();
         with_avx2! {

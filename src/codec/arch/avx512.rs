@@ -94,7 +94,7 @@ impl Simd for Avx512 {
         with_avx512! {
             let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
             // Of a pair of words, one register takes the first and the other the second: one shuffle for both.
-            let order = _mm512_loadu_si512(const { &pair_order() }.as_ptr().cast());
+            let order = _mm512_loadu_si512(const { &pair_order(0, 2) }.as_ptr().cast());
             let pairs = _mm512_permutexvar_epi8(order, both);
             let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
             [
@@ -147,6 +147,38 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_pairs(self, even: [__m512; 2], odd: [__m512; 2], to: &mut [u32; LANES]) {
+        with_avx512! {
+            let half = _mm512_set1_epi32(super::BF16_HALF as i32);
+            let upper = _mm512_set1_epi32(super::BF16_UPPER as i32);
+            for i in 0..2 {
+                let even = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(even[i]), half));
+                let odd = _mm512_add_epi32(_mm512_castps_si512(odd[i]), half);
+                // even | odd & upper
+                let pairs = _mm512_ternarylogic_epi32::<0xf8>(even, odd, upper);
+                _mm512_storeu_si512(to.as_mut_ptr().add(16 * i).cast(), pairs);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn store_byte_pairs(self, even: [__m256i; 2], odd: [__m256i; 2], to: &mut [u32; LANES]) {
+        with_avx512! {
+            let pairs = |bytes: [__m256i; 2], order: &[u8; 64]| {
+                let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(bytes[0]), bytes[1]);
+                _mm512_permutexvar_epi8(_mm512_loadu_si512(order.as_ptr().cast()), both)
+            };
+            // Words of lanes i and 16 + i, the other way round in the even column: then either half is one instruction.
+            let even = pairs(even, const { &pair_order(2, 0) });
+            let odd = pairs(odd, const { &pair_order(0, 2) });
+            let first = _mm512_shldi_epi32::<16>(odd, even);
+            let second = _mm512_mask_mov_epi16(even, 0xaaaa_aaaa, odd);
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), first);
+            _mm512_storeu_si512(to.as_mut_ptr().add(16).cast(), second);
+        }
+    }
+
+    #[inline(always)]
     fn store_floats(self, floats: [__m512; 2], to: &mut [f32; LANES]) {
         with_avx512! {
             _mm512_storeu_ps(to.as_mut_ptr(), floats[0]);
@@ -175,14 +207,15 @@ const fn word_order(at: usize, first: usize) -> [u8; 64] {
     order
 }
 
-/// For sixteen pairs of words, the places of lane i's low and high byte, and of lane `16 + i`'s.
-const fn pair_order() -> [u8; 64] {
-    let (first, second) = (word_order(0, 0), word_order(2, 16));
+/// For sixteen pairs of words, the places of lane i's low and high byte, at byte `at` of pair i, and of lane `16 + i`'s, at
+/// byte `other`.
+const fn pair_order(at: usize, other: usize) -> [u8; 64] {
+    let (first, second) = (word_order(at, 0), word_order(other, 16));
     let mut order = [0; 64];
-    let mut at = 0;
-    while at < 64 {
-        order[at] = if at % 4 < 2 { first[at] } else { second[at] };
-        at += 1;
+    let mut byte = 0;
+    while byte < 64 {
+        order[byte] = if byte % 4 / 2 == at / 2 { first[byte] } else { second[byte] };
+        byte += 1;
     }
     order
 }

@@ -5,6 +5,8 @@
 #![allow(unsafe_code)] // vector intrinsics and calls of functions compiled for an instruction set
 
 #[cfg(target_arch = "x86_64")]
+pub mod amx;
+#[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
@@ -25,10 +27,12 @@ pub enum Isa {
     Avx2,
     /// AVX-512 as of Ice Lake and Zen 4: F, BW, DQ, VL, VBMI and VBMI2, with all of the above.
     Avx512,
+    /// Tile products of bf16 as of Sapphire Rapids, with all of the above.
+    Amx,
 }
 
 impl Isa {
-    const ALL: [Self; 4] = [Self::Generic, Self::Neon, Self::Avx2, Self::Avx512];
+    const ALL: [Self; 5] = [Self::Generic, Self::Neon, Self::Avx2, Self::Avx512, Self::Amx];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -36,6 +40,7 @@ impl Isa {
             Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
         }
     }
 
@@ -63,6 +68,7 @@ impl Isa {
             && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("avx512vbmi2");
         match (avx2, avx512) {
+            (true, true) if amx::is_supported() => Self::Amx,
             (true, true) => Self::Avx512,
             (true, false) => Self::Avx2,
             _ => Self::Generic,
@@ -131,6 +137,44 @@ pub trait Simd: Copy {
     fn fused_multiply_add(self, x: f32, b: Self::Floats, sum: Self::Floats) -> Self::Floats;
     fn store_floats(self, floats: Self::Floats, to: &mut [f32; LANES]);
     fn load_floats(self, from: &[f32; LANES]) -> Self::Floats;
+    /// Rounds to bf16 (ties away from zero): `even` goes to the low halves, `odd` to the high ones. For numbers, not NaNs
+    /// of more than bf16's bits.
+    fn store_pairs(self, even: Self::Floats, odd: Self::Floats, to: &mut [u32; LANES]);
+    /// [`Simd::store_pairs`] of floats whose low and high bytes these are; see [`Simd::floats`].
+    #[inline(always)]
+    fn store_byte_pairs(self, even: [Self::Bytes; 2], odd: [Self::Bytes; 2], to: &mut [u32; LANES]) {
+        self.store_pairs(self.floats(even[0], even[1]), self.floats(odd[0], odd[1]), to);
+    }
+}
+
+/// Rows of x that a product of tiles takes at most.
+pub const TILE_HEIGHT: usize = 16;
+
+/// Rows that begin every `stride` values.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a, T> {
+    pub values: &'a [T],
+    pub stride: usize,
+}
+
+impl<T> Matrix<'_, T> {
+    /// Whether it has `rows` rows of `cols` values.
+    #[cfg(target_arch = "x86_64")]
+    fn holds(&self, rows: usize, cols: usize) -> bool {
+        rows == 0 || (rows - 1) * self.stride + cols <= self.values.len()
+    }
+}
+
+/// Half of the last bit that bf16 keeps of an f32, and the bits that it keeps.
+const BF16_HALF: u32 = 1 << 15;
+#[cfg(target_arch = "x86_64")]
+const BF16_UPPER: u32 = 0xffff_0000;
+
+/// See [`Simd::store_pairs`].
+#[inline(always)]
+pub fn bf16_pair(even: f32, odd: f32) -> u32 {
+    let rounded = |value: f32| value.to_bits().wrapping_add(BF16_HALF) >> 16;
+    rounded(odd) << 16 | rounded(even)
 }
 
 /// For each set of eight lanes: the rank of each lane that is in it, and 128 for the others.
@@ -178,7 +222,7 @@ macro_rules! per_simd {
                 // SAFETY: `Isa::get` names only what the CPU has.
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code)]
-                $crate::codec::Isa::Avx512 => Some(unsafe { avx512 $(::<$($constant),*>)? ($($argument),*) }),
+                $crate::codec::Isa::Avx512 | $crate::codec::Isa::Amx => Some(unsafe { avx512 $(::<$($constant),*>)? ($($argument),*) }),
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code)]
@@ -195,26 +239,26 @@ pub(crate) use per_simd;
 /// Compiles a function's body for each instruction set, and calls the one for this process. The body stays portable: the
 /// compiler alone makes use of the instructions.
 macro_rules! per_isa {
-    ($(#[$attribute:meta])* $visibility:vis fn $name:ident $(<$generic:ident: $bound:path>)? ($($argument:ident: $type:ty),* $(,)?) $body:block) => {
+    ($(#[$attribute:meta])* $visibility:vis fn $name:ident $(<$($generic:ident: $bound:path),+>)? ($($argument:ident: $type:ty),* $(,)?) $body:block) => {
         $(#[$attribute])*
-        $visibility fn $name $(<$generic: $bound>)? ($($argument: $type),*) {
+        $visibility fn $name $(<$($generic: $bound),+>)? ($($argument: $type),*) {
             #[inline(always)]
-            fn portable $(<$generic: $bound>)? ($($argument: $type),*) $body
+            fn portable $(<$($generic: $bound),+>)? ($($argument: $type),*) $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            fn avx2 $(<$generic: $bound>)? ($($argument: $type),*) {
+            fn avx2 $(<$($generic: $bound),+>)? ($($argument: $type),*) {
                 portable($($argument),*);
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-            fn avx512 $(<$generic: $bound>)? ($($argument: $type),*) {
+            fn avx512 $(<$($generic: $bound),+>)? ($($argument: $type),*) {
                 portable($($argument),*);
             }
             match $crate::codec::Isa::get() {
                 // SAFETY: `Isa::get` names only what the CPU has.
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code)]
-                $crate::codec::Isa::Avx512 => unsafe { avx512($($argument),*) },
+                $crate::codec::Isa::Avx512 | $crate::codec::Isa::Amx => unsafe { avx512($($argument),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code)]

@@ -214,6 +214,19 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn store_pairs(self, even: [float32x4_t; 8], odd: [float32x4_t; 8], to: &mut [u32; LANES]) {
+        for (i, to) in to.chunks_exact_mut(4).enumerate() {
+            with_neon! {
+                let half = vdupq_n_u32(super::BF16_HALF);
+                let even = vaddq_u32(vreinterpretq_u32_f32(even[i]), half);
+                let odd = vaddq_u32(vreinterpretq_u32_f32(odd[i]), half);
+                // The upper half of each even one under that of its odd one.
+                vst1q_u32(to.as_mut_ptr(), vsriq_n_u32::<16>(odd, even));
+            }
+        }
+    }
+
+    #[inline(always)]
     fn store_floats(self, floats: [float32x4_t; 8], to: &mut [f32; LANES]) {
         let places = to.chunks_exact_mut(4).zip(floats);
         places.for_each(|(to, floats)| with_neon!(vst1q_f32(to.as_mut_ptr(), floats)));
