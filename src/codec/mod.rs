@@ -28,7 +28,7 @@ mod symbols;
 #[cfg(target_arch = "x86_64")]
 pub use arch::amx::Tiles;
 pub(crate) use arch::per_isa;
-pub use arch::{Isa, Matrix, TILE_HEIGHT};
+pub use arch::{Chunks, Isa, TILE_HEIGHT};
 pub use decode::{DenseBlock, PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
 pub use encode::{Packed, lay_out, pack_lossless};

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::kernel::{Compute, Operand};
-use crate::codec::{CHUNK, MAX_TILE_ROWS, PackedWeight, Real, Scalar, ScaleGrid, Scales, per_isa};
+use crate::codec::{CHUNK, Chunks, LANES, MAX_TILE_ROWS, PackedWeight, Real, Scalar, ScaleGrid, Scales, per_isa};
 use crate::memory::AlignedVec;
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
@@ -56,10 +56,9 @@ impl<'a, T: Operand> Chunked<'a, T> {
         Self { copy: Some(copy), x: input.values, present: input.rows, rows, height }
     }
 
-    /// The chunk that begins at column `col`, from row `row` on.
-    fn at(&self, row: usize, col: usize) -> &[T] {
+    fn chunks(&self) -> Chunks<'_, T> {
         let values = self.copy.as_deref().unwrap_or(self.x);
-        &values[col * self.rows + row * CHUNK..]
+        Chunks { values, row: CHUNK, chunk: self.rows * CHUNK }
     }
 }
 
@@ -132,6 +131,7 @@ fn tile_product<T: Operand>(
     let present = rows.start..rows.end.min(input.present);
     let partial = &mut scratch.partial[..rows.len() * width];
     partial.fill(T::Sum::default());
+    let x = input.chunks().at(rows.start, 0);
     let mut decoder = weight.tile(tile)?;
     let mut group = 0;
     while let Some(shape) = decoder.next_block() {
@@ -140,9 +140,10 @@ fn tile_product<T: Operand>(
             partial.fill(T::Sum::default());
             group = shape.col / group_cols;
         }
+        let end = shape.col + shape.cols;
+        let more = geometry.tile_rows == LANES && end < geometry.cols && end / group_cols == group;
         let sums = &mut partial[shape.row - first_row..];
-        let x = input.at(rows.start, shape.col);
-        T::multiply_block(&decoder, shape, x, &mut scratch.block, sums, width, rows.len());
+        T::multiply_block(&decoder, shape, more, x, rows.len(), &mut scratch.block, sums, width);
     }
     visit(tile, present, group, partial, &mut scratch.total);
     Ok(())

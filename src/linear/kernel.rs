@@ -5,7 +5,7 @@ use half::bf16;
 #[cfg(target_arch = "x86_64")]
 use crate::codec::Tiles;
 use crate::codec::{
-    BLOCK, BlockShape, CHUNK, Dtype, Isa, LANES, Matrix, PackedWeight, Real, TILE_HEIGHT, TileDecoder, per_isa,
+    BLOCK, BlockShape, CHUNK, Chunks, Dtype, Isa, LANES, PackedWeight, Real, TILE_HEIGHT, TileDecoder, per_isa,
 };
 use crate::memory::{Aligned, AlignedVec};
 
@@ -28,15 +28,18 @@ pub trait Operand: Copy + Default + Send + Sync {
 
     fn factor(value: impl Fn(usize) -> Self::Sum) -> Self::Factor;
 
-    /// Adds x times the decoder's current block to `sums`. x has a row every [`CHUNK`] values, sums every `stride`.
+    /// Adds `rows` rows of x times the decoder's current block to `sums`, whose rows begin every `stride` values; or keeps
+    /// the block for later where `more` says that the next one goes on in the same rows of the weight.
+    #[allow(clippy::too_many_arguments)] // a block, a matrix, sums
     fn multiply_block(
         decoder: &TileDecoder,
         shape: BlockShape,
-        x: &[Self],
+        more: bool,
+        x: Chunks<Self>,
+        rows: usize,
         scratch: &mut Self::Scratch,
         sums: &mut [Self::Sum],
         stride: usize,
-        rows: usize,
     );
 
     /// Adds the transpose of the decoder's current block times gᵀ (`[row of W][row of g, of N]`) to a chunk of dxᵀ (`[column]
@@ -104,12 +107,14 @@ impl<T: Compute> Operand for T {
     fn multiply_block(
         decoder: &TileDecoder,
         shape: BlockShape,
-        x: &[T],
+        _: bool,
+        x: Chunks<T>,
+        rows: usize,
         scratch: &mut Block<T>,
         sums: &mut [T],
         stride: usize,
-        rows: usize,
     ) {
+        let x = x.at(0, shape.col).values;
         if rows == 1 && T::multiply(decoder, &x[..shape.cols], sums) {
             return;
         }
@@ -136,30 +141,31 @@ pub fn keeps_bf16(weight: &PackedWeight) -> bool {
     Isa::get() == Isa::Amx && matches!(weight.header.element.float(), None | Some(Dtype::Bf16))
 }
 
-/// A thread's decoded block in bf16, and what multiplies tiles of it.
+/// Decoded blocks that are multiplied together: sums are loaded and stored less often.
+const TOGETHER: usize = 4;
+/// With fewer rows of x, products wait for each other; one block at a time overlaps with the decoding of the next.
+const ROWS_TOGETHER: usize = 64;
+
+/// A thread's decoded blocks in bf16, and what multiplies tiles of them.
 pub struct Pairs {
-    pairs: Box<Aligned<[u32; BLOCK / 2]>>,
-    /// The block's columns, `[column][lane]`; the backward's.
+    pairs: Box<Aligned<[[u32; BLOCK / 2]; TOGETHER]>>,
+    /// How many of the blocks wait for their product.
+    kept: usize,
+    /// A block's columns, `[column][lane]`; the backward's.
     columns: Box<Aligned<[bf16; BLOCK]>>,
     height: usize,
     #[cfg(target_arch = "x86_64")]
     tiles: Option<Tiles>,
 }
 
-impl Pairs {
-    /// Adds a times b to c, `tiles` tiles of rows by [`LANES`] columns. b has its values in pairs of rows.
-    fn multiply(&self, a: Matrix<bf16>, b: Matrix<u32>, depth: usize, c: &mut [f32], c_stride: usize, tiles: usize) {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(registers) = &self.tiles {
-            registers.multiply_add(a, b, depth, c, c_stride, tiles);
-            return;
-        }
-        for (a, c) in a.values.chunks(a.stride).zip(c.chunks_mut(c_stride)).take(tiles * self.height) {
-            for (a, pairs) in a[..depth.next_multiple_of(2)].chunks_exact(2).zip(b.values.chunks(b.stride)) {
-                let (even, odd) = (a[0].to_f32(), a[1].to_f32());
-                for (sum, &pair) in c.iter_mut().zip(&pairs[..LANES]) {
-                    *sum += even * f32::from_bits(pair << 16) + odd * f32::from_bits(pair & 0xffff_0000);
-                }
+/// Adds the first `depth` columns of a times rows of b, which come in pairs every `b_row` values, to `rows` rows of c.
+fn multiply_pairs(a: Chunks<bf16>, b: &[u32], b_row: usize, depth: usize, c: &mut [f32], c_row: usize, rows: usize) {
+    for (row, c) in c.chunks_mut(c_row).take(rows).enumerate() {
+        for (col, pairs) in (0..depth).step_by(2).zip(b.chunks(b_row)) {
+            let a = &a.at(row, col / CHUNK * CHUNK).values[col % CHUNK..];
+            let (even, odd) = (a[0].to_f32(), a[1].to_f32());
+            for (sum, &pair) in c.iter_mut().zip(&pairs[..LANES]) {
+                *sum += even * f32::from_bits(pair << 16) + odd * f32::from_bits(pair & 0xffff_0000);
             }
         }
     }
@@ -173,7 +179,8 @@ impl Operand for bf16 {
 
     fn scratch(height: usize) -> Pairs {
         Pairs {
-            pairs: Box::new(Aligned([0; BLOCK / 2])),
+            pairs: Box::new(Aligned([[0; BLOCK / 2]; TOGETHER])),
+            kept: 0,
             columns: Box::new(Aligned([bf16::ZERO; BLOCK])),
             height,
             // SAFETY: `Isa::get` names only what the CPU has, and a thread has one scratch at a time.
@@ -200,15 +207,27 @@ impl Operand for bf16 {
     fn multiply_block(
         decoder: &TileDecoder,
         shape: BlockShape,
-        x: &[bf16],
+        more: bool,
+        x: Chunks<bf16>,
+        rows: usize,
         scratch: &mut Pairs,
         sums: &mut [f32],
         stride: usize,
-        rows: usize,
     ) {
-        decoder.pairs(&mut scratch.pairs);
-        let (a, b) = (Matrix { values: x, stride: CHUNK }, Matrix { values: &scratch.pairs[..], stride: LANES });
-        scratch.multiply(a, b, shape.cols, sums, stride, rows / scratch.height);
+        decoder.pairs(&mut scratch.pairs[scratch.kept]);
+        scratch.kept += 1;
+        if more && rows >= ROWS_TOGETHER && scratch.kept < TOGETHER {
+            return;
+        }
+        let before = (scratch.kept - 1) * CHUNK;
+        scratch.kept = 0;
+        let (x, depth) = (x.at(0, shape.col - before), before + shape.cols);
+        let pairs = scratch.pairs.as_flattened();
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &scratch.tiles {
+            return tiles.multiply_add(x, pairs, LANES, depth, sums, stride, rows / scratch.height);
+        }
+        multiply_pairs(x, pairs, LANES, depth, sums, stride, rows);
     }
 
     fn multiply_transposed<const N: usize>(
@@ -218,12 +237,17 @@ impl Operand for bf16 {
         scratch: &mut Pairs,
         sums: &mut [f32],
     ) {
-        decoder.pairs(&mut scratch.pairs);
-        split_pairs(&scratch.pairs, &mut scratch.columns);
-        let a = Matrix { values: &scratch.columns[..], stride: LANES };
+        decoder.pairs(&mut scratch.pairs[0]);
+        split_pairs(&scratch.pairs[0], &mut scratch.columns);
+        let a = Chunks { values: &scratch.columns[..], row: LANES, chunk: 0 };
         for first in (0..N).step_by(LANES) {
-            let b = Matrix { values: &gradient[first..], stride: N };
-            scratch.multiply(a, b, LANES, &mut sums[first..], N, shape.cols.div_ceil(scratch.height));
+            let (b, c) = (&gradient[first..], &mut sums[first..]);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(tiles) = &scratch.tiles {
+                tiles.multiply_add(a, b, N, LANES, c, N, shape.cols.div_ceil(TILE_HEIGHT));
+                continue;
+            }
+            multiply_pairs(a, b, N, LANES, c, N, shape.cols);
         }
     }
 }

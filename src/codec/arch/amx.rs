@@ -8,8 +8,8 @@ use std::marker::PhantomData;
 
 use half::bf16;
 
-use super::{Matrix, TILE_HEIGHT};
-use crate::codec::geometry::LANES;
+use super::{Chunks, TILE_HEIGHT};
+use crate::codec::geometry::{CHUNK, LANES};
 
 /// Columns of a that one product of tiles takes.
 const DEPTH: usize = 32;
@@ -36,6 +36,12 @@ fn is_permitted() -> bool {
 #[cfg(not(target_os = "linux"))]
 fn is_permitted() -> bool {
     false
+}
+
+/// Where the columns of a step begin.
+fn a_offset(a: Chunks<bf16>, step: usize) -> usize {
+    const STEPS: usize = CHUNK / DEPTH;
+    step / STEPS * a.chunk + step % STEPS * DEPTH
 }
 
 /// What `ldtilecfg` reads.
@@ -72,30 +78,33 @@ impl Tiles {
         Self { height, thread: PhantomData }
     }
 
-    /// Adds the first `depth` columns of a times as many rows of b, which come in pairs, to c: `tiles` tiles of rows by
-    /// [`LANES`] columns.
+    /// Adds the first `depth` columns of a times as many rows of b, which come in pairs every `b_row` values, to c: `tiles`
+    /// tiles of rows, which begin every `c_row` values, by [`LANES`] columns.
+    #[allow(clippy::too_many_arguments)] // three matrices
     pub fn multiply_add(
         &self,
-        a: Matrix<bf16>,
-        b: Matrix<u32>,
+        a: Chunks<bf16>,
+        b: &[u32],
+        b_row: usize,
         depth: usize,
         c: &mut [f32],
-        c_stride: usize,
+        c_row: usize,
         tiles: usize,
     ) {
-        let (rows, steps) = (tiles * self.height, depth.div_ceil(DEPTH));
-        assert!(a.holds(rows, steps * DEPTH) && b.holds(steps * DEPTH / 2, LANES));
-        assert!(Matrix { values: c, stride: c_stride }.holds(rows, LANES));
+        let (last, steps) = ((tiles * self.height).saturating_sub(1), depth.div_ceil(DEPTH));
+        let last_step = steps.saturating_sub(1);
+        assert!(last * a.row + a_offset(a, last_step) + DEPTH <= a.values.len());
+        assert!((steps * DEPTH / 2).saturating_sub(1) * b_row + LANES <= b.len());
+        assert!(last * c_row + LANES <= c.len());
         for tile in (0..tiles).step_by(2) {
             let row = tile * self.height;
-            let a = Matrix { values: &a.values[row * a.stride..], ..a };
-            let c = &mut c[row * c_stride..];
+            let (a, c) = (a.at(row, 0), &mut c[row * c_row..]);
             // SAFETY: `Tiles` exists where the CPU has the instructions, and the lengths are checked above.
             unsafe {
                 if tile + 1 < tiles {
-                    self.multiply_tiles::<2>(a, b, steps, c, c_stride);
+                    self.multiply_tiles::<2>(a, b, b_row, steps, c, c_row);
                 } else {
-                    self.multiply_tiles::<1>(a, b, steps, c, c_stride);
+                    self.multiply_tiles::<1>(a, b, b_row, steps, c, c_row);
                 }
             }
         }
@@ -104,15 +113,15 @@ impl Tiles {
     #[inline(always)]
     unsafe fn multiply_tiles<const TILES: usize>(
         &self,
-        a: Matrix<bf16>,
-        b: Matrix<u32>,
+        a: Chunks<bf16>,
+        b: &[u32],
+        b_row: usize,
         steps: usize,
         c: &mut [f32],
-        c_stride: usize,
+        c_row: usize,
     ) {
-        let (a_bytes, b_bytes, c_bytes) = (a.stride * size_of::<bf16>(), b.stride * 4, c_stride * 4);
-        let (a_stride, b_stride) = (a.stride, b.stride);
-        let (a, b, c) = (a.values.as_ptr(), b.values.as_ptr(), c.as_mut_ptr());
+        let (a_bytes, b_bytes, c_bytes) = (a.row * size_of::<bf16>(), b_row * 4, c_row * 4);
+        let (b, c) = (b.as_ptr(), c.as_mut_ptr());
         macro_rules! load {
             ($tile:literal, $at:expr, $bytes:expr) => {
                 asm!(
@@ -136,8 +145,7 @@ impl Tiles {
         }
         // SAFETY: the caller's slices have the rows that are read and written; no tile register is the compiler's.
         unsafe {
-            let second_a = a.add(self.height * a_stride * (TILES - 1));
-            let second_c = c.add(self.height * c_stride * (TILES - 1));
+            let second_c = c.add(self.height * c_row * (TILES - 1));
             load!(0, c, c_bytes);
             load!(1, c.add(LANES / 2), c_bytes);
             if TILES == 2 {
@@ -145,14 +153,15 @@ impl Tiles {
                 load!(3, second_c.add(LANES / 2), c_bytes);
             }
             for step in 0..steps {
-                let b = b.add(step * DEPTH / 2 * b_stride);
+                let b = b.add(step * DEPTH / 2 * b_row);
+                let at = a.values.as_ptr().add(a_offset(a, step));
                 load!(6, b, b_bytes);
                 load!(7, b.add(LANES / 2), b_bytes);
-                load!(4, a.add(step * DEPTH), a_bytes);
+                load!(4, at, a_bytes);
                 product!(0, 4, 6);
                 product!(1, 4, 7);
                 if TILES == 2 {
-                    load!(5, second_a.add(step * DEPTH), a_bytes);
+                    load!(5, at.add(self.height * a.row), a_bytes);
                     product!(2, 5, 6);
                     product!(3, 5, 7);
                 }

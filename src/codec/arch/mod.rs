@@ -15,7 +15,7 @@ pub mod neon;
 
 use std::sync::OnceLock;
 
-use super::geometry::LANES;
+use super::geometry::{CHUNK, LANES};
 
 /// An instruction set, the later the wider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,18 +150,18 @@ pub trait Simd: Copy {
 /// Rows of x that a product of tiles takes at most.
 pub const TILE_HEIGHT: usize = 16;
 
-/// Rows that begin every `stride` values.
+/// A matrix in chunks of [`CHUNK`] columns: rows begin every `row` values in a chunk, chunks every `chunk`.
 #[derive(Clone, Copy)]
-pub struct Matrix<'a, T> {
+pub struct Chunks<'a, T> {
     pub values: &'a [T],
-    pub stride: usize,
+    pub row: usize,
+    pub chunk: usize,
 }
 
-impl<T> Matrix<'_, T> {
-    /// Whether it has `rows` rows of `cols` values.
-    #[cfg(target_arch = "x86_64")]
-    fn holds(&self, rows: usize, cols: usize) -> bool {
-        rows == 0 || (rows - 1) * self.stride + cols <= self.values.len()
+impl<'a, T> Chunks<'a, T> {
+    /// From row `row` and column `col`, the first of a chunk, on.
+    pub fn at(self, row: usize, col: usize) -> Self {
+        Self { values: &self.values[row * self.row + col / CHUNK * self.chunk..], ..self }
     }
 }
 
