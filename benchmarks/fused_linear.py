@@ -2,10 +2,10 @@
 
 Weights are Gaussian. Each run uses another copy of its weight, of more than caches hold together: weights come
 from memory, as in a model. The floor is the larger of two times that this machine shows in the same process: the
-multiply-adds at the rate of a float32 product, and the packed bytes at the rate of a plain read.
+multiply-adds at the rate of a product in the input's dtype, and the packed bytes at the rate of a plain read.
 
 `--isa avx2` holds Infold and its peers (ATen, oneDNN, MKL) to AVX2: the machine that the goals were set on had no more.
-Without it every side uses what the CPU has, AMX included.
+Without it every side uses what the CPU has, AMX included, and inputs come in bfloat16 too.
 
 Run: python benchmarks/fused_linear.py [--quick] [--isa avx2] [--threads N] [--json FILE]
 """
@@ -71,12 +71,19 @@ def int8_peer(weight: torch.Tensor, quick: bool, x: torch.Tensor) -> Run:
     return dense_runs(codes, quick, lambda codes: torch._weight_int8pack_mm(x, codes, scales))
 
 
+def inputs(what: str, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """x in float32, and where Infold multiplies bfloat16 as such, in that too."""
+    amx = infold.build_info()["cpu"] == "amx"
+    return [(what, x), *([(f"{what} of bfloat16", x.bfloat16())] if amx else [])]
+
+
 def main() -> None:
     arguments = parse_arguments(__doc__)
     shapes = [(1024, 1024)] if arguments.quick else [(4096, 4096), (11008, 4096)]
     seconds = 0.1 if arguments.quick else arguments.seconds
     results = Results(arguments)
     multiplies, bytes_read = machine_rates()
+    bfloat16_multiplies, _ = machine_rates(torch.bfloat16)
     torch.manual_seed(0)
     goals_apply = arguments.threads == 2 and infold.build_info()["cpu"] == "avx2" and not arguments.quick
     for rows, cols in shapes:
@@ -96,7 +103,8 @@ def main() -> None:
             peers[FASTEST] = min(medians[peer] for peer in DENSE if peer in medians)
             for (name, layout), weight in packed.items():  # type: ignore[attr-defined]
                 operations, nbytes = batch * rows * cols, weight.nbytes
-                floor = max(operations / multiplies, nbytes / bytes_read)
+                rate = bfloat16_multiplies if what.endswith("bfloat16") else multiplies
+                floor = max(operations / rate, nbytes / bytes_read)
                 for peer, peer_ms in peers.items():
                     goal = GOALS.get((name, layout, peer)) if goals_apply and what == "forward" else None
                     index = BATCHES.index(batch)
@@ -114,28 +122,36 @@ def main() -> None:
 
         for batch in BATCHES:
             x = torch.randn(batch, cols)
-            runs: dict[object, Run] = {}
-            for key, form in packed.items():
-                runs[key] = packed_runs(
-                    form, arguments.quick, lambda weight, layout, x=x: ops.fused_linear(x, *weight, None, *layout)
-                )
+            peers: dict[object, Run] = {}
             for peer, dtype in DENSE.items():
                 y = x.to(dtype)
-                runs[peer] = dense_runs(dense[peer], arguments.quick, lambda weight, y=y: F.linear(y, weight))
+                peers[peer] = dense_runs(dense[peer], arguments.quick, lambda weight, y=y: F.linear(y, weight))
             if batch <= 32:
-                runs["_weight_int8pack_mm"] = int8_peer(weight, arguments.quick, x)
-            report("forward", batch, runs)
+                peers["_weight_int8pack_mm"] = int8_peer(weight, arguments.quick, x)
+            for what, y in inputs("forward", x):
+                runs: dict[object, Run] = {}
+                for key, form in packed.items():
+                    runs[key] = packed_runs(
+                        form, arguments.quick, lambda weight, layout, y=y: ops.fused_linear(y, *weight, None, *layout)
+                    )
+                report(what, batch, runs | peers)
         for batch in (32, 256):
             gradient = torch.randn(batch, rows)
-            runs = {}
-            for key, form in packed.items():
-                runs[key] = packed_runs(
-                    form, arguments.quick, lambda weight, layout, g=gradient: ops.fused_linear_dx(g, *weight, *layout)
-                )
-            peer = "F.linear float32"
-            runs[peer] = dense_runs(dense[peer], arguments.quick, lambda weight, g=gradient: g @ weight)
-            report("backward", batch, runs)
-    results.write(multiply_adds_per_ms=multiplies, bytes_read_per_ms=bytes_read)
+            for what, g in inputs("backward", gradient):
+                runs = {}
+                for key, form in packed.items():
+                    runs[key] = packed_runs(
+                        form, arguments.quick, lambda weight, layout, g=g: ops.fused_linear_dx(g, *weight, *layout)
+                    )
+                for peer in ("F.linear float32", "F.linear bfloat16"):
+                    y = gradient.to(DENSE[peer])
+                    runs[peer] = dense_runs(dense[peer], arguments.quick, lambda weight, y=y: y @ weight)
+                report(what, batch, runs)
+    results.write(
+        multiply_adds_per_ms=multiplies,
+        bfloat16_multiply_adds_per_ms=bfloat16_multiplies,
+        bytes_read_per_ms=bytes_read,
+    )
 
 
 if __name__ == "__main__":

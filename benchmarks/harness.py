@@ -74,9 +74,9 @@ def rotate(make: Callable[[int], Run], copies: int) -> Run:
     return run
 
 
-def machine_rates() -> tuple[float, float]:
-    """(float32 multiply-adds, bytes read) a millisecond that this machine shows: the terms of a floor."""
-    a, b = torch.randn(1024, 2048), torch.randn(2048, 1024)
+def machine_rates(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """(multiply-adds in a dtype, bytes read) a millisecond that this machine shows: the terms of a floor."""
+    a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 1024).to(dtype)
     data = torch.ones(1 << 26)
     medians = interleaved_medians({"product": lambda: a @ b, "read": lambda: data.sum()}, 0.5)
     return 1024 * 2048 * 1024 / medians["product"], data.numel() * 4 / medians["read"]

@@ -290,6 +290,14 @@ impl Header {
             return Err(Error::corrupt("plane_count", element.planes(), plane_count));
         }
         let planes = (0..element.planes()).map(|_| reader.plane(version)).collect::<Result<Vec<_>>>()?;
+        if let (Element::Level { low_bits }, Some(Plane { coding, .. })) = (element, planes.get(1)) {
+            // Instruction sets differ in what they make of more bits than a level has.
+            let most = 1 << low_bits;
+            if !(0..most).contains(&coding.lo()) || coding.values() > most as usize {
+                let got = format!("{} from {}", coding.values(), coding.lo());
+                return Err(Error::corrupt("low_bits", format!("values below {most}"), got));
+            }
+        }
         if predictor != Predictor::None && planes[0].coding.escapes() {
             return Err(Error::corrupt("predictor", "none beside escapes", predictor as u8));
         }
