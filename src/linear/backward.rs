@@ -123,16 +123,17 @@ fn add_tile<T: Operand, const N: usize>(
             let this = shape.col / group_cols;
             group = Some(this);
             let scale = |row| scales.get(grid.index(row, this, geometry)).unwrap_or(T::Sum::from_f32(1.0));
-            // Rows past the last are zero in the weight, but must be numbers here.
-            let scaled = |row: usize, index: usize| match gradient.values.get(index * geometry.rows + row) {
-                Some(value) if row < tile_rows.end => value.widen() * scale(row),
-                _ => T::Sum::default(),
-            };
             let rows = tile_rows.start..tile_rows.start + tile_rows.len().next_multiple_of(LANES);
             let rows = rows.step_by(T::DEPTH);
             for (row, factors) in rows.zip(scratch.scaled.chunks_exact_mut(N)) {
+                let scales = [scale(row), scale(row + T::DEPTH - 1)];
                 for (index, factor) in factors.iter_mut().take(gradient.rows).enumerate() {
-                    *factor = T::factor(|below| scaled(row + below, index));
+                    let from = &gradient.values[index * geometry.rows..(index + 1) * geometry.rows];
+                    *factor = T::factor(|below| match from.get(row + below) {
+                        // Rows past the last are zero in the weight, but must be numbers here.
+                        Some(&value) => value.widen() * scales[below],
+                        None => T::Sum::default(),
+                    });
                 }
             }
         }
