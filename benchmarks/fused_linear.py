@@ -83,7 +83,7 @@ def main() -> None:
     seconds = 0.1 if arguments.quick else arguments.seconds
     results = Results(arguments)
     multiplies, bytes_read = machine_rates()
-    bfloat16_multiplies, _ = machine_rates(torch.bfloat16)
+    bfloat16_multiplies = machine_rates(torch.bfloat16)[0] if len(inputs("", torch.ones(1))) > 1 else None
     torch.manual_seed(0)
     goals_apply = arguments.threads == 2 and infold.build_info()["cpu"] == "avx2" and not arguments.quick
     for rows, cols in shapes:
@@ -103,7 +103,7 @@ def main() -> None:
             peers[FASTEST] = min(medians[peer] for peer in DENSE if peer in medians)
             for (name, layout), weight in packed.items():  # type: ignore[attr-defined]
                 operations, nbytes = batch * rows * cols, weight.nbytes
-                rate = bfloat16_multiplies if what.endswith("bfloat16") else multiplies
+                rate = bfloat16_multiplies if bfloat16_multiplies and what.endswith("bfloat16") else multiplies
                 floor = max(operations / rate, nbytes / bytes_read)
                 for peer, peer_ms in peers.items():
                     goal = GOALS.get((name, layout, peer)) if goals_apply and what == "forward" else None

@@ -27,8 +27,8 @@ mod symbols;
 
 #[cfg(target_arch = "x86_64")]
 pub use arch::amx::Tiles;
-pub(crate) use arch::per_isa;
 pub use arch::{Chunks, Isa, TILE_HEIGHT};
+pub(crate) use arch::{bf16_pair, per_isa};
 pub use decode::{DenseBlock, PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
 pub use encode::{Packed, lay_out, pack_lossless};

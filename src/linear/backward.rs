@@ -4,7 +4,7 @@
 //! into the block's columns of dxᵀ.
 
 use super::forward::{Input, check};
-use super::kernel::Operand;
+use super::operand::Operand;
 use crate::Result;
 use crate::codec::{CHUNK, LANES, MAX_TILE_ROWS, PackedWeight, Scalar, Scales, TILE_HEIGHT};
 use crate::memory::AlignedVec;
@@ -93,13 +93,18 @@ fn batch_gradient<T: Operand, O: Scalar, const N: usize>(
 /// A thread's scratch.
 struct Scratch<T: Operand> {
     block: T::Scratch,
-    /// gᵀ under a tile's scales, `[row of the tile][row of g]`.
+    /// A tile's part of gᵀ, `[row of the tile][row of g]`, and the same under the tile's scales.
+    transposed: AlignedVec<T::Sum>,
     scaled: AlignedVec<T::Factor>,
 }
 
 impl<T: Operand> Scratch<T> {
     fn new() -> Self {
-        Self { block: T::scratch(TILE_HEIGHT), scaled: AlignedVec::new(MAX_TILE_ROWS / T::DEPTH * BATCH) }
+        Self {
+            block: T::scratch(TILE_HEIGHT),
+            transposed: AlignedVec::new(MAX_TILE_ROWS * BATCH),
+            scaled: AlignedVec::new(MAX_TILE_ROWS / T::DEPTH * BATCH),
+        }
     }
 }
 
@@ -116,6 +121,13 @@ fn add_tile<T: Operand, const N: usize>(
     let grid = weight.header.scale_grid;
     let group_cols = grid.group_cols(geometry);
     let tile_rows = geometry.rows_of(tile);
+    // Rows past the last are zero in the weight, but must be numbers here.
+    scratch.transposed.fill(T::Sum::default());
+    for (row, transposed) in tile_rows.clone().zip(scratch.transposed.chunks_exact_mut(N)) {
+        for (index, value) in transposed.iter_mut().take(gradient.rows).enumerate() {
+            *value = gradient.values[index * geometry.rows + row].widen();
+        }
+    }
     let mut decoder = weight.tile(tile)?;
     let mut group = None;
     while let Some(shape) = decoder.next_block() {
@@ -123,18 +135,10 @@ fn add_tile<T: Operand, const N: usize>(
             let this = shape.col / group_cols;
             group = Some(this);
             let scale = |row| scales.get(grid.index(row, this, geometry)).unwrap_or(T::Sum::from_f32(1.0));
-            let rows = tile_rows.start..tile_rows.start + tile_rows.len().next_multiple_of(LANES);
-            let rows = rows.step_by(T::DEPTH);
-            for (row, factors) in rows.zip(scratch.scaled.chunks_exact_mut(N)) {
-                let scales = [scale(row), scale(row + T::DEPTH - 1)];
-                for (index, factor) in factors.iter_mut().take(gradient.rows).enumerate() {
-                    let from = &gradient.values[index * geometry.rows..(index + 1) * geometry.rows];
-                    *factor = T::factor(|below| match from.get(row + below) {
-                        // Rows past the last are zero in the weight, but must be numbers here.
-                        Some(&value) => value.widen() * scales[below],
-                        None => T::Sum::default(),
-                    });
-                }
+            let rows = scratch.transposed.chunks_exact(T::DEPTH * N).zip(scratch.scaled.chunks_exact_mut(N));
+            let all = tile_rows.start..tile_rows.start + tile_rows.len().next_multiple_of(LANES);
+            for (row, (values, factors)) in all.step_by(T::DEPTH).zip(rows) {
+                T::factors(values, [scale(row), scale(row + T::DEPTH - 1)], factors);
             }
         }
         let gradient = &scratch.scaled[(shape.row - tile_rows.start) / T::DEPTH * N..];

@@ -1,7 +1,7 @@
 //! Rows of a packed weight by index. A tile that holds several of the wanted rows is decoded once.
 
 use super::forward::{check, check_has_scales};
-use super::kernel::Compute;
+use super::operand::Compute;
 use crate::codec::{BLOCK, BlockShape, DenseBlock, LANES, PackedWeight, Scalar, Scales, TileDecoder};
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};

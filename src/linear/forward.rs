@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::kernel::{Compute, Operand};
+use super::operand::{Compute, Operand};
 use crate::codec::{CHUNK, Chunks, LANES, MAX_TILE_ROWS, PackedWeight, Real, Scalar, ScaleGrid, Scales, per_isa};
 use crate::memory::AlignedVec;
 use crate::parallel::{DisjointSlice, Pool};

@@ -7,8 +7,9 @@ mod backward;
 mod embedding;
 mod forward;
 mod kernel;
+mod operand;
 
 pub use backward::input_gradient;
 pub use embedding::{embedding, embedding_scale_gradient};
 pub use forward::{Input, forward, scale_gradient};
-pub use kernel::{Operand, keeps_bf16};
+pub use operand::{Operand, keeps_bf16};

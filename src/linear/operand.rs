@@ -1,0 +1,308 @@
+//! The dtypes of activations and gradients, and how each meets a decoded block: float32 and float64 in a product over lanes,
+//! bfloat16 in tiles.
+
+use half::bf16;
+
+use super::kernel::BlockProduct;
+#[cfg(target_arch = "x86_64")]
+use crate::codec::Tiles;
+use crate::codec::{
+    BLOCK, BlockShape, CHUNK, Chunks, Dtype, Isa, LANES, PackedWeight, Real, TILE_HEIGHT, TileDecoder, bf16_pair,
+    per_isa,
+};
+use crate::memory::{Aligned, AlignedVec};
+
+/// A dtype of activations and gradients, and how they meet a decoded block.
+pub trait Operand: Copy + Default + Send + Sync {
+    /// What products are summed in.
+    type Sum: Real;
+    /// What a thread needs for that.
+    type Scratch;
+    /// Values that lie one below the other in a gradient's transpose, [`Operand::DEPTH`] of them.
+    type Factor: Copy + Default + Send + Sync;
+    const DEPTH: usize;
+
+    fn scratch(height: usize) -> Self::Scratch;
+
+    /// Rows of x that are multiplied together, where there are `rows`; x is padded to a multiple of it.
+    fn height(rows: usize) -> usize;
+
+    fn widen(self) -> Self::Sum;
+
+    /// Rows of a gradient's transpose under their scales: [`Operand::DEPTH`] of them, one after the other.
+    fn factors(rows: &[Self::Sum], scales: [Self::Sum; 2], out: &mut [Self::Factor]);
+
+    /// Adds `rows` rows of x times the decoder's current block to `sums`, whose rows begin every `stride` values; or keeps
+    /// the block for later where `more` says that the next one goes on in the same rows of the weight.
+    #[allow(clippy::too_many_arguments)] // a block, a matrix, sums
+    fn multiply_block(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        more: bool,
+        x: Chunks<Self>,
+        rows: usize,
+        scratch: &mut Self::Scratch,
+        sums: &mut [Self::Sum],
+        stride: usize,
+    );
+
+    /// Adds the transpose of the decoder's current block times gᵀ (`[row of W][row of g, of N]`) to a chunk of dxᵀ (`[column]
+    /// [row of g]`). The scratch is one for [`TILE_HEIGHT`] rows.
+    fn multiply_transposed<const N: usize>(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        gradient: &[Self::Factor],
+        scratch: &mut Self::Scratch,
+        sums: &mut [Self::Sum],
+    );
+}
+
+/// Activations and the decoded block in one type, in which it is also summed.
+pub trait Compute: Real {
+    /// A decoded block in this type; `buffer` is where it is written if that is not f32.
+    fn of_points<'a>(points: &'a [f32; BLOCK], buffer: &'a mut [Self]) -> &'a [Self];
+    /// How large a buffer [`Compute::of_points`] needs.
+    const BUFFER: usize;
+    /// Adds one row of activations times the current block to `sums` without writing the block down; see
+    /// [`TileDecoder::multiply`].
+    fn multiply(decoder: &TileDecoder, x: &[Self], sums: &mut [Self]) -> bool;
+}
+
+/// A thread's decoded block.
+pub struct Block<T> {
+    points: Box<Aligned<[f32; BLOCK]>>,
+    converted: AlignedVec<T>,
+}
+
+impl<T: Compute> Block<T> {
+    pub fn new() -> Self {
+        Self { points: Box::new(Aligned([0.0; BLOCK])), converted: AlignedVec::new(T::BUFFER) }
+    }
+
+    /// The decoder's current block, `[column][lane]`.
+    pub fn read(&mut self, decoder: &TileDecoder) -> &[T] {
+        decoder.points(&mut self.points);
+        T::of_points(&self.points, &mut self.converted)
+    }
+}
+
+impl<T: Compute> Operand for T {
+    type Sum = T;
+    type Scratch = Block<T>;
+    type Factor = T;
+    const DEPTH: usize = 1;
+
+    fn scratch(_: usize) -> Block<T> {
+        Block::new()
+    }
+
+    fn height(_: usize) -> usize {
+        1
+    }
+
+    fn widen(self) -> T {
+        self
+    }
+
+    fn factors(rows: &[T], [scale, _]: [T; 2], out: &mut [T]) {
+        scale_row(rows, scale, out);
+    }
+
+    fn multiply_block(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        _: bool,
+        x: Chunks<T>,
+        rows: usize,
+        scratch: &mut Block<T>,
+        sums: &mut [T],
+        stride: usize,
+    ) {
+        let x = x.at(0, shape.col).values;
+        if rows == 1 && T::multiply(decoder, &x[..shape.cols], sums) {
+            return;
+        }
+        let b = scratch.read(decoder);
+        BlockProduct { a: x, a_stride: CHUNK, depth: shape.cols, b, c: sums, c_stride: stride, rows }.run::<LANES>();
+    }
+
+    fn multiply_transposed<const N: usize>(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        gradient: &[T],
+        scratch: &mut Block<T>,
+        sums: &mut [T],
+    ) {
+        let a = scratch.read(decoder);
+        let (depth, b, rows) = (shape.lanes, gradient, shape.cols);
+        BlockProduct { a, a_stride: LANES, depth, b, c: sums, c_stride: N, rows }.run::<N>();
+    }
+}
+
+/// Whether bf16 activations are best left in bf16: the CPU multiplies tiles of them, and the weight is of bf16 or levels,
+/// so that it loses no more by rounding than a dense weight in bf16 does.
+pub fn keeps_bf16(weight: &PackedWeight) -> bool {
+    Isa::get() == Isa::Amx && matches!(weight.header.element.float(), None | Some(Dtype::Bf16))
+}
+
+/// Decoded blocks that are multiplied together: sums are loaded and stored less often.
+const TOGETHER: usize = 4;
+/// With fewer rows of x, products wait for each other; one block at a time overlaps with the decoding of the next.
+const ROWS_TOGETHER: usize = 64;
+
+/// A thread's decoded blocks in bf16, and what multiplies tiles of them.
+pub struct Pairs {
+    pairs: Box<Aligned<[[u32; BLOCK / 2]; TOGETHER]>>,
+    /// How many of the blocks wait for their product.
+    kept: usize,
+    /// A block's columns, `[column][lane]`; the backward's.
+    columns: Box<Aligned<[bf16; BLOCK]>>,
+    height: usize,
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<Tiles>,
+}
+
+/// Adds the first `depth` columns of a times rows of b, which come in pairs every `b_row` values, to `rows` rows of c.
+fn multiply_pairs(a: Chunks<bf16>, b: &[u32], b_row: usize, depth: usize, c: &mut [f32], c_row: usize, rows: usize) {
+    for (row, c) in c.chunks_mut(c_row).take(rows).enumerate() {
+        for (col, pairs) in (0..depth).step_by(2).zip(b.chunks(b_row)) {
+            let a = &a.at(row, col / CHUNK * CHUNK).values[col % CHUNK..];
+            let (even, odd) = (a[0].to_f32(), a[1].to_f32());
+            for (sum, &pair) in c.iter_mut().zip(&pairs[..LANES]) {
+                *sum += even * f32::from_bits(pair << 16) + odd * f32::from_bits(pair & 0xffff_0000);
+            }
+        }
+    }
+}
+
+impl Operand for bf16 {
+    type Sum = f32;
+    type Scratch = Pairs;
+    type Factor = u32;
+    const DEPTH: usize = 2;
+
+    fn scratch(height: usize) -> Pairs {
+        Pairs {
+            pairs: Box::new(Aligned([[0; BLOCK / 2]; TOGETHER])),
+            kept: 0,
+            columns: Box::new(Aligned([bf16::ZERO; BLOCK])),
+            height,
+            // SAFETY: `Isa::get` names only what the CPU has, and a thread has one scratch at a time.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            tiles: (Isa::get() == Isa::Amx).then(|| unsafe { Tiles::new(height) }),
+        }
+    }
+
+    fn height(rows: usize) -> usize {
+        // As even as it can be.
+        rows.div_ceil(rows.div_ceil(TILE_HEIGHT).max(1)).max(1)
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    fn factors(rows: &[f32], scales: [f32; 2], out: &mut [u32]) {
+        pair_rows(rows, scales, out);
+    }
+
+    fn multiply_block(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        more: bool,
+        x: Chunks<bf16>,
+        rows: usize,
+        scratch: &mut Pairs,
+        sums: &mut [f32],
+        stride: usize,
+    ) {
+        decoder.pairs(&mut scratch.pairs[scratch.kept]);
+        scratch.kept += 1;
+        if more && rows >= ROWS_TOGETHER && scratch.kept < TOGETHER {
+            return;
+        }
+        let before = (scratch.kept - 1) * CHUNK;
+        scratch.kept = 0;
+        let (x, depth) = (x.at(0, shape.col - before), before + shape.cols);
+        let pairs = scratch.pairs.as_flattened();
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &scratch.tiles {
+            return tiles.multiply_add(x, pairs, LANES, depth, sums, stride, rows / scratch.height);
+        }
+        multiply_pairs(x, pairs, LANES, depth, sums, stride, rows);
+    }
+
+    fn multiply_transposed<const N: usize>(
+        decoder: &TileDecoder,
+        shape: BlockShape,
+        gradient: &[u32],
+        scratch: &mut Pairs,
+        sums: &mut [f32],
+    ) {
+        decoder.pairs(&mut scratch.pairs[0]);
+        split_pairs(&scratch.pairs[0], &mut scratch.columns);
+        let a = Chunks { values: &scratch.columns[..], row: LANES, chunk: 0 };
+        for first in (0..N).step_by(LANES) {
+            let (b, c) = (&gradient[first..], &mut sums[first..]);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(tiles) = &scratch.tiles {
+                tiles.multiply_add(a, b, N, LANES, c, N, shape.cols.div_ceil(TILE_HEIGHT));
+                continue;
+            }
+            multiply_pairs(a, b, N, LANES, c, N, shape.cols);
+        }
+    }
+}
+
+per_isa! {
+    fn scale_row<T: Real>(row: &[T], scale: T, out: &mut [T]) {
+        out.iter_mut().zip(row).for_each(|(out, &value)| *out = value * scale);
+    }
+}
+
+per_isa! {
+    /// Two rows under their scales as pairs of bf16.
+    fn pair_rows(rows: &[f32], scales: [f32; 2], out: &mut [u32]) {
+        let (first, second) = rows.split_at(out.len());
+        for (out, (&first, &second)) in out.iter_mut().zip(first.iter().zip(second)) {
+            *out = bf16_pair(first * scales[0], second * scales[1]);
+        }
+    }
+}
+
+per_isa! {
+    /// Pairs of columns as columns.
+    fn split_pairs(pairs: &[u32; BLOCK / 2], columns: &mut [bf16; BLOCK]) {
+        for (pairs, columns) in pairs.chunks_exact(LANES).zip(columns.chunks_exact_mut(2 * LANES)) {
+            let (even, odd) = columns.split_at_mut(LANES);
+            even.iter_mut().zip(pairs).for_each(|(even, &pair)| *even = bf16::from_bits(pair as u16));
+            odd.iter_mut().zip(pairs).for_each(|(odd, &pair)| *odd = bf16::from_bits((pair >> 16) as u16));
+        }
+    }
+}
+
+impl Compute for f32 {
+    const BUFFER: usize = 0;
+
+    fn of_points<'a>(points: &'a [f32; BLOCK], _: &'a mut [f32]) -> &'a [f32] {
+        points
+    }
+
+    fn multiply(decoder: &TileDecoder, x: &[f32], sums: &mut [f32]) -> bool {
+        sums.first_chunk_mut::<LANES>().is_some_and(|sums| decoder.multiply(x, sums))
+    }
+}
+
+impl Compute for f64 {
+    const BUFFER: usize = BLOCK;
+
+    fn of_points<'a>(points: &'a [f32; BLOCK], buffer: &'a mut [f64]) -> &'a [f64] {
+        buffer.iter_mut().zip(points).for_each(|(to, &point)| *to = f64::from(point));
+        buffer
+    }
+
+    fn multiply(_: &TileDecoder, _: &[f64], _: &mut [f64]) -> bool {
+        false
+    }
+}
