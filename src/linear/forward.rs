@@ -198,42 +198,46 @@ pub fn forward<T: Operand, O: Scalar>(
         for (factor, row) in factors.iter_mut().zip(tile_rows.clone()) {
             *factor = scales.get(grid.index(row, group, geometry)).unwrap_or(*factor);
         }
-        for (index, row) in rows.enumerate() {
-            let line = index * geometry.tile_rows..index * geometry.tile_rows + tile_rows.len();
-            let mut sums = &mut partial[line.clone()];
-            if groups == 1 {
-                scale(sums, &factors);
-            } else {
-                let total = &mut total[line];
-                // A batch begins with its first group.
-                if group == 0 {
-                    total.fill(T::Sum::default());
-                }
-                add_scaled(total, sums, &factors);
-                if group + 1 < groups {
-                    continue;
-                }
-                sums = total;
+        let factors = &factors[..geometry.tile_rows];
+        if groups > 1 {
+            // A batch begins with its first group.
+            if group == 0 {
+                total.fill(T::Sum::default());
             }
+            add_scaled(total, partial, factors);
+            if group + 1 < groups {
+                return;
+            }
+        } else {
+            scale(partial, factors);
+        }
+        let sums = if groups > 1 { total } else { partial };
+        for (row, sums) in rows.zip(sums.chunks_exact(geometry.tile_rows)) {
             let start = row * geometry.rows;
             // SAFETY: this tile alone writes its columns of y.
             #[allow(unsafe_code)]
             let out = unsafe { out.range_mut(start + tile_rows.start..start + tile_rows.end) };
-            finish(sums, bias.map(|bias| &bias[tile_rows.clone()]), out);
+            finish(&sums[..tile_rows.len()], bias.map(|bias| &bias[tile_rows.clone()]), out);
         }
     })
 }
 
 per_isa! {
+    /// Each row of sums by the factors.
     fn scale<T: Real>(sums: &mut [T], factors: &[T]) {
-        sums.iter_mut().zip(factors).for_each(|(sum, &factor)| *sum = factor * *sum);
+        for sums in sums.chunks_exact_mut(factors.len()) {
+            sums.iter_mut().zip(factors).for_each(|(sum, &factor)| *sum = factor * *sum);
+        }
     }
 }
 
 per_isa! {
+    /// To each row of totals that of sums by the factors.
     fn add_scaled<T: Real>(totals: &mut [T], sums: &[T], factors: &[T]) {
-        let scaled = sums.iter().zip(factors).map(|(&sum, &factor)| factor * sum);
-        totals.iter_mut().zip(scaled).for_each(|(total, scaled)| *total += scaled);
+        for (totals, sums) in totals.chunks_exact_mut(factors.len()).zip(sums.chunks_exact(factors.len())) {
+            let scaled = sums.iter().zip(factors).map(|(&sum, &factor)| factor * sum);
+            totals.iter_mut().zip(scaled).for_each(|(total, scaled)| *total += scaled);
+        }
     }
 }
 
