@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, Case, make_case, random_weight
-from infold import FusedConfig
+from infold import FusedConfig, build_info
 from infold._library import ops
 from torch import Tensor
 
@@ -44,9 +44,12 @@ def test_linear_equals_the_dense_product(config: FusedConfig, shape: tuple[int, 
 def test_half_precision_is_no_worse_than_the_dense_layer(config: FusedConfig, dtype: torch.dtype) -> None:
     case = make_case(random_weight(256, 512), config)
     x = torch.randn(33, 512).to(dtype)
+    weight = case.dense(dtype)
     exact = F.linear(x.double(), case.dense())
+    # AMX takes ECSQ's reconstruction points rounded, as the dense layer has them; else they are not.
+    rounds = config.format == "ecsq" and dtype == torch.bfloat16 and build_info()["cpu"] == "amx"
     ours = relative_error(case.linear(x), exact)
-    theirs = relative_error(F.linear(x, case.dense(dtype)), exact)
+    theirs = relative_error(F.linear(x, weight), exact if rounds else F.linear(x.double(), weight.double()))
     assert case.linear(x).dtype == dtype
     assert ours <= 1.02 * theirs + 1e-6
 

@@ -2,6 +2,7 @@
 
 mod support;
 
+use half::bf16;
 use infold::codec::{EcsqTarget, Packed, Scales, Weights, pack_ecsq, pack_int4, pack_lossless};
 use infold::linear::{Input, forward};
 use infold::memory;
@@ -26,12 +27,12 @@ fn a_forward_takes_64_kilobytes_a_thread_and_gives_them_back() {
     // Counted by the allocator alone, so the decoder's 10 KB on the stack are taken off.
     const HEAP: usize = (64 - 11) << 10;
     let extra = |packed: &Packed, batch: usize, pool: &dyn Pool| {
-        let x = vec![1.0f32; batch * cols];
+        let (x, half_x) = (vec![1.0f32; batch * cols], vec![bf16::ONE; batch * cols]);
         let mut out = vec![0.0f32; batch * rows];
-        let before = memory::live();
+        let (scales, before) = (Scales::Real(&packed.scales[..]), memory::live());
         memory::reset_peak();
-        forward(&open(packed), Scales::Real(&packed.scales), Input { values: &x, rows: batch }, None, &mut out, pool)
-            .unwrap();
+        forward(&open(packed), scales, Input { values: &x, rows: batch }, None, &mut out, pool).unwrap();
+        forward(&open(packed), scales, Input { values: &half_x, rows: batch }, None, &mut out, pool).unwrap();
         (memory::peak() - before, memory::live() - before)
     };
     for packed in &weights {

@@ -6,7 +6,7 @@
 //! | [`linear`] | decode-and-multiply on the CPU | `codec` |
 //! | [`cuda`] | the embedded GPU kernels | nothing above |
 //! | [`parallel`] | how the three split work over threads | nothing |
-//! | [`memory`] | what they allocate, counted | nothing |
+//! | [`memory`] | their scratch: in whole cache lines, and counted | nothing |
 //! | `ops` | PyTorch tensors: check, allocate, run | all of the above |
 //! | `bridge` | C++: the operator registration in `csrc/` | `ops` |
 //!

@@ -5,7 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// Bytes of a cache line. A vector that lies across two of them takes two accesses, and a tile's rows four times as long.
+/// Bytes of a cache line. A vector that lies across two of them takes two accesses.
 const LINE: usize = 64;
 
 /// A value that begins a cache line.

@@ -325,10 +325,9 @@ impl TileDecoder<'_> {
                 };
             }
         } else {
-            let mut points = [0.0; BLOCK];
-            self.points(&mut points);
-            points[shape.cols * LANES..].fill(0.0);
-            pair_up(&points, out);
+            let mut codes = [0; BLOCK];
+            self.codes(&mut codes);
+            pair_up(assembly, &codes[..shape.cols * LANES], out);
         }
         out[shape.cols.div_ceil(2) * LANES..].fill(0);
         if shape.lanes < LANES {
@@ -383,10 +382,14 @@ impl TileDecoder<'_> {
 }
 
 per_isa! {
-    fn pair_up(points: &[f32; BLOCK], out: &mut [u32; BLOCK / 2]) {
-        for (out, points) in out.chunks_exact_mut(LANES).zip(points.chunks_exact(2 * LANES)) {
-            let (even, odd) = points.split_at(LANES);
-            out.iter_mut().zip(even.iter().zip(odd)).for_each(|(out, (&even, &odd))| *out = bf16_pair(even, odd));
+    /// What codes stand for, in pairs of columns of which the last may be alone.
+    fn pair_up(assembly: &Assembly, codes: &[u32], out: &mut [u32; BLOCK / 2]) {
+        for (out, codes) in out.chunks_exact_mut(LANES).zip(codes.chunks(2 * LANES)) {
+            let (even, odd) = codes.split_at(LANES);
+            for (lane, (out, &even)) in out.iter_mut().zip(even).enumerate() {
+                let odd = odd.get(lane).map_or(0.0, |&odd| assembly.point(odd));
+                *out = bf16_pair(assembly.point(even), odd);
+            }
         }
     }
 }

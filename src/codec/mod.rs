@@ -26,9 +26,9 @@ mod stream;
 mod symbols;
 
 #[cfg(target_arch = "x86_64")]
-pub use arch::amx::Tiles;
-pub use arch::{Chunks, Isa, TILE_HEIGHT};
-pub(crate) use arch::{bf16_pair, per_isa};
+pub(crate) use arch::amx::Tiles;
+pub use arch::{Chunks, Isa};
+pub(crate) use arch::{TILE_HEIGHT, bf16_pair, per_isa};
 pub use decode::{DenseBlock, PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
 pub use encode::{Packed, lay_out, pack_lossless};

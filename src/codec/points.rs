@@ -28,7 +28,8 @@ impl Assembly {
     pub fn new(header: &Header) -> Self {
         let plane = &header.planes[0];
         let lo = plane.coding.lo();
-        let second_from_zero = header.planes.get(1).is_none_or(|plane| plane.coding.lo() == 0);
+        let second_from_zero =
+            header.planes.get(1).is_none_or(|plane| plane.coding.lo() == 0 && !plane.coding.escapes());
         let Element::Level { low_bits } = header.element else {
             // Four planes go the portable way.
             let vector = second_from_zero && header.planes.len() == 2;
@@ -45,7 +46,9 @@ impl Assembly {
         let offset = |symbol: usize| (offset(symbol) + 128) as u8;
         let piece = |piece: usize| std::array::from_fn(|i| offset(piece * PIECE + i));
         let used = plane.coding.values().div_ceil(PIECE);
-        let (first, count) = (i64::from(lo) << low_bits, plane.coding.values() << low_bits);
+        // A damaged stream may name the symbol of escapes without listing one.
+        let symbols = plane.coding.values() + usize::from(plane.coding.is_modelled() && plane.coding.escapes());
+        let (first, count) = (i64::from(lo) << low_bits, symbols << low_bits);
         Self {
             element: header.element,
             lo,

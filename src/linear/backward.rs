@@ -134,7 +134,10 @@ fn add_tile<T: Operand, const N: usize>(
         if group != Some(shape.col / group_cols) {
             let this = shape.col / group_cols;
             group = Some(this);
-            let scale = |row| scales.get(grid.index(row, this, geometry)).unwrap_or(T::Sum::from_f32(1.0));
+            let scale = |row| {
+                let scale = scales.get(grid.index(row, this, geometry)).filter(|_| row < tile_rows.end);
+                scale.unwrap_or(T::Sum::from_f32(1.0))
+            };
             let rows = scratch.transposed.chunks_exact(T::DEPTH * N).zip(scratch.scaled.chunks_exact_mut(N));
             let all = tile_rows.start..tile_rows.start + tile_rows.len().next_multiple_of(LANES);
             for (row, (values, factors)) in all.step_by(T::DEPTH).zip(rows) {

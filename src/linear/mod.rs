@@ -12,4 +12,4 @@ mod operand;
 pub use backward::input_gradient;
 pub use embedding::{embedding, embedding_scale_gradient};
 pub use forward::{Input, forward, scale_gradient};
-pub use operand::{Operand, keeps_bf16};
+pub use operand::keeps_bf16;

@@ -16,7 +16,7 @@ use crate::memory::{Aligned, AlignedVec};
 pub trait Operand: Copy + Default + Send + Sync {
     /// What products are summed in.
     type Sum: Real;
-    /// What a thread needs for that.
+    /// What a thread needs to decode a block for it.
     type Scratch;
     /// Values that lie one below the other in a gradient's transpose, [`Operand::DEPTH`] of them.
     type Factor: Copy + Default + Send + Sync;
@@ -146,7 +146,7 @@ pub fn keeps_bf16(weight: &PackedWeight) -> bool {
 }
 
 /// Decoded blocks that are multiplied together: sums are loaded and stored less often.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = 2;
 /// With fewer rows of x, products wait for each other; one block at a time overlaps with the decoding of the next.
 const ROWS_TOGETHER: usize = 64;
 
@@ -155,8 +155,9 @@ pub struct Pairs {
     pairs: Box<Aligned<[[u32; BLOCK / 2]; TOGETHER]>>,
     /// How many of the blocks wait for their product.
     kept: usize,
-    /// A block's columns, `[column][lane]`; the backward's.
-    columns: Box<Aligned<[bf16; BLOCK]>>,
+    /// A block's columns, `[column][lane]`, where a backward asked for them.
+    columns: Option<Box<Aligned<[bf16; BLOCK]>>>,
+    #[cfg(target_arch = "x86_64")]
     height: usize,
     #[cfg(target_arch = "x86_64")]
     tiles: Option<Tiles>,
@@ -185,7 +186,8 @@ impl Operand for bf16 {
         Pairs {
             pairs: Box::new(Aligned([[0; BLOCK / 2]; TOGETHER])),
             kept: 0,
-            columns: Box::new(Aligned([bf16::ZERO; BLOCK])),
+            columns: None,
+            #[cfg(target_arch = "x86_64")]
             height,
             // SAFETY: `Isa::get` names only what the CPU has, and a thread has one scratch at a time.
             #[cfg(target_arch = "x86_64")]
@@ -241,8 +243,9 @@ impl Operand for bf16 {
         sums: &mut [f32],
     ) {
         decoder.pairs(&mut scratch.pairs[0]);
-        split_pairs(&scratch.pairs[0], &mut scratch.columns);
-        let a = Chunks { values: &scratch.columns[..], row: LANES, chunk: 0 };
+        let columns = scratch.columns.get_or_insert_with(|| Box::new(Aligned([bf16::ZERO; BLOCK])));
+        split_pairs(&scratch.pairs[0], columns);
+        let a = Chunks { values: &columns[..], row: LANES, chunk: 0 };
         for first in (0..N).step_by(LANES) {
             let (b, c) = (&gradient[first..], &mut sums[first..]);
             #[cfg(target_arch = "x86_64")]

@@ -13,6 +13,8 @@ use crate::codec::geometry::{CHUNK, LANES};
 
 /// Columns of a that one product of tiles takes.
 const DEPTH: usize = 32;
+/// Steps of so many columns in a chunk.
+const STEPS: usize = CHUNK / DEPTH;
 /// Bytes of a row of a tile register.
 const ROW_BYTES: usize = 64;
 
@@ -20,15 +22,17 @@ const ROW_BYTES: usize = 64;
 pub fn is_supported() -> bool {
     const BF16: u32 = 1 << 22;
     const TILE: u32 = 1 << 24;
-    let features = __cpuid_count(7, 0).edx;
+    // SAFETY: this leaf is there where AVX2 is, without which nobody asks. A safe function from Rust 1.94 on.
+    #[allow(unused_unsafe)]
+    let features = unsafe { __cpuid_count(7, 0) }.edx;
     features & BF16 != 0 && features & TILE != 0 && is_permitted()
 }
 
 /// Asks for the 8 KB of tile registers, which a process does not have by itself.
 #[cfg(target_os = "linux")]
 fn is_permitted() -> bool {
-    const ARCH_REQ_XCOMP_PERM: i32 = 0x1023;
-    const XFEATURE_XTILEDATA: i32 = 18;
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
     // SAFETY: a system call that takes two integers and changes what this process may do, for the wider.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
@@ -40,7 +44,6 @@ fn is_permitted() -> bool {
 
 /// Where the columns of a step begin.
 fn a_offset(a: Chunks<bf16>, step: usize) -> usize {
-    const STEPS: usize = CHUNK / DEPTH;
     step / STEPS * a.chunk + step % STEPS * DEPTH
 }
 
@@ -66,7 +69,7 @@ impl Tiles {
     /// For tiles of `height` rows of a.
     ///
     /// # Safety
-    /// [`is_supported`] has said so, and the thread has no other `Tiles`.
+    /// [`is_supported`] has said so, and nothing else on the thread uses tile registers while this lives.
     pub unsafe fn new(height: usize) -> Self {
         assert!((1..=TILE_HEIGHT).contains(&height));
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
@@ -91,10 +94,13 @@ impl Tiles {
         c_row: usize,
         tiles: usize,
     ) {
+        if depth == 0 {
+            return;
+        }
         let (last, steps) = ((tiles * self.height).saturating_sub(1), depth.div_ceil(DEPTH));
-        let last_step = steps.saturating_sub(1);
-        assert!(last * a.row + a_offset(a, last_step) + DEPTH <= a.values.len());
-        assert!((steps * DEPTH / 2).saturating_sub(1) * b_row + LANES <= b.len());
+        assert!(steps <= STEPS || a.chunk >= CHUNK);
+        assert!(last * a.row + a_offset(a, steps - 1) + DEPTH <= a.values.len());
+        assert!((steps * DEPTH / 2 - 1) * b_row + LANES <= b.len());
         assert!(last * c_row + LANES <= c.len());
         for tile in (0..tiles).step_by(2) {
             let row = tile * self.height;
@@ -120,57 +126,59 @@ impl Tiles {
         c: &mut [f32],
         c_row: usize,
     ) {
-        let (a_bytes, b_bytes, c_bytes) = (a.row * size_of::<bf16>(), b_row * 4, c_row * 4);
-        let (b, c) = (b.as_ptr(), c.as_mut_ptr());
-        macro_rules! load {
-            ($tile:literal, $at:expr, $bytes:expr) => {
-                asm!(
-                    concat!("tileloadd tmm", $tile, ", [{at} + {bytes}]"),
-                    at = in(reg) $at, bytes = in(reg) $bytes, options(nostack, readonly, preserves_flags)
-                )
-            };
-        }
-        macro_rules! store {
-            ($tile:literal, $at:expr) => {
-                asm!(
-                    concat!("tilestored [{at} + {bytes}], tmm", $tile),
-                    at = in(reg) $at, bytes = in(reg) c_bytes, options(nostack, preserves_flags)
-                )
-            };
-        }
+        let a_row = a.row * size_of::<bf16>();
+        // From a step to the next, and from one to that in the next chunk.
+        let a_step = DEPTH * size_of::<bf16>();
+        let a_chunk = (a.chunk * size_of::<bf16>()).wrapping_sub(a_step);
+        let (b_row, c_row) = (b_row * size_of::<u32>(), c_row * size_of::<f32>());
+        let (a, b, c) = (a.values.as_ptr().cast::<u8>(), b.as_ptr(), c.as_mut_ptr().cast::<u8>());
+        // One block, for register contents do not outlive one; the arguments are what a second tile of rows adds.
         macro_rules! product {
-            ($c:literal, $a:literal, $b:literal) => {
-                asm!(concat!("tdpbf16ps tmm", $c, ", tmm", $a, ", tmm", $b), options(nomem, nostack, preserves_flags))
+            ($load:literal, $multiply:literal, $advance:literal, $store:literal $(, $name:ident = $value:expr)*) => {
+                asm!(
+                    "tileloadd tmm0, [{c} + {c_row}]",
+                    "tileloadd tmm1, [{c} + {c_row} + 64]",
+                    $load,
+                    "2:",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tileloadd tmm7, [{b} + {b_row} + 64]",
+                    "tileloadd tmm4, [{a} + {a_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    $multiply,
+                    "add {b}, {b_step}",
+                    "add {a}, {a_step}",
+                    $advance,
+                    "xchg {a_step}, {a_chunk}",
+                    "dec {steps}",
+                    "jnz 2b",
+                    "tilestored [{c} + {c_row}], tmm0",
+                    "tilestored [{c} + {c_row} + 64], tmm1",
+                    $store,
+                    a = inout(reg) a => _, a_row = in(reg) a_row,
+                    a_step = inout(reg) a_step => _, a_chunk = inout(reg) a_chunk => _,
+                    b = inout(reg) b => _, b_row = in(reg) b_row, b_step = in(reg) DEPTH / 2 * b_row,
+                    c = in(reg) c, c_row = in(reg) c_row, steps = inout(reg) steps => _,
+                    $($name = inout(reg) $value => _,)*
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack)
+                )
             };
         }
-        // SAFETY: the caller's slices have the rows that are read and written; no tile register is the compiler's.
+        // SAFETY: the caller's slices have the rows that are read and written, and there is a step.
         unsafe {
-            let second_c = c.add(self.height * c_row * (TILES - 1));
-            load!(0, c, c_bytes);
-            load!(1, c.add(LANES / 2), c_bytes);
             if TILES == 2 {
-                load!(2, second_c, c_bytes);
-                load!(3, second_c.add(LANES / 2), c_bytes);
-            }
-            for step in 0..steps {
-                let b = b.add(step * DEPTH / 2 * b_row);
-                let at = a.values.as_ptr().add(a_offset(a, step));
-                load!(6, b, b_bytes);
-                load!(7, b.add(LANES / 2), b_bytes);
-                load!(4, at, a_bytes);
-                product!(0, 4, 6);
-                product!(1, 4, 7);
-                if TILES == 2 {
-                    load!(5, at.add(self.height * a.row), a_bytes);
-                    product!(2, 5, 6);
-                    product!(3, 5, 7);
-                }
-            }
-            store!(0, c);
-            store!(1, c.add(LANES / 2));
-            if TILES == 2 {
-                store!(2, second_c);
-                store!(3, second_c.add(LANES / 2));
+                product!(
+                    "tileloadd tmm2, [{c2} + {c_row}]\ntileloadd tmm3, [{c2} + {c_row} + 64]",
+                    "tileloadd tmm5, [{a2} + {a_row}]\ntdpbf16ps tmm2, tmm5, tmm6\ntdpbf16ps tmm3, tmm5, tmm7",
+                    "add {a2}, {a_step}",
+                    "tilestored [{c2} + {c_row}], tmm2\ntilestored [{c2} + {c_row} + 64], tmm3",
+                    a2 = a.add(self.height * a_row),
+                    c2 = c.add(self.height * c_row)
+                );
+            } else {
+                product!("", "", "", "");
             }
         }
     }
