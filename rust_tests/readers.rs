@@ -1,5 +1,6 @@
 //! Everything that reads a packed weight, for bytes that nobody packed; the fuzz targets share it.
 
+use half::bf16;
 use infold::codec::*;
 use infold::linear::{Input, embedding, forward, input_gradient, scale_gradient};
 use infold::parallel::Serial;
@@ -27,7 +28,12 @@ pub fn read_everything(payload: &[u8], directory: &[i32], tables: &[u8], most: u
     let mut dx = vec![0.0f32; 2 * geometry.cols];
     let g = Input { values: &y[..], rows: 2 };
     let _ = input_gradient(&weight, Scales::Real(&scales), g, &mut dx, &Serial);
+    let (brain_x, brain_g) = (vec![bf16::ONE; 2 * geometry.cols], vec![bf16::ONE; 2 * geometry.rows]);
+    let brain_g = Input { values: &brain_g[..], rows: 2 };
+    let _ = input_gradient(&weight, Scales::Real(&scales), brain_g, &mut dx, &Serial);
     let _ = scale_gradient(&weight, g, Input { values: &x, rows: 2 }, &mut scales.clone(), &Serial);
+    let brain_x = Input { values: &brain_x[..], rows: 2 };
+    let _ = forward(&weight, Scales::Real(&scales), brain_x, None, &mut y, &Serial);
     let _ = embedding(&weight, Scales::Real(&scales), &[0, 5], &mut dx[..], &Serial);
 }
 

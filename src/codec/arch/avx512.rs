@@ -70,7 +70,7 @@ impl Simd for Avx512 {
             let data = _mm256_loadu_si256(bytes.as_ptr().cast());
             let data = _mm256_permutexvar_epi8(_mm256_loadu_si256(gather.as_ptr().cast()), data);
             let shifted = _mm256_multishift_epi64_epi8(_mm256_set1_epi64x(shifts), data);
-            _mm256_and_si256(shifted, _mm256_set1_epi8((1 << WIDTH) - 1))
+            _mm256_and_si256(shifted, _mm256_set1_epi8((u8::MAX >> (8 - WIDTH)) as i8))
         }
     }
 
