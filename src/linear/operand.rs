@@ -182,6 +182,7 @@ impl Operand for bf16 {
     type Factor = u32;
     const DEPTH: usize = 2;
 
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // only tiles have a height
     fn scratch(height: usize) -> Pairs {
         Pairs {
             pairs: Box::new(Aligned([[0; BLOCK / 2]; TOGETHER])),
