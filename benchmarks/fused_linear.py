@@ -36,6 +36,8 @@ GOALS = {
     ("ecsq 4 bits", "compact", "F.linear bfloat16"): (0.8, 3.5, 6.2),
 }
 BATCHES = (1, 8, 32, 256)
+#: Whether Infold multiplies bfloat16 as such here.
+AMX = infold.build_info()["cpu"] == "amx"
 #: Copies of a weight take this many bytes together: more than the caches keep.
 COLD_BYTES = 400_000_000
 
@@ -73,8 +75,7 @@ def int8_peer(weight: torch.Tensor, quick: bool, x: torch.Tensor) -> Run:
 
 def inputs(what: str, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """The input in float32, and where Infold multiplies bfloat16 as such, in that too."""
-    amx = infold.build_info()["cpu"] == "amx"
-    return [(what, x), *([(f"{what} of bfloat16", x.bfloat16())] if amx else [])]
+    return [(what, x), *([(f"{what} of bfloat16", x.bfloat16())] if AMX else [])]
 
 
 def main() -> None:
@@ -83,7 +84,7 @@ def main() -> None:
     seconds = 0.1 if arguments.quick else arguments.seconds
     results = Results(arguments)
     multiplies, bytes_read = machine_rates()
-    bfloat16_multiplies = machine_rates(torch.bfloat16)[0] if len(inputs("", torch.ones(1))) > 1 else None
+    bfloat16_multiplies = machine_rates(torch.bfloat16)[0] if AMX else None
     torch.manual_seed(0)
     goals_apply = arguments.threads == 2 and infold.build_info()["cpu"] == "avx2" and not arguments.quick
     for rows, cols in shapes:

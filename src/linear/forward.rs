@@ -199,7 +199,7 @@ pub fn forward<T: Operand, O: Scalar>(
             *factor = scales.get(grid.index(row, group, geometry)).unwrap_or(*factor);
         }
         let factors = &factors[..geometry.tile_rows];
-        if groups > 1 {
+        let sums = if groups > 1 {
             // A batch begins with its first group.
             if group == 0 {
                 total.fill(T::Sum::default());
@@ -208,10 +208,11 @@ pub fn forward<T: Operand, O: Scalar>(
             if group + 1 < groups {
                 return;
             }
+            total
         } else {
             scale(partial, factors);
-        }
-        let sums = if groups > 1 { total } else { partial };
+            partial
+        };
         for (row, sums) in rows.zip(sums.chunks_exact(geometry.tile_rows)) {
             let start = row * geometry.rows;
             // SAFETY: this tile alone writes its columns of y.

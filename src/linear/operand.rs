@@ -157,20 +157,42 @@ pub struct Pairs {
     kept: usize,
     /// A block's columns, `[column][lane]`, where a backward asked for them.
     columns: Option<Box<Aligned<[bf16; BLOCK]>>>,
-    #[cfg(target_arch = "x86_64")]
-    height: usize,
+    product: PairProduct,
+}
+
+/// The product of bf16 matrices, one of them in pairs of rows, on this thread.
+struct PairProduct {
     #[cfg(target_arch = "x86_64")]
     tiles: Option<Tiles>,
 }
 
-/// Adds the first `depth` columns of a times rows of b, which come in pairs every `b_row` values, to `rows` rows of c.
-fn multiply_pairs(a: Chunks<bf16>, b: &[u32], b_row: usize, depth: usize, c: &mut [f32], c_row: usize, rows: usize) {
-    for (row, c) in c.chunks_mut(c_row).take(rows).enumerate() {
-        for (col, pairs) in (0..depth).step_by(2).zip(b.chunks(b_row)) {
-            let a = &a.at(row, col / CHUNK * CHUNK).values[col % CHUNK..];
-            let (even, odd) = (a[0].to_f32(), a[1].to_f32());
-            for (sum, &pair) in c.iter_mut().zip(&pairs[..LANES]) {
-                *sum += even * f32::from_bits(pair << 16) + odd * f32::from_bits(pair & 0xffff_0000);
+impl PairProduct {
+    /// For tiles of `height` rows, where the CPU has them.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+    fn new(height: usize) -> Self {
+        Self {
+            // SAFETY: `Isa::get` names only what the CPU has, and a thread has one scratch at a time.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            tiles: (Isa::get() == Isa::Amx).then(|| unsafe { Tiles::new(height) }),
+        }
+    }
+
+    /// Adds the first `depth` columns of a times rows of b, which come in pairs every `b_row` values, to `rows` rows of c,
+    /// which begin every `c_row` values. a and c have rows for whole tiles.
+    #[allow(clippy::too_many_arguments)] // three matrices
+    fn add(&self, a: Chunks<bf16>, b: &[u32], b_row: usize, depth: usize, c: &mut [f32], c_row: usize, rows: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.tiles {
+            return tiles.multiply_add(a, b, b_row, depth, c, c_row, rows);
+        }
+        for (row, c) in c.chunks_mut(c_row).take(rows).enumerate() {
+            for (col, pairs) in (0..depth).step_by(2).zip(b.chunks(b_row)) {
+                let a = &a.at(row, col / CHUNK * CHUNK).values[col % CHUNK..];
+                let (even, odd) = (a[0].to_f32(), a[1].to_f32());
+                for (sum, &pair) in c.iter_mut().zip(&pairs[..LANES]) {
+                    *sum += even * f32::from_bits(pair << 16) + odd * f32::from_bits(pair & 0xffff_0000);
+                }
             }
         }
     }
@@ -182,19 +204,9 @@ impl Operand for bf16 {
     type Factor = u32;
     const DEPTH: usize = 2;
 
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // only tiles have a height
     fn scratch(height: usize) -> Pairs {
-        Pairs {
-            pairs: Box::new(Aligned([[0; BLOCK / 2]; TOGETHER])),
-            kept: 0,
-            columns: None,
-            #[cfg(target_arch = "x86_64")]
-            height,
-            // SAFETY: `Isa::get` names only what the CPU has, and a thread has one scratch at a time.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            tiles: (Isa::get() == Isa::Amx).then(|| unsafe { Tiles::new(height) }),
-        }
+        let pairs = Box::new(Aligned([[0; BLOCK / 2]; TOGETHER]));
+        Pairs { pairs, kept: 0, columns: None, product: PairProduct::new(height) }
     }
 
     fn height(rows: usize) -> usize {
@@ -229,11 +241,7 @@ impl Operand for bf16 {
         scratch.kept = 0;
         let (x, depth) = (x.at(0, shape.col - before), before + shape.cols);
         let pairs = scratch.pairs.as_flattened();
-        #[cfg(target_arch = "x86_64")]
-        if let Some(tiles) = &scratch.tiles {
-            return tiles.multiply_add(x, pairs, LANES, depth, sums, stride, rows / scratch.height);
-        }
-        multiply_pairs(x, pairs, LANES, depth, sums, stride, rows);
+        scratch.product.add(x, pairs, LANES, depth, sums, stride, rows);
     }
 
     fn multiply_transposed<const N: usize>(
@@ -249,12 +257,7 @@ impl Operand for bf16 {
         let a = Chunks { values: &columns[..], row: LANES, chunk: 0 };
         for first in (0..N).step_by(LANES) {
             let (b, c) = (&gradient[first..], &mut sums[first..]);
-            #[cfg(target_arch = "x86_64")]
-            if let Some(tiles) = &scratch.tiles {
-                tiles.multiply_add(a, b, N, LANES, c, N, shape.cols.div_ceil(TILE_HEIGHT));
-                continue;
-            }
-            multiply_pairs(a, b, N, LANES, c, N, shape.cols);
+            scratch.product.add(a, b, N, LANES, c, N, shape.cols);
         }
     }
 }

@@ -81,8 +81,8 @@ impl Tiles {
         Self { height, thread: PhantomData }
     }
 
-    /// Adds the first `depth` columns of a times as many rows of b, which come in pairs every `b_row` values, to c: `tiles`
-    /// tiles of rows, which begin every `c_row` values, by [`LANES`] columns.
+    /// Adds the first `depth` columns of a times as many rows of b, which come in pairs every `b_row` values, to
+    /// [`LANES`] columns of `rows` rows of c, which begin every `c_row` values. a and c have rows for whole tiles.
     #[allow(clippy::too_many_arguments)] // three matrices
     pub fn multiply_add(
         &self,
@@ -92,12 +92,13 @@ impl Tiles {
         depth: usize,
         c: &mut [f32],
         c_row: usize,
-        tiles: usize,
+        rows: usize,
     ) {
         if depth == 0 {
             return;
         }
-        let (last, steps) = ((tiles * self.height).saturating_sub(1), depth.div_ceil(DEPTH));
+        let (tiles, steps) = (rows.div_ceil(self.height), depth.div_ceil(DEPTH));
+        let last = (tiles * self.height).saturating_sub(1);
         assert!(steps <= STEPS || a.chunk >= CHUNK);
         assert!(last * a.row + a_offset(a, steps - 1) + DEPTH <= a.values.len());
         assert!((steps * DEPTH / 2 - 1) * b_row + LANES <= b.len());

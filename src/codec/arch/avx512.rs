@@ -96,7 +96,7 @@ impl Simd for Avx512 {
             // Of a pair of words, one register takes the first and the other the second: one shuffle for both.
             let order = _mm512_loadu_si512(const { &pair_order(0, 2) }.as_ptr().cast());
             let pairs = _mm512_permutexvar_epi8(order, both);
-            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            let upper = _mm512_set1_epi32(super::BF16_UPPER as i32);
             [
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
                 _mm512_castsi512_ps(_mm512_and_si512(pairs, upper)),
