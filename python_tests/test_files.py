@@ -221,7 +221,7 @@ def test_a_newer_version_is_named(tmp_path: Path) -> None:
         metadata["checksums"] = json.dumps(checksums)
 
     rewritten(tmp_path / "a", newer)
-    with pytest.raises(CorruptWeightError, match="1: field `version`: expected at most 2, got 9"):
+    with pytest.raises(CorruptWeightError, match="1: field `version`: expected at most 3, got 9"):
         infold.load_into(small(), tmp_path / "a")
 
 

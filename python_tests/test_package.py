@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_build_info_says_what_was_built() -> None:
     info = infold.build_info()
     assert info["version"] == infold.__version__
-    assert info["format_version"] == 2
+    assert info["format_version"] == 3
     assert info["cpu"] in ("generic", "neon", "avx2", "avx512", "amx")
     nvcc = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "bin" / "nvcc"
     if nvcc.is_file():

@@ -13,6 +13,7 @@ fn victims() -> Vec<Packed> {
     let mut values = random.normals(90 * 140, 0.1);
     values[500] = 1e6;
     let smooth: Vec<f32> = (0..90 * 140).map(|i| (i as f32 / 400.0).sin()).collect();
+    let sparse: Vec<f32> = values.iter().enumerate().map(|(i, &v)| if i % 40 == 0 { 0.0 } else { v }).collect();
     let packed = [
         pack_lossless(Weights::Bf16(&to_bf16(&values)), 90, 140, &Serial),
         pack_lossless(Weights::F16(&to_f16(&values)), 90, 140, &Serial),
@@ -20,6 +21,7 @@ fn victims() -> Vec<Packed> {
         pack_ecsq(Weights::F32(&values), 90, 140, EcsqTarget::Bits(4.0), &Serial),
         pack_ecsq(Weights::F32(&smooth), 90, 140, EcsqTarget::Error(0.002), &Serial),
         pack_int4(Weights::F32(&values), 90, 140, 64, &Serial),
+        pack_lossless(Weights::Bf16(&to_bf16(&sparse)), 90, 140, &Serial),
     ];
     let packed: Vec<Packed> = packed.into_iter().collect::<Result<_, _>>().unwrap();
     let fast = packed.iter().map(|packed| in_layout(packed, Layout::Fast)).collect();
@@ -97,9 +99,9 @@ fn a_forged_header_is_survived() {
 #[test]
 fn a_newer_version_is_refused_by_name() {
     let mut tables = victims()[0].tables.clone();
-    tables[4] = 3;
+    tables[4] = 4;
     let error = PackedWeight::new(&[], &[], &tables).err().unwrap();
-    assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at most 2, got 3");
+    assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at most 3, got 4");
     tables[4] = 0;
     let error = PackedWeight::new(&[], &[], &tables).err().unwrap();
     assert_eq!(error.to_string(), "infold/corrupt: field `version`: expected at least 1, got 0");

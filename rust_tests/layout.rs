@@ -43,12 +43,19 @@ fn weights() -> Vec<(String, Packed)> {
     let predicted = pack_ecsq(Weights::F32(&smooth), 96, 192, EcsqTarget::Error(0.002), &Serial).unwrap();
     assert_ne!(predicted.header.predictor, Predictor::None);
     all.push(("predicted".into(), predicted));
-    // Zeros are far from every other exponent: about two of them in a block of the fast layout, and about sixty.
+    // Zeros are far from every other exponent: two of them in a block are listed apart, sixty are in the palette. Sixty
+    // values of all exponents are listed apart.
     for share in [0.001, 0.03] {
-        let mut values = random.normals(96 * 320, 0.05);
-        values.iter_mut().for_each(|value| *value = if random.uniform() < share { 0.0 } else { *value });
-        let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), 96, 320, &Serial).unwrap();
-        all.push((format!("bf16 with {share} zeros"), packed));
+        for (what, smallest) in [("zeros", 0.0), ("outliers", 1e-30)] {
+            let mut values = random.normals(97 * 320, 0.05);
+            for value in &mut values {
+                if random.uniform() < share {
+                    *value = f32::copysign(smallest * f32::exp2(90.0 * random.uniform() as f32), *value);
+                }
+            }
+            let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), 97, 320, &Serial).unwrap();
+            all.push((format!("{share} {what} in bf16"), packed));
+        }
     }
     // Large enough for levels to be coded in sixteen classes, with low bits apart and without.
     let large = random.normals(1024 * 1024, 0.02);
@@ -79,6 +86,20 @@ fn the_fast_layout_is_exact_and_leads_back_to_the_same_bytes() {
         assert_eq!(in_layout(&fast, Layout::Fast).payload, fast.payload, "{name}");
         assert_eq!(in_layout(&compact, Layout::Compact).payload, compact.payload, "{name}");
     }
+}
+
+#[test]
+fn frequent_exponents_need_not_be_neighbours() {
+    let mut values = to_bf16(&Random(54).normals(128 * 512, 0.05));
+    values.iter_mut().step_by(50).for_each(|value| *value = bf16::ZERO);
+    values.iter_mut().step_by(1000).for_each(|value| *value = bf16::NEG_ZERO);
+    let compact = pack_lossless(Weights::Bf16(&values), 128, 512, &Serial).unwrap();
+    let fast = in_layout(&compact, Layout::Fast);
+    // Zeros listed apart would take 8 bytes each.
+    let most = 12 * values.len() / 8 * 101 / 100;
+    assert!(fast.payload.len() < most, "{} bytes", fast.payload.len());
+    // An older library refuses it by its version.
+    assert_eq!((fast.header.version, compact.header.version), (3, 2));
 }
 
 #[test]

@@ -30,6 +30,8 @@ fn packed(rows: usize, cols: usize) -> Vec<Packed> {
     values[1] = 1e-20;
     values[rows * cols / 2] = 1e6;
     let brain: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+    // Its fast layout has a palette.
+    let sparse: Vec<bf16> = brain.iter().enumerate().map(|(i, &v)| if i % 40 == 0 { bf16::ZERO } else { v }).collect();
     let half: Vec<f16> = values.iter().map(|&value| f16::from_f32(value)).collect();
     let packed = [
         pack_lossless(Weights::Bf16(&brain), rows, cols, &Serial),
@@ -38,6 +40,7 @@ fn packed(rows: usize, cols: usize) -> Vec<Packed> {
         pack_ecsq(Weights::F32(&values), rows, cols, EcsqTarget::Bits(4.0), &Serial),
         pack_int8(Weights::F32(&values), rows, cols, &Serial),
         pack_int4(Weights::F32(&values), rows, cols, 64, &Serial),
+        pack_lossless(Weights::Bf16(&sparse), rows, cols, &Serial),
     ];
     let packed = packed.into_iter().map(|packed| packed.expect("a finite weight packs"));
     let with_fast = |packed: Packed| {

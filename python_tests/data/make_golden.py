@@ -28,6 +28,13 @@ def special(dtype: torch.dtype) -> torch.Tensor:
     return weight
 
 
+def sparse() -> torch.Tensor:
+    weight = gaussian(70, 330, torch.bfloat16)
+    weight.view(-1)[::40], weight.view(-1)[::990] = 0.0, -0.0
+    weight[5, 7], weight[69, 329] = 1e-20, 1e20
+    return weight
+
+
 def outliers() -> torch.Tensor:
     weight = gaussian(40, 1100)
     weight[3, 1000], weight[39, 5] = 7.0, -9.0
@@ -59,6 +66,8 @@ GOLDEN = {
     "fast_ecsq": lambda: (outliers(), FusedConfig("ecsq", bits=4, layout="fast")),
     "fast_predicted": lambda: (smooth(), FusedConfig("ecsq", max_error=0.01, layout="fast")),
     "fast_int8": lambda: (gaussian(100, 160), FusedConfig("int8", layout="fast")),
+    # From version 3 on: a palette.
+    "fast_palette": lambda: (sparse(), FusedConfig(layout="fast")),
 }
 
 

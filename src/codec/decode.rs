@@ -8,7 +8,7 @@ use super::element::{Real, Scalar, Scales};
 use super::format::{Header, TILE_ALIGN};
 use super::geometry::{BLOCK, BlockShape, Geometry, LANES};
 use super::points::{self, Assembly};
-use super::stream::{Bytes, Stream, Symbols, Table, unpack_steps};
+use super::stream::{Bytes, Stream, Symbols, Table};
 use crate::memory::Aligned;
 use crate::parallel::{DisjointSlice, Pool, map};
 use crate::{Error, Result};
@@ -260,8 +260,7 @@ impl TileDecoder<'_> {
         let patches = if plane == 0 && self.weight.header.element.float().is_some() { &self.far[..] } else { &[] };
         match stream.symbols() {
             Symbols::Packed { width: 8, bytes, .. } if patches.is_empty() => return (stream.lo(), bytes),
-            Symbols::Packed { width, bytes, .. } => unpack_steps(bytes, width, self.shape, buffer),
-            Symbols::Zero => buffer.fill(0),
+            _ => stream.bytes(self.shape, buffer),
         }
         for &(index, value) in patches {
             buffer[index] = value.wrapping_sub(stream.lo()) as u8;

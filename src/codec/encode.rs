@@ -4,7 +4,7 @@ use super::alias::{AliasCodes, AliasDecoder, AliasEncoder};
 use super::arch::per_isa;
 use super::decode::{PackedWeight, checksum_scales, checksum_words};
 use super::element::{Dtype, Element, Weights, swap_bf16};
-use super::format::{FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Plane, Quantizer, ScaleGrid, TILE_ALIGN};
+use super::format::{Header, Layout, MAX_DIMENSION, Plane, Quantizer, ScaleGrid, TILE_ALIGN};
 use super::geometry::{BLOCK, Geometry, LANES};
 use super::predict::Predictor;
 use super::rans::{self, Encoder};
@@ -127,7 +127,7 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
     let predictor = choose_predictor(&mut planes[0], geometry, element, &tile_codes, pool);
 
     let header = Header {
-        version: FORMAT_VERSION,
+        version: Layout::Compact.version(),
         layout: Layout::Compact,
         dtype: weights.dtype(),
         quantizer,
@@ -329,26 +329,25 @@ fn encode_tile(header: &Header, tile: usize, codes: &[u32]) -> Vec<u8> {
 /// Writes a tile's plane: `symbols` and `escapes` in stream order.
 fn write_plane(out: &mut Vec<u8>, plane: &Plane, geometry: Geometry, tile: usize, symbols: &[u8], escapes: &[Escape]) {
     let lanes = geometry.lanes_of(tile);
-    match &plane.coding {
-        Coding::Constant(_) => {}
-        Coding::Plain { width, escapes: with_escapes, .. } => {
+    match (&plane.coding, plane.coding.plain_width()) {
+        (coding, Some(width)) => {
             let mut blocks = symbols;
             for shape in geometry.blocks(tile) {
                 let (block, rest) = blocks.split_at(shape.cols * LANES);
-                if *width == 8 && shape.lanes == LANES {
+                if width == 8 && shape.lanes == LANES {
                     out.extend_from_slice(block);
-                } else if *width == 4 && shape.lanes == LANES {
+                } else if width == 4 && shape.lanes == LANES {
                     out.extend(block.as_chunks::<2>().0.iter().map(|[first, second]| first | second << 4));
                 } else {
-                    block.chunks_exact(LANES).for_each(|step| pack_step(&step[..shape.lanes], *width, out));
+                    block.chunks_exact(LANES).for_each(|step| pack_step(&step[..shape.lanes], width, out));
                 }
                 blocks = rest;
             }
-            if *with_escapes {
+            if coding.escapes() {
                 write_escapes(out, escapes);
             }
         }
-        Coding::Modelled(model) => {
+        (Coding::Modelled(model), None) => {
             let intervals = model.intervals();
             let streams = coded_streams(plane.streams, geometry, tile, symbols, |steps, capacity| {
                 let mut encoder = Encoder::new(capacity);
@@ -357,7 +356,7 @@ fn write_plane(out: &mut Vec<u8>, plane: &Plane, geometry: Geometry, tile: usize
             });
             write_coded(out, &streams, rans::Decoder::WORD_BYTES, escapes);
         }
-        Coding::Alias(model) => {
+        (Coding::Alias(model), None) => {
             let codes = AliasCodes::new(&model.frequencies);
             let streams = coded_streams(plane.streams, geometry, tile, symbols, |steps, capacity| {
                 let mut encoder = AliasEncoder::new(&codes, capacity);
@@ -366,6 +365,7 @@ fn write_plane(out: &mut Vec<u8>, plane: &Plane, geometry: Geometry, tile: usize
             });
             write_coded(out, &streams, AliasDecoder::WORD_BYTES, escapes);
         }
+        _ => {}
     }
 }
 
@@ -429,7 +429,7 @@ fn fast(canonical: &Header) -> Header {
         Plane { coding, streams: 1, centroids: Vec::new() }
     };
     Header {
-        version: FORMAT_VERSION,
+        version: Layout::Fast.version(),
         layout: Layout::Fast,
         predictor: Predictor::None,
         element: match canonical.element {

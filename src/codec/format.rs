@@ -5,11 +5,11 @@ use super::element::{Dtype, Element};
 use super::geometry::{CHUNK, Geometry, LANES, MAX_TILE_ROWS};
 use super::predict::Predictor;
 use super::rans::MODEL_TOTAL;
-use super::symbols::{AliasModel, Coding, Model};
+use super::symbols::{AliasModel, Coding, Model, PALETTE};
 use crate::{Error, Result};
 
-/// The version this library writes, and the newest that it reads.
-pub const FORMAT_VERSION: u16 = 2;
+/// The newest version that this library reads.
+pub const FORMAT_VERSION: u16 = 3;
 /// Rows and columns lie below this, so that an escape's position fits in 32 bits and no size computation overflows.
 pub const MAX_DIMENSION: usize = 1 << 26;
 /// Tiles start at multiples of this many bytes, the unit of the directory's offsets.
@@ -44,6 +44,14 @@ pub enum Layout {
 impl Layout {
     pub fn from_byte(byte: u8) -> Option<Self> {
         [Self::Compact, Self::Fast].into_iter().find(|&layout| layout as u8 == byte)
+    }
+
+    /// The version that is written: the oldest that knows all that the layout may have.
+    pub fn version(self) -> u16 {
+        match self {
+            Self::Compact => 2,
+            Self::Fast => 3,
+        }
     }
 }
 
@@ -148,6 +156,7 @@ impl Plane {
         let (coding, width, symbols) = match &self.coding {
             Coding::Constant(_) => (0, 0, 0),
             Coding::Plain { width, .. } => (1, *width as u8, 0),
+            Coding::Palette { .. } => (4, PALETTE.ilog2() as u8, PALETTE as u8),
             Coding::Modelled(model) => (2, self.streams.ilog2() as u8, model.frequencies.len() as u8),
             Coding::Alias(model) => (3, self.streams.ilog2() as u8, model.frequencies.len() as u8),
         };
@@ -157,6 +166,7 @@ impl Plane {
         match &self.coding {
             Coding::Modelled(model) => out.extend(model.frequencies.iter().flat_map(|f| f.to_le_bytes())),
             Coding::Alias(model) => out.extend(&model.frequencies),
+            Coding::Palette { values, .. } => out.extend(values),
             _ => {}
         }
         out.extend(self.centroids.iter().map(|&c| c as u8));
@@ -290,6 +300,11 @@ impl Header {
             return Err(Error::corrupt("plane_count", element.planes(), plane_count));
         }
         let planes = (0..element.planes()).map(|_| reader.plane(version)).collect::<Result<Vec<_>>>()?;
+        for (index, plane) in planes.iter().enumerate() {
+            if matches!(plane.coding, Coding::Palette { .. }) && (index > 0 || element != Element::SwappedBf16) {
+                return Err(Error::corrupt("plane", "a palette of a fast bfloat16's first plane alone", "another"));
+            }
+        }
         if let (Element::Level { low_bits }, Some(Plane { coding, .. })) = (element, planes.get(1)) {
             // Instruction sets differ in what they make of more bits than a level has.
             let most = 1 << low_bits;
@@ -407,6 +422,9 @@ impl Reader<'_> {
                     return Err(Error::corrupt("frequencies", "a sum of 256, each at most 127", sum));
                 }
                 Coding::Alias(AliasModel { lo, frequencies, escapes })
+            }
+            4 if version >= 3 && flags <= 1 && lo == 0 && (usize::from(width), symbols) == (4, PALETTE) => {
+                Coding::Palette { values: self.take()?, escapes }
             }
             _ => return Err(Error::corrupt("plane", "a known coding", format!("{head:?}"))),
         };

@@ -5,6 +5,7 @@ use super::element::{Dtype, Element, bits_to_f32};
 use super::format::Header;
 use super::geometry::{BLOCK, CHUNK, LANES};
 use super::stream::Symbols;
+use super::symbols::{Coding, PALETTE};
 
 /// Entries of a vector table.
 const PIECE: usize = 16;
@@ -16,6 +17,8 @@ pub struct Assembly {
     element: Element,
     /// The value of symbol 0 in the first plane.
     lo: i32,
+    /// The high byte that each symbol of four bits stands for.
+    high: [u8; PALETTE],
     /// r(q) less q for each symbol of the first plane from the first on, in 1/256, plus 128; empty for none.
     offsets: Vec<[u8; PIECE]>,
     /// r(q) of the levels from the given one on; others are their own.
@@ -30,10 +33,16 @@ impl Assembly {
         let lo = plane.coding.lo();
         let second_from_zero =
             header.planes.get(1).is_none_or(|plane| plane.coding.lo() == 0 && !plane.coding.escapes());
+        let values = match &plane.coding {
+            Coding::Palette { values, .. } => *values,
+            _ => std::array::from_fn(|symbol| (lo as u8).wrapping_add(symbol as u8)),
+        };
+        // A rotation takes the sign to the top.
+        let high = values.map(|value| value.rotate_right(1));
         let Element::Level { low_bits } = header.element else {
             // Four planes go the portable way.
             let vector = second_from_zero && header.planes.len() == 2;
-            return Self { element: header.element, lo, offsets: Vec::new(), centroids: (0, Vec::new()), vector };
+            return Self { element: header.element, lo, high, offsets: Vec::new(), centroids: (0, Vec::new()), vector };
         };
         let canonical = &header.origin.as_deref().unwrap_or(header).planes[0];
         let stored: &[i8] = if low_bits == 0 { &canonical.centroids } else { &[] };
@@ -52,6 +61,7 @@ impl Assembly {
         Self {
             element: header.element,
             lo,
+            high,
             offsets: (0..pieces.min(used)).map(piece).collect(),
             centroids: (first_level, stored.iter().enumerate().map(point).collect()),
             vector: second_from_zero && low_bits <= 6 && count <= 256 && first.abs() <= MAX_LEVEL,
@@ -89,12 +99,19 @@ macro_rules! by_widths {
 }
 
 per_simd! {
-    /// Writes `cols` columns of a plane as bytes.
-    pub fn unpack(simd, symbols: Symbols, cols: usize, out: &mut [u8]) -> () {
+    /// Writes `cols` columns of a plane as bytes: its symbols, or what they pick from a palette.
+    pub fn unpack(simd, symbols: Symbols, palette: Option<&[u8; PALETTE]>, cols: usize, out: &mut [u8]) -> () {
         let out = out.as_chunks_mut::<LANES>().0;
-        by_widths!(simd, [symbols, Symbols::Zero], 0, cols.min(out.len()), (4, 0), |col, symbols, _| {
-            simd.store(symbols, &mut out[col]);
-        });
+        let cols = cols.min(out.len());
+        let planes = [symbols, Symbols::Zero];
+        if let Some(palette) = palette {
+            let palette = simd.table(palette);
+            columns::<_, 4, 0>(simd, planes, 0, cols, |col, symbols, _| {
+                simd.store(simd.lookup(palette, symbols), &mut out[col]);
+            });
+        } else {
+            by_widths!(simd, planes, 0, cols, (4, 0), |col, symbols, _| simd.store(symbols, &mut out[col]));
+        }
     }
 }
 
@@ -238,12 +255,10 @@ fn each_column<S: Simd>(
                 visitor.visit_bytes(simd, col, low, high);
             });
         }
-        // A rotation takes the sign to the top. That of each of sixteen symbols is one lookup.
         Element::SwappedBf16 if planes[0].width() == 4 => {
-            let rotate = |symbol| (assembly.lo as u8).wrapping_add(symbol as u8).rotate_right(1);
-            let rotated = simd.table(&std::array::from_fn(rotate));
+            let high = simd.table(&assembly.high);
             by_widths!(simd, planes, first, cols, (4, 8), |col, symbol, low| {
-                visitor.visit_bytes(simd, col, low, simd.lookup(rotated, symbol));
+                visitor.visit_bytes(simd, col, low, simd.lookup(high, symbol));
             });
         }
         Element::SwappedBf16 => by_widths!(simd, planes, first, cols, (8, 8), |col, symbol, low| {

@@ -6,7 +6,7 @@ use super::geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES};
 use super::points;
 use super::predict::{Predictor, Restorer};
 use super::rans::{self, SlotTable};
-use super::symbols::Coding;
+use super::symbols::{Coding, PALETTE};
 use crate::{Error, Result};
 
 /// Bytes of the length of a stream; the first one's also says whether escapes follow.
@@ -43,6 +43,7 @@ pub trait LaneDecoder<'a>: Sized {
 /// The decoder's table of a plane's model.
 pub enum Table {
     None,
+    Palette([u8; PALETTE]),
     Rans(SlotTable),
     Alias(AliasTable),
 }
@@ -52,7 +53,15 @@ impl Table {
         match coding {
             Coding::Modelled(model) => Self::Rans(SlotTable::new(&model.frequencies)),
             Coding::Alias(model) => Self::Alias(AliasTable::new(&model.frequencies)),
+            Coding::Palette { values, .. } => Self::Palette(*values),
             _ => Self::None,
+        }
+    }
+
+    fn palette(&self) -> Option<&[u8; PALETTE]> {
+        match self {
+            Self::Palette(values) => Some(values),
+            _ => None,
         }
     }
 }
@@ -100,6 +109,8 @@ impl Symbols<'_> {
 /// A plane of a tile, being read.
 pub struct Stream<'a> {
     lo: i32,
+    /// What symbols in the payload stand for; once they are bytes that can be changed, they are values.
+    palette: Option<&'a [u8; PALETTE]>,
     source: Source<'a>,
     restorer: Option<Box<Restorer>>,
     /// Escapes not yet reached, in stream order.
@@ -142,21 +153,21 @@ impl<'a> Stream<'a> {
         let geometry = header.geometry;
         let Plane { coding, streams, .. } = &header.planes[index];
         let mut escapes = Escapes(&[]);
-        let source = match (coding, table) {
-            (Coding::Plain { width, escapes: with_escapes, .. }, _) => {
-                let size = plain_bytes(geometry, tile, *width);
+        let source = match (coding.plain_width(), table) {
+            (Some(width), _) => {
+                let size = plain_bytes(geometry, tile, width);
                 let plain = bytes.stream(size)?;
-                if *with_escapes {
+                if coding.escapes() {
                     escapes = bytes.escapes()?;
                 }
-                Source::Plain { width: *width, bytes: plain, left: size, gap: bytes.size.saturating_sub(size) }
+                Source::Plain { width, bytes: plain, left: size, gap: bytes.size.saturating_sub(size) }
             }
-            (Coding::Modelled(_), Table::Rans(table)) => {
+            (None, Table::Rans(table)) => {
                 let decoders;
                 (decoders, escapes) = bytes.coded(*streams, geometry.lanes_of(tile))?;
                 Source::Rans { table, decoders }
             }
-            (Coding::Alias(_), Table::Alias(table)) => {
+            (None, Table::Alias(table)) => {
                 let decoders;
                 (decoders, escapes) = bytes.coded(*streams, geometry.lanes_of(tile))?;
                 Source::Alias { table, decoders }
@@ -167,7 +178,15 @@ impl<'a> Stream<'a> {
             let rows = geometry.rows_of(tile);
             Box::new(Restorer::new(header.predictor, coding.values(), rows.start, rows.len()))
         });
-        Ok(Self { lo: coding.lo(), source, restorer, escapes, decoded: Vec::new(), current: Current::Zero })
+        Ok(Self {
+            lo: coding.lo(),
+            palette: table.palette(),
+            source,
+            restorer,
+            escapes,
+            decoded: Vec::new(),
+            current: Current::Zero,
+        })
     }
 
     /// The value that symbol 0 stands for.
@@ -242,19 +261,24 @@ impl<'a> Stream<'a> {
         }
     }
 
+    /// Writes the current block as bytes, so that a symbol's value is the byte more than `lo`.
+    pub fn bytes(&self, shape: BlockShape, out: &mut [u8]) {
+        match self.current {
+            Current::Zero => out.fill(0),
+            Current::Decoded(start) => out[..BLOCK].copy_from_slice(&self.decoded[start..start + BLOCK]),
+            Current::Payload { width, bytes, .. } => unpack_steps(bytes, width, self.palette, shape, out),
+        }
+    }
+
     /// Makes the current block one of bytes that can be changed.
     fn unpack(&mut self, shape: BlockShape) {
-        match self.current {
-            Current::Decoded(_) => return,
-            Current::Zero => {
-                self.decoded.clear();
-                self.decoded.resize(BLOCK, 0);
-            }
-            Current::Payload { width, bytes, .. } => {
-                self.decoded.resize(BLOCK, 0);
-                unpack_steps(bytes, width, shape, &mut self.decoded);
-            }
+        if let Current::Decoded(_) = self.current {
+            return;
         }
+        let mut decoded = std::mem::take(&mut self.decoded);
+        decoded.resize(BLOCK, 0);
+        self.bytes(shape, &mut decoded);
+        self.decoded = decoded;
         self.current = Current::Decoded(0);
     }
 }
@@ -318,15 +342,19 @@ fn plain_bytes(geometry: Geometry, tile: usize, width: u32) -> usize {
     geometry.cols * (rows / LANES * step_bytes(LANES, width) + step_bytes(rows % LANES, width))
 }
 
-/// Unpacks a block's plain bits to `[column][lane of 32]`.
-pub fn unpack_steps(bytes: &[u8], width: u32, shape: BlockShape, out: &mut [u8]) {
+/// Unpacks a block's plain bits, or what they pick, to `[column][lane of 32]`.
+fn unpack_steps(bytes: &[u8], width: u32, palette: Option<&[u8; PALETTE]>, shape: BlockShape, out: &mut [u8]) {
     let roomy = shape.lanes == LANES && bytes.len() >= shape.cols * step_bytes(LANES, width) + LANES;
-    if roomy && points::unpack(Symbols::Packed { width, bytes, ahead: 0 }, shape.cols, out).is_some() {
+    if roomy && points::unpack(Symbols::Packed { width, bytes, ahead: 0 }, palette, shape.cols, out).is_some() {
         return;
     }
     let size = step_bytes(shape.lanes, width);
     for (index, out) in out.chunks_exact_mut(LANES).take(shape.cols).enumerate() {
-        unpack_step(&bytes[index * size..], width, &mut out[..shape.lanes]);
+        let out = &mut out[..shape.lanes];
+        unpack_step(&bytes[index * size..], width, out);
+        if let Some(palette) = palette {
+            out.iter_mut().for_each(|symbol| *symbol = palette[usize::from(*symbol) % PALETTE]);
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! How one plane of symbols is coded, and what that costs: a lone value, plain bits, or rANS with a 12-bit model or over
 //! sixteen classes.
 
+use std::cmp::Reverse;
+
 use super::alias::{ALIAS_CEILING, ALIAS_SYMBOLS, ALIAS_TOTAL};
 use super::geometry::Geometry;
 use super::rans::MODEL_TOTAL;
@@ -21,6 +23,9 @@ const ALIAS_LOSS: f64 = 0.005;
 /// Streams that a tile's plane may be cut into, and the share of a weight that the states of further ones may cost.
 pub const STREAMS: [usize; 3] = [4, 2, 1];
 const STREAMS_SHARE: f64 = 0.003;
+
+/// Values of a palette.
+pub const PALETTE: usize = 16;
 
 /// How often each value of a plane occurs: `counts[i]` for the value `lo + i`, `outside` for all others.
 #[derive(Debug, Clone, Default)]
@@ -107,6 +112,8 @@ pub enum Coding {
     Constant(i32),
     /// `width` plain bits an element, holding its value less `lo`.
     Plain { lo: i32, width: u32, escapes: bool },
+    /// Four plain bits an element, which pick its value.
+    Palette { values: [u8; PALETTE], escapes: bool },
     /// rANS with a 12-bit model.
     Modelled(Model),
     /// rANS with an 8-bit model of at most sixteen symbols.
@@ -118,6 +125,7 @@ impl Coding {
     pub fn lo(&self) -> i32 {
         match self {
             Self::Constant(lo) | Self::Plain { lo, .. } => *lo,
+            Self::Palette { .. } => 0,
             Self::Modelled(model) => model.lo,
             Self::Alias(model) => model.lo,
         }
@@ -128,6 +136,7 @@ impl Coding {
         match self {
             Self::Constant(_) => 1,
             Self::Plain { width, .. } => 1 << width,
+            Self::Palette { .. } => 1 << u8::BITS,
             Self::Modelled(model) => model.values(),
             Self::Alias(model) => model.frequencies.len(),
         }
@@ -137,9 +146,18 @@ impl Coding {
     pub fn escapes(&self) -> bool {
         match self {
             Self::Constant(_) => false,
-            Self::Plain { escapes, .. } => *escapes,
+            Self::Plain { escapes, .. } | Self::Palette { escapes, .. } => *escapes,
             Self::Modelled(model) => model.escapes,
             Self::Alias(model) => model.escapes,
+        }
+    }
+
+    /// Plain bits an element, None for a coding of others.
+    pub fn plain_width(&self) -> Option<u32> {
+        match self {
+            Self::Plain { width, .. } => Some(*width),
+            Self::Palette { .. } => Some(PALETTE.ilog2()),
+            _ => None,
         }
     }
 
@@ -151,6 +169,9 @@ impl Coding {
     /// The symbol of `value`, or None if it must be escaped.
     #[inline(always)]
     pub fn symbol(&self, value: i32) -> Option<u8> {
+        if let Self::Palette { values, .. } = self {
+            return values.iter().position(|&v| i32::from(v) == value).map(|index| index as u8);
+        }
         let index = value.wrapping_sub(self.lo()) as u32 as usize;
         let coded = index < self.values()
             && match self {
@@ -181,6 +202,7 @@ impl Coding {
         match self {
             Self::Modelled(model) => model.frequencies.iter().all(|&frequency| frequency > 0),
             Self::Alias(model) => model.frequencies.iter().all(|&frequency| frequency > 0),
+            Self::Palette { .. } => false,
             _ => true,
         }
     }
@@ -196,10 +218,11 @@ impl Coding {
 
     /// Plain bits, and values listed apart, for a plane that this coding holds: the least size for its frequencies.
     pub fn flattened(&self) -> Self {
-        if self.is_modelled() { self.flat(self.lo(), &self.counts()) } else { self.clone() }
+        if self.is_modelled() { self.flat(self.lo(), &self.counts()).0 } else { self.clone() }
     }
 
-    /// The same for a plane of exponents in whose lowest bit there is a sign.
+    /// The same for a plane of exponents in whose lowest bit there is a sign; a palette where that lists less apart, as
+    /// where exact zeros lie far from the other exponents.
     pub fn flattened_with_sign(&self) -> Self {
         let lo = self.lo() & !1;
         let mut counts = Vec::new();
@@ -209,26 +232,39 @@ impl Coding {
             counts[pair] += count;
             counts[pair + 1] += count;
         }
-        self.flat(lo, &counts)
+        let (window, bits) = self.flat(lo, &counts);
+        let mut order: Vec<usize> = (0..counts.len()).collect();
+        order.sort_by_key(|&index| Reverse(counts[index]));
+        let Some(most_frequent) = order.first_chunk::<PALETTE>() else { return window };
+        let (kept, inside) = (counts.iter().sum(), most_frequent.iter().map(|&index| counts[index]).sum());
+        if flat_bits(PALETTE.ilog2(), kept, inside) >= bits {
+            return window;
+        }
+        let values = most_frequent.map(|index| (lo + index as i32) as u8);
+        Self::Palette { values, escapes: inside < kept || self.escapes() }
     }
 
-    fn flat(&self, lo: i32, counts: &[u64]) -> Self {
+    /// Plain bits for values that occur so often from `lo` on, and their number an element.
+    fn flat(&self, lo: i32, counts: &[u64]) -> (Self, f64) {
         let kept: u64 = counts.iter().sum();
-        // What a model lists apart is less than one of its slots.
-        let total = kept.max(1) as f64;
         let cost = |width: u32| {
             let (start, inside) = heaviest_window(counts, 1 << width);
-            let outside = (kept - inside) as f64 / total;
-            (f64::from(width) + outside * ESCAPE_BITS, start, width, inside < kept)
+            (flat_bits(width, kept, inside), start, width, inside < kept)
         };
         let best = (1..=8).map(cost).min_by(|a, b| a.0.total_cmp(&b.0));
-        let (_, start, width, outside) = best.unwrap_or((0.0, 0, 8, false));
+        let (bits, start, width, outside) = best.unwrap_or((8.0, 0, 8, false));
         let escapes = outside || self.escapes();
         let unused = (1 << width) - counts.len().min(1 << width) as i32;
         // What is listed apart may find a place below: of floats, exponents that are too small are the more.
         let below = if escapes { unused.min(lo.max(0)) } else { 0 };
-        Self::Plain { lo: lo + start as i32 - below, width, escapes }
+        (Self::Plain { lo: lo + start as i32 - below, width, escapes }, bits)
     }
+}
+
+/// Plain bits and those of what is listed apart, an element, where `inside` of `kept` have a symbol. What the model lists
+/// apart is less than one of its slots.
+fn flat_bits(width: u32, kept: u64, inside: u64) -> f64 {
+    f64::from(width) + (kept - inside) as f64 / kept.max(1) as f64 * ESCAPE_BITS
 }
 
 /// Where the `size` consecutive counts with the largest sum begin, and that sum.
