@@ -42,7 +42,12 @@ pub fn contiguous(tensor: &Tensor, what: &'static str, kind: Kind) -> Result<Ten
     if found != kind && !(is_float(kind) && is_float(found)) {
         return Err(Error::argument(what, format!("dtype {kind:?}"), format!("{found:?}")));
     }
-    let tensor = tensor.f_to_kind(kind)?.f_contiguous()?;
+    // Each call of the library takes as long as a small part of a small product.
+    let tensor = match (found == kind, tensor.is_contiguous()) {
+        (true, true) => tensor.shallow_clone(),
+        (true, false) => tensor.f_contiguous()?,
+        (false, _) => tensor.f_to_kind(kind)?.f_contiguous()?,
+    };
     // A view of a byte buffer may begin anywhere; a Rust slice may not.
     let aligned = (tensor.data_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes());
     if aligned {

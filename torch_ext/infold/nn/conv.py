@@ -136,7 +136,7 @@ class FusedDecompressConv(PackedModule):
             x = F.pad(x, self._padding_before, mode)
         where = (window.kernel_size, window.stride, self._padding, window.dilation, window.groups)
         layout = (*self._layout(), self.header.dtype, self.mode == "exact")
-        return ops.fused_conv(x, *self._tensors(), self.bias, *where, *layout)  # type: ignore[no-any-return]
+        return ops.fused_conv.default(x, *self._tensors(), self.bias, *where, *layout)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         window = self.window

@@ -107,7 +107,7 @@ class PackedModule(nn.Module):
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense (out_features, in_features) weight; a lossless one bit for bit. Differentiable in the scales."""
-        return ops.unpack(*self._tensors(), *self._layout(), dtype or self.dtype)  # type: ignore[no-any-return]
+        return ops.unpack.default(*self._tensors(), *self._layout(), dtype or self.dtype)  # type: ignore[no-any-return]
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self.payload, self.directory, self.tables, self.float_scales()
@@ -223,7 +223,7 @@ class FusedDecompressLinear(PackedModule):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.fused_linear(  # type: ignore[no-any-return]
+        return ops.fused_linear.default(  # type: ignore[no-any-return]
             x, *self._tensors(), self.bias, *self._layout(), self.header.dtype, self.mode == "exact"
         )
 
@@ -274,7 +274,7 @@ class FusedDecompressEmbedding(PackedModule):
         return embedding.train(self.training)
 
     def forward(self, indices: Tensor) -> Tensor:
-        rows: Tensor = ops.fused_embedding(indices, *self._tensors(), *self._layout(), self.dtype)
+        rows: Tensor = ops.fused_embedding.default(indices, *self._tensors(), *self._layout(), self.dtype)
         if self.padding_idx is not None and rows.requires_grad:
             # As in nn.Embedding, the padding row trains nothing.
             rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
