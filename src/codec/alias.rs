@@ -13,9 +13,11 @@
 //! ```
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use super::arch::{Simd, per_simd};
-use super::geometry::{CHUNK, LANES};
+use super::geometry::{CHUNK, LANES, Steps};
+use super::stream::LaneDecoder;
 
 /// The sum of a model's frequencies.
 pub const ALIAS_TOTAL: u32 = 256;
@@ -26,8 +28,8 @@ pub const ALIAS_CEILING: u16 = 127;
 
 /// Bytes of a stream between the ones that are read and the ones that are fetched from memory.
 const PREFETCH_BYTES: usize = 512;
-/// Bytes that a block may take, and that reading its last step may touch.
-const WORST_BLOCK: usize = (CHUNK + 1) * LANES;
+/// Bytes that a block may take; reading its last step may touch a step's more.
+const WORST_BLOCK: usize = CHUNK * LANES;
 const BUCKETS: usize = ALIAS_SYMBOLS;
 const BUCKET_SLOTS: u8 = 16;
 const LOWER: u16 = 1 << 8;
@@ -93,9 +95,12 @@ pub struct AliasDecoder<'a> {
     read: usize,
 }
 
-impl<'a> AliasDecoder<'a> {
-    /// `states` holds two bytes for each lane; the stream is at the front of `bytes`.
-    pub fn new(states: &[u8], bytes: &'a [u8]) -> Self {
+impl<'a> LaneDecoder<'a> for AliasDecoder<'a> {
+    type Table = AliasTable;
+    const STATE_BYTES: usize = 2;
+    const WORD_BYTES: usize = 1;
+
+    fn new(states: &[u8], bytes: &'a [u8]) -> Self {
         let (mut low, mut high) = ([0; LANES], [LOWER.to_le_bytes()[1]; LANES]);
         for ((low, high), state) in low.iter_mut().zip(&mut high).zip(states.chunks_exact(2)) {
             (*low, *high) = (state[0], state[1]);
@@ -103,8 +108,7 @@ impl<'a> AliasDecoder<'a> {
         Self { low, high, bytes, read: 0 }
     }
 
-    /// The next symbol of each of `out`'s lanes (at most 32). Past the end, bytes read as zero.
-    pub fn step(&mut self, table: &AliasTable, out: &mut [u8]) {
+    fn step(&mut self, table: &AliasTable, out: &mut [u8]) {
         let states = self.low.iter_mut().zip(&mut self.high);
         for ((low, high), out) in states.zip(out) {
             let (symbol, offset) = table.slot(*low);
@@ -120,17 +124,25 @@ impl<'a> AliasDecoder<'a> {
             }
         }
     }
+
+    fn steps<const N: usize>(
+        table: &AliasTable,
+        decoders: &mut [Self; N],
+        steps: Range<usize>,
+        out: &mut [Steps; N],
+    ) -> usize {
+        decode_steps(table, decoders, steps.clone(), out).map_or(steps.start, |()| steps.end)
+    }
 }
 
 per_simd! {
-    /// Decodes `steps` steps (at most 64) of 32 lanes from each of several streams. The streams are independent: the more
-    /// there are, the less a step waits for the one before.
-    pub fn decode_steps<const N: usize>(
+    /// [`LaneDecoder::steps`], all of them.
+    fn decode_steps<const N: usize>(
         simd,
         table: &AliasTable,
         decoders: &mut [AliasDecoder; N],
-        steps: usize,
-        out: [&mut [u8]; N],
+        steps: Range<usize>,
+        out: &mut [Steps; N],
     ) -> () {
         let tables = Tables {
             threshold: simd.table(&table.threshold),
@@ -143,24 +155,24 @@ per_simd! {
         for (state, decoder) in states.iter_mut().zip(decoders.iter()) {
             *state = (simd.load(&decoder.low), simd.load(&decoder.high));
         }
-        let out = out.map(|out| out[..steps * LANES].as_chunks_mut::<LANES>().0);
         let rests: [_; N] = std::array::from_fn(|n| padded(&decoders[n].bytes[decoders[n].read..]));
-        let bytes: [&[u8]; N] = std::array::from_fn(|n| &*rests[n]);
+        let bytes: [_; N] = std::array::from_fn(|n| rests[n].first_chunk().unwrap_or(&[0; WORST_BLOCK + LANES]));
         let mut read = [0; N];
-        let mut out = out.map(|out| out.iter_mut());
-        for _ in 0..steps {
+        let mut step = steps.start;
+        while step < steps.end.min(CHUNK) {
             // Unrolled by hand: a loop over the streams would keep their states in memory.
             macro_rules! advance {
                 ($($n:literal)*) => {$(
+                    // No step begins later than the last of a block of the worst: this checks no bounds.
                     if $n < N
-                        && let Some(window) = bytes[$n % N][read[$n % N]..].first_chunk()
-                        && let Some(out) = out[$n % N].next()
+                        && let Some(window) = bytes[$n % N][read[$n % N] % WORST_BLOCK..].first_chunk()
                     {
-                        read[$n % N] += tables.advance(simd, &mut states[$n % N], window, out);
+                        read[$n % N] += tables.advance(simd, &mut states[$n % N], window, &mut out[$n % N][step]);
                     }
                 )*};
             }
             advance!(0 1 2 3);
+            step += 1;
         }
         for (decoder, read) in decoders.iter_mut().zip(read) {
             decoder.read = (decoder.read + read).min(decoder.bytes.len());
@@ -174,11 +186,11 @@ per_simd! {
 
 /// What is left of a stream, with zeros past the end where it may not last for a block.
 fn padded(rest: &[u8]) -> Cow<'_, [u8]> {
-    if rest.len() >= WORST_BLOCK {
+    if rest.len() >= WORST_BLOCK + LANES {
         return Cow::Borrowed(rest);
     }
     let mut padded = rest.to_vec();
-    padded.resize(WORST_BLOCK, 0);
+    padded.resize(WORST_BLOCK + LANES, 0);
     Cow::Owned(padded)
 }
 

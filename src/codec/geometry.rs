@@ -20,6 +20,8 @@ pub const CHUNK: usize = 64;
 pub const MAX_TILE_ROWS: usize = 2 * LANES;
 /// Elements in a full block; a block's scratch is `[column][lane]`.
 pub const BLOCK: usize = CHUNK * LANES;
+/// The symbols of a block.
+pub type Steps = [[u8; LANES]; CHUNK];
 
 /// Fewer columns than this get tiles of two row groups, so that a tile's fixed cost (its coder states) stays below 0.03
 /// bits a weight; more columns get one group, so that there are tiles enough for all threads.

@@ -12,9 +12,12 @@
 //! and encoding is the same backwards, from the last symbol to the first. Lanes share nothing but the word stream, so a
 //! vector unit or a warp runs a whole step at once and hands out words by counting who needs one.
 
+use std::ops::Range;
+
 #[cfg(target_arch = "x86_64")]
 use super::arch;
-use super::geometry::LANES;
+use super::geometry::{LANES, Steps};
+use super::stream::LaneDecoder;
 
 /// log2 of the sum of a model's frequencies.
 pub const MODEL_BITS: u32 = 12;
@@ -55,9 +58,12 @@ pub struct Decoder<'a> {
     read: usize,
 }
 
-impl<'a> Decoder<'a> {
-    /// `states` holds four bytes for each lane; the stream is at the front of `words`.
-    pub fn new(states: &[u8], words: &'a [u8]) -> Self {
+impl<'a> LaneDecoder<'a> for Decoder<'a> {
+    type Table = SlotTable;
+    const STATE_BYTES: usize = 4;
+    const WORD_BYTES: usize = 2;
+
+    fn new(states: &[u8], words: &'a [u8]) -> Self {
         let mut lanes = [LOWER; LANES];
         for (lane, bytes) in lanes.iter_mut().zip(states.chunks_exact(4)) {
             *lane = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
@@ -65,8 +71,7 @@ impl<'a> Decoder<'a> {
         Self { states: lanes, words, read: 0 }
     }
 
-    /// The next symbol of each of `out`'s lanes (at most 32). Past the end, words read as zero.
-    pub fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
+    fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
         // All of a step's words, so that each lane reads without a check or a branch.
         let mut tail = [0u8; 2 * LANES];
         let rest = &self.words[self.read..];
@@ -84,36 +89,35 @@ impl<'a> Decoder<'a> {
         };
         self.read = (self.read + 2 * taken).min(self.words.len());
     }
-}
 
-/// Decodes the first of `steps` steps of 32 lanes from each of several streams, while at least a step's words are left in
-/// each, and returns how many. The streams are independent: the more there are, the less a step waits for the one before.
-#[cfg(target_arch = "x86_64")]
-pub fn decode_steps<const N: usize>(
-    table: &SlotTable,
-    decoders: &mut [Decoder; N],
-    steps: usize,
-    out: [&mut [u8]; N],
-) -> usize {
-    let words = std::array::from_fn(|n| &decoders[n].words[decoders[n].read..]);
-    let states = decoders.each_mut().map(|decoder| &mut decoder.states);
-    let (done, read) = match arch::Isa::get() {
-        // SAFETY: `Isa::get` names only what the CPU has.
-        #[allow(unsafe_code)]
-        arch::Isa::Avx512 | arch::Isa::Amx => unsafe { arch::avx512::rans_steps(states, table, words, steps, out) },
-        // SAFETY: as above.
-        #[allow(unsafe_code)]
-        arch::Isa::Avx2 => unsafe { arch::avx2::rans_steps(states, table, words, steps, out) },
-        _ => (0, [0; N]),
-    };
-    decoders.iter_mut().zip(read).for_each(|(decoder, read)| decoder.read += read);
-    done
-}
+    /// While at least a step's words are left in each stream.
+    #[cfg(target_arch = "x86_64")]
+    fn steps<const N: usize>(
+        table: &SlotTable,
+        decoders: &mut [Self; N],
+        steps: Range<usize>,
+        out: &mut [Steps; N],
+    ) -> usize {
+        let words = std::array::from_fn(|n| &decoders[n].words[decoders[n].read..]);
+        let states = decoders.each_mut().map(|decoder| &mut decoder.states);
+        let (next, read) = match arch::Isa::get() {
+            // SAFETY: `Isa::get` names only what the CPU has.
+            #[allow(unsafe_code)]
+            arch::Isa::Avx512 | arch::Isa::Amx => unsafe { arch::avx512::rans_steps(states, table, words, steps, out) },
+            // SAFETY: as above.
+            #[allow(unsafe_code)]
+            arch::Isa::Avx2 => unsafe { arch::avx2::rans_steps(states, table, words, steps, out) },
+            _ => (steps.start, [0; N]),
+        };
+        decoders.iter_mut().zip(read).for_each(|(decoder, read)| decoder.read += read);
+        next
+    }
 
-/// Other machines have no decoder beside the portable one: tables of this size need memory lookups, lane by lane.
-#[cfg(not(target_arch = "x86_64"))]
-pub fn decode_steps<const N: usize>(_: &SlotTable, _: &mut [Decoder; N], _: usize, _: [&mut [u8]; N]) -> usize {
-    0
+    /// Other machines have no decoder beside the portable one: tables of this size need memory lookups, lane by lane.
+    #[cfg(not(target_arch = "x86_64"))]
+    fn steps<const N: usize>(_: &SlotTable, _: &mut [Self; N], steps: Range<usize>, _: &mut [Steps; N]) -> usize {
+        steps.start
+    }
 }
 
 /// Decodes a symbol of each lane and returns how many words that took.

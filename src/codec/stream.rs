@@ -1,8 +1,11 @@
 //! One plane of one tile: its stream of symbols, read block by block, and the values that are listed apart.
 
-use super::alias::{self, AliasDecoder, AliasTable};
+use std::ops::Range;
+use std::slice::from_mut;
+
+use super::alias::{AliasDecoder, AliasTable};
 use super::format::{Header, Plane};
-use super::geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES};
+use super::geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES, Steps};
 use super::points;
 use super::predict::{Predictor, Restorer};
 use super::rans::{self, SlotTable};
@@ -34,10 +37,14 @@ pub trait LaneDecoder<'a>: Sized {
     /// The next symbol of each of `out`'s lanes (at most 32). Past the end of `words`, they read as zero.
     fn step(&mut self, table: &Self::Table, out: &mut [u8]);
 
-    /// Decodes the first of `steps` steps of 32 lanes from each of several streams, as many as a vector unit can, and
-    /// returns how many. The streams are independent: the more, the less a step waits for the one before.
-    fn steps<const N: usize>(table: &Self::Table, decoders: &mut [Self; N], steps: usize, out: [&mut [u8]; N])
-    -> usize;
+    /// Decodes the first of `steps` of 32 lanes from each of several streams, as many as a vector unit can, and returns
+    /// which one comes next. The streams are independent: the more, the less a step waits for the one before.
+    fn steps<const N: usize>(
+        table: &Self::Table,
+        decoders: &mut [Self; N],
+        steps: Range<usize>,
+        out: &mut [Steps; N],
+    ) -> usize;
 }
 
 /// The decoder's table of a plane's model.
@@ -296,25 +303,25 @@ fn decode_ahead<'a, D: LaneDecoder<'a>>(
         return;
     }
     out.resize(decoders.len() * BLOCK, 0);
+    let out = out.as_chunks_mut().0.as_chunks_mut().0;
     let mut done = 0;
     if block + decoders.len() <= geometry.block_count(tile) {
         let shapes = (block..block + decoders.len()).map(|block| geometry.block(tile, block));
         let steps = shapes.map(|shape| if shape.lanes == LANES { shape.cols } else { 0 }).min().unwrap_or(0);
         done = match decoders.len() {
-            4 => side_by_side::<D, 4>(table, decoders, steps, out),
-            2 => side_by_side::<D, 2>(table, decoders, steps, out),
+            4 => side_by_side::<D, 4>(table, decoders, 0..steps, out),
+            2 => side_by_side::<D, 2>(table, decoders, 0..steps, out),
             _ => 0,
         };
     }
-    for (index, (decoder, out)) in decoders.iter_mut().zip(out.chunks_exact_mut(BLOCK)).enumerate() {
+    for (index, (decoder, out)) in decoders.iter_mut().zip(out).enumerate() {
         if block + index >= geometry.block_count(tile) {
             break;
         }
         let shape = geometry.block(tile, block + index);
-        let out = &mut out[done * LANES..shape.cols * LANES];
-        let steps = if shape.lanes == LANES { shape.cols - done } else { 0 };
-        let more = side_by_side::<D, 1>(table, std::slice::from_mut(decoder), steps, out);
-        for step in out.chunks_exact_mut(LANES).skip(more) {
+        let whole = if shape.lanes == LANES { shape.cols } else { done };
+        let next = side_by_side::<D, 1>(table, from_mut(decoder), done..whole, from_mut(out));
+        for step in &mut out[next..shape.cols] {
             decoder.step(table, &mut step[..shape.lanes]);
         }
     }
@@ -323,12 +330,13 @@ fn decode_ahead<'a, D: LaneDecoder<'a>>(
 fn side_by_side<'a, D: LaneDecoder<'a>, const N: usize>(
     table: &D::Table,
     decoders: &mut [D],
-    steps: usize,
-    out: &mut [u8],
+    steps: Range<usize>,
+    out: &mut [Steps],
 ) -> usize {
-    let mut parts = out.chunks_mut(BLOCK);
-    let parts = std::array::from_fn(|_| parts.next().unwrap_or_default());
-    decoders.first_chunk_mut::<N>().map_or(0, |decoders| D::steps(table, decoders, steps, parts))
+    match (decoders.first_chunk_mut(), out.first_chunk_mut()) {
+        (Some(decoders), Some(out)) => D::steps::<N>(table, decoders, steps, out),
+        _ => steps.start,
+    }
 }
 
 /// Bytes of a step of plain bits.
@@ -497,41 +505,5 @@ impl Escapes<'_> {
         let col = inside(col, shape.col, shape.cols)?;
         self.0 = rest;
         Some((col * LANES + lane, i32::from_le_bytes([v0, v1, v2, v3])))
-    }
-}
-
-impl<'a> LaneDecoder<'a> for rans::Decoder<'a> {
-    type Table = SlotTable;
-    const STATE_BYTES: usize = 4;
-    const WORD_BYTES: usize = 2;
-
-    fn new(states: &[u8], words: &'a [u8]) -> Self {
-        Self::new(states, words)
-    }
-
-    fn step(&mut self, table: &SlotTable, out: &mut [u8]) {
-        self.step(table, out);
-    }
-
-    fn steps<const N: usize>(table: &SlotTable, decoders: &mut [Self; N], steps: usize, out: [&mut [u8]; N]) -> usize {
-        rans::decode_steps(table, decoders, steps, out)
-    }
-}
-
-impl<'a> LaneDecoder<'a> for AliasDecoder<'a> {
-    type Table = AliasTable;
-    const STATE_BYTES: usize = 2;
-    const WORD_BYTES: usize = 1;
-
-    fn new(states: &[u8], words: &'a [u8]) -> Self {
-        Self::new(states, words)
-    }
-
-    fn step(&mut self, table: &AliasTable, out: &mut [u8]) {
-        self.step(table, out);
-    }
-
-    fn steps<const N: usize>(table: &AliasTable, decoders: &mut [Self; N], steps: usize, out: [&mut [u8]; N]) -> usize {
-        alias::decode_steps(table, decoders, steps, out).map_or(0, |()| steps)
     }
 }

@@ -1,9 +1,10 @@
 //! AVX2: 32 bytes to a register, eight floats to a register.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::{RANKS, Simd};
-use crate::codec::geometry::LANES;
+use crate::codec::geometry::{CHUNK, LANES, Steps};
 use crate::codec::rans::{MODEL_BITS, SLOT_MASK, SlotTable};
 
 /// Evaluates intrinsics.
@@ -20,14 +21,20 @@ macro_rules! with_avx2 {
 pub struct Avx2 {
     /// What brings the lanes into the order in which unpacking within halves leaves them; see [`Avx2::words`].
     order: __m256i,
+    ones: __m256i,
+    zeros: __m256i,
 }
 
 impl Avx2 {
     #[target_feature(enable = "avx2,fma,f16c,popcnt")]
     #[inline]
     pub fn new() -> Self {
-        // Opaque, for the compiler would make two shuffles of one permutation that it knows.
-        Self { order: std::hint::black_box(_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)) }
+        // Opaque, for where the compiler knows an operand it makes two shuffles of one, and blends of and and or.
+        Self {
+            order: std::hint::black_box(_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)),
+            ones: std::hint::black_box(_mm256_set1_epi8(1)),
+            zeros: std::hint::black_box(_mm256_setzero_si256()),
+        }
     }
 
     /// A bit for each lane.
@@ -157,10 +164,9 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn multiply_add(self, a: __m256i, b: __m256i, c: __m256i) -> (__m256i, __m256i) {
         with_avx2! {
-            let one = _mm256_set1_epi8(1);
             // (b, c) · (a, 1); unpacking and packing keep to the halves of a register, so the order comes back.
-            let low = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(b, c), _mm256_unpacklo_epi8(a, one));
-            let high = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(b, c), _mm256_unpackhi_epi8(a, one));
+            let low = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(b, c), _mm256_unpacklo_epi8(a, self.ones));
+            let high = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(b, c), _mm256_unpackhi_epi8(a, self.ones));
             let mask = _mm256_set1_epi16(0xff);
             (
                 _mm256_packus_epi16(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)),
@@ -172,17 +178,18 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn refill(self, low: __m256i, high: __m256i, bytes: &[u8; LANES]) -> (__m256i, __m256i, usize) {
         with_avx2! {
-            let short = _mm256_cmpeq_epi8(high, _mm256_setzero_si256());
+            let short = _mm256_cmpeq_epi8(high, self.zeros);
             let set = _mm256_movemask_epi8(short) as u32;
             // Each eight lanes read on from where those before them stop: at most 24 bytes in.
-            let quarter = |index: u32| {
-                let before = (set & ((1u32 << (8 * index)) - 1)).count_ones() as usize;
-                let ranks = &RANKS[(set >> (8 * index) & 0xff) as usize];
-                (_mm_loadl_epi64(bytes.as_ptr().add(before).cast()), _mm_loadl_epi64(ranks.as_ptr().cast()))
+            let from = |index: u32| bytes.as_ptr().add((set & ((1u32 << (8 * index)) - 1)).count_ones() as usize);
+            let rank = |index: u32| RANKS[(set >> (8 * index) & 0xff) as usize].as_ptr();
+            // The upper half of a register is loaded by an instruction for floats; that for integers takes two.
+            let pair = |low: *const u8, high: *const u8| {
+                let low = _mm_castsi128_pd(_mm_loadl_epi64(low.cast()));
+                _mm_castpd_si128(_mm_loadh_pd(low, high.cast()))
             };
-            let [(b0, r0), (b1, r1), (b2, r2), (b3, r3)] = [quarter(0), quarter(1), quarter(2), quarter(3)];
-            let data = _mm256_set_m128i(_mm_unpacklo_epi64(b2, b3), _mm_unpacklo_epi64(b0, b1));
-            let ranks = _mm256_set_m128i(_mm_unpacklo_epi64(r2, r3), _mm_unpacklo_epi64(r0, r1));
+            let data = _mm256_set_m128i(pair(from(2), from(3)), pair(from(0), from(1)));
+            let ranks = _mm256_set_m128i(pair(rank(2), rank(3)), pair(rank(0), rank(1)));
             let second = _mm256_set_epi64x(0x0808_0808_0808_0808, 0, 0x0808_0808_0808_0808, 0);
             let next = _mm256_shuffle_epi8(data, _mm256_or_si256(ranks, second));
             let high = _mm256_or_si256(high, _mm256_and_si256(low, short));
@@ -321,14 +328,14 @@ impl Windows {
     }
 }
 
-/// See [`crate::codec::rans::decode_steps`].
+/// See [`crate::codec::stream::LaneDecoder::steps`]; returns the bytes read as well.
 #[target_feature(enable = "avx2,popcnt")]
 pub fn rans_steps<const N: usize>(
     states: [&mut [u32; LANES]; N],
     table: &SlotTable,
     words: [&[u8]; N],
-    steps: usize,
-    out: [&mut [u8]; N],
+    steps: Range<usize>,
+    out: &mut [Steps; N],
 ) -> (usize, [usize; N]) {
     const QUARTERS: usize = LANES / 8;
     let slots = table.slots();
@@ -342,9 +349,9 @@ pub fn rans_steps<const N: usize>(
         }
     }
     let mut read = [0; N];
-    let mut done = 0;
+    let mut next = steps.start;
     // A step takes at most one word a lane; the last ones of a stream go to the portable decoder.
-    while done < steps && (0..N).all(|n| read[n] + 2 * LANES <= words[n].len()) {
+    while next < steps.end.min(CHUNK) && (0..N).all(|n| read[n] + 2 * LANES <= words[n].len()) {
         for n in 0..N {
             let mut symbols = [_mm256_setzero_si256(); QUARTERS];
             for (quarter, x) in x[n].iter_mut().enumerate() {
@@ -355,9 +362,9 @@ pub fn rans_steps<const N: usize>(
                 let frequency = _mm256_srli_epi32::<20>(entry);
                 let offset = _mm256_and_si256(_mm256_srli_epi32::<8>(entry), mask);
                 let high = _mm256_srli_epi32::<{ MODEL_BITS as i32 }>(*x);
-                let next = _mm256_add_epi32(_mm256_mullo_epi32(frequency, high), offset);
-                // next < 2^16.
-                let short = _mm256_cmpeq_epi32(_mm256_srli_epi32::<16>(next), _mm256_setzero_si256());
+                let state = _mm256_add_epi32(_mm256_mullo_epi32(frequency, high), offset);
+                // state < 2^16.
+                let short = _mm256_cmpeq_epi32(_mm256_srli_epi32::<16>(state), _mm256_setzero_si256());
                 let set = _mm256_movemask_ps(_mm256_castsi256_ps(short)) as usize;
                 // SAFETY: 64 bytes were there before the first quarter, and each takes at most 16 of them; a rank row has 8.
                 let (word, ranks) = unsafe {
@@ -367,8 +374,8 @@ pub fn rans_steps<const N: usize>(
                     )
                 };
                 let word = _mm256_permutevar8x32_epi32(_mm256_cvtepu16_epi32(word), _mm256_cvtepu8_epi32(ranks));
-                let refilled = _mm256_or_si256(_mm256_slli_epi32::<16>(next), word);
-                *x = _mm256_blendv_epi8(next, refilled, short);
+                let refilled = _mm256_or_si256(_mm256_slli_epi32::<16>(state), word);
+                *x = _mm256_blendv_epi8(state, refilled, short);
                 read[n] += 2 * set.count_ones() as usize;
             }
             // Packing interleaves the halves of registers; the permutation puts the lanes in order.
@@ -376,11 +383,10 @@ pub fn rans_steps<const N: usize>(
             let high = _mm256_packus_epi32(symbols[2], symbols[3]);
             let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
             let packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-            let step = &mut out[n][done * LANES..(done + 1) * LANES];
             // SAFETY: 32 bytes.
-            unsafe { _mm256_storeu_si256(step.as_mut_ptr().cast(), packed) };
+            unsafe { _mm256_storeu_si256(out[n][next].as_mut_ptr().cast(), packed) };
         }
-        done += 1;
+        next += 1;
     }
     for (x, states) in x.iter().zip(states) {
         for (x, states) in x.iter().zip(states.chunks_exact_mut(8)) {
@@ -388,5 +394,5 @@ pub fn rans_steps<const N: usize>(
             unsafe { _mm256_storeu_si256(states.as_mut_ptr().cast(), *x) };
         }
     }
-    (done, read)
+    (next, read)
 }

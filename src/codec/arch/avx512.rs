@@ -1,10 +1,11 @@
 //! AVX-512 (with VBMI and VBMI2): 32 bytes to half a register, sixteen floats to a register.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::Simd;
 use super::avx2::Avx2;
-use crate::codec::geometry::LANES;
+use crate::codec::geometry::{CHUNK, LANES, Steps};
 use crate::codec::rans::{LOWER, MODEL_BITS, SLOT_MASK, SlotTable};
 
 /// Proof that the CPU has what [`super::Isa::Avx512`] lists.
@@ -241,14 +242,14 @@ const fn bit_offsets(width: usize) -> i64 {
     offsets
 }
 
-/// See [`crate::codec::rans::decode_steps`].
+/// See [`crate::codec::stream::LaneDecoder::steps`]; returns the bytes read as well.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
 pub fn rans_steps<const N: usize>(
     states: [&mut [u32; LANES]; N],
     table: &SlotTable,
     words: [&[u8]; N],
-    steps: usize,
-    out: [&mut [u8]; N],
+    steps: Range<usize>,
+    out: &mut [Steps; N],
 ) -> (usize, [usize; N]) {
     const HALF: usize = LANES / 2;
     let slots = table.slots();
@@ -261,12 +262,11 @@ pub fn rans_steps<const N: usize>(
         }
     }
     let mut read = [0; N];
-    let mut done = 0;
+    let mut next = steps.start;
     // A step takes at most one word a lane; the last ones of a stream go to the portable decoder.
-    while done < steps && (0..N).all(|n| read[n] + 2 * LANES <= words[n].len()) {
+    while next < steps.end.min(CHUNK) && (0..N).all(|n| read[n] + 2 * LANES <= words[n].len()) {
         for n in 0..N {
-            let step = &mut out[n][done * LANES..(done + 1) * LANES];
-            for (x, symbols) in x[n].iter_mut().zip(step.chunks_exact_mut(HALF)) {
+            for (x, symbols) in x[n].iter_mut().zip(out[n][next].chunks_exact_mut(HALF)) {
                 let slot = _mm512_and_si512(*x, mask);
                 // SAFETY: twelve bits index a table of 4096.
                 let entry = unsafe { _mm512_i32gather_epi32::<4>(slot, slots.as_ptr().cast()) };
@@ -275,16 +275,16 @@ pub fn rans_steps<const N: usize>(
                 let frequency = _mm512_srli_epi32::<20>(entry);
                 let offset = _mm512_and_si512(_mm512_srli_epi32::<8>(entry), mask);
                 let high = _mm512_srli_epi32::<MODEL_BITS>(*x);
-                let next = _mm512_add_epi32(_mm512_mullo_epi32(frequency, high), offset);
-                let short = _mm512_cmplt_epu32_mask(next, lower);
+                let state = _mm512_add_epi32(_mm512_mullo_epi32(frequency, high), offset);
+                let short = _mm512_cmplt_epu32_mask(state, lower);
                 // SAFETY: 64 bytes were there before the first half took at most 32 of them.
                 let bytes = unsafe { _mm256_loadu_si256(words[n].as_ptr().add(read[n]).cast()) };
                 let word = _mm512_maskz_expand_epi32(short, _mm512_cvtepu16_epi32(bytes));
-                *x = _mm512_mask_or_epi32(next, short, _mm512_slli_epi32::<16>(next), word);
+                *x = _mm512_mask_or_epi32(state, short, _mm512_slli_epi32::<16>(state), word);
                 read[n] += 2 * short.count_ones() as usize;
             }
         }
-        done += 1;
+        next += 1;
     }
     for (x, states) in x.iter().zip(states) {
         for (x, states) in x.iter().zip(states.chunks_exact_mut(HALF)) {
@@ -292,5 +292,5 @@ pub fn rans_steps<const N: usize>(
             unsafe { _mm512_storeu_epi32(states.as_mut_ptr().cast(), *x) };
         }
     }
-    (done, read)
+    (next, read)
 }
