@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h)
 # Runs commands and prints how long they took.
 step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: demo test rust-test neon-test fuzz python-test build bench lint format wheel wheel-test docs requirements tools clean
+.PHONY: demo test rust-test neon-test asan-test fuzz python-test build bench lint format wheel wheel-test docs requirements tools clean
 .DEFAULT_GOAL := build
 
 demo: $(LIBRARY)
@@ -21,6 +21,14 @@ test: rust-test python-test
 RUNS ?= 10000000
 fuzz:
 	$(call step,fuzzing,cd fuzz && cargo run --quiet --release --bin seeds && RUSTC_BOOTSTRAP=1 cargo fuzz build && for target in header rans alias plain weight; do RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -runs=$(RUNS) -max_len=3000 || exit 1; done)
+
+# The Python tests with AddressSanitizer in the library, shim and Rust alike. Needs g++'s libasan; compiles tch anew.
+ASAN := build/asan
+asan-test: $(VENV)/.ready
+	@mkdir -p $(ASAN)
+	$(call step,library with AddressSanitizer,LIBTORCH=$(CURDIR)/$(VENV)/torch CARGO_TARGET_DIR=$(ASAN)/target RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address -Zexternal-clangrt" CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer" cargo build --quiet --release --lib --locked --target $$(rustc -vV | sed -n 's/host: //p'))
+	@rm -rf $(ASAN)/package && mkdir $(ASAN)/package && cp -r torch_ext/infold $(ASAN)/package/ && cp $(ASAN)/target/*/release/libinfold.so $(ASAN)/package/infold/
+	$(call step,tests with AddressSanitizer,LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 PYTHONPATH=$(CURDIR)/$(ASAN)/package $(PYTHON) -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider -k 'not test_example' python_tests)
 
 # Without torch, so that a change to the codec is tested in seconds; on each instruction set up to this machine's widest.
 rust-test: $(VENV)/.ready

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import infold
 import pytest
@@ -190,12 +191,12 @@ def test_converting_in_inference_mode_leaves_a_model_that_trains() -> None:
     assert model[0].bias.grad is not None
 
 
-def test_rounding_that_overflows_is_reported_in_valid_json() -> None:
+def test_an_error_that_is_no_number_is_reported_in_valid_json() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     with torch.no_grad():
-        model[0].weight[0, 0] = 1e30
+        model[0].weight[0, 0] = float("inf")
     report = infold.convert(model, FusedConfig(round_to=torch.float16), progress=False)
-    assert report.layers[0].relative_error == float("inf")
+    assert math.isnan(report.layers[0].relative_error)
     assert json.loads(report.to_json())["layers"][0]["relative_error"] is None
 
 
@@ -270,3 +271,73 @@ def test_a_trained_model_computes_the_same(encoder: Any, minilm_path: Path) -> N
         torch.testing.assert_close(
             fused(**batch).last_hidden_state, dense(**batch).last_hidden_state, rtol=1e-4, atol=1e-4
         )
+
+
+def test_wrong_types_are_refused_before_anything_is_packed() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    wrong: list[tuple[Any, ...]] = [
+        (model, "lossless"),
+        (model, None),
+        (model, {"0": FusedConfig(), "1": "int8"}),
+        (torch.zeros(3), FusedConfig()),
+    ]
+    for arguments in wrong:
+        with pytest.raises(TypeError, match="expected"):
+            infold.convert(*arguments, progress=False)
+    with pytest.raises(TypeError, match=r"skip: .*try \['0'\]"):
+        infold.convert(model, FusedConfig(), skip="0", progress=False)
+    assert all(type(layer) is nn.Linear for layer in model)
+    with pytest.raises(TypeError, match="bits"):
+        FusedConfig("ecsq", bits=cast(Any, "4"))
+    with pytest.raises(TypeError, match="group_size"):
+        FusedConfig("int4", group_size=cast(Any, 64.0))
+
+
+def test_state_of_a_layers_own_is_not_lost() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].register_buffer("act_scale", torch.ones(3))
+    model[1].register_parameter("lora_a", nn.Parameter(torch.zeros(2, 64)))
+    model[2].is_causal = True
+    with pytest.warns(UserWarning, match="left dense") as warned:
+        report = infold.convert(model, FusedConfig(), progress=False)
+    assert warned[0].filename == __file__
+    assert "act_scale" in report.refused["0"]
+    assert "lora_a" in report.refused["1"]
+    assert isinstance(model[2], PackedModule)
+    assert model[2].is_causal is True
+
+
+def test_a_layer_without_a_shape_is_left() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(8))
+    with pytest.warns(UserWarning, match="1: "):
+        infold.convert(model, FusedConfig(), progress=False)
+    assert isinstance(model[0], PackedModule)
+    assert isinstance(model[1], nn.LazyLinear)
+
+
+def test_rounding_to_infinity_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[3, 4] = 1e6
+        model[1].weight[3, 4] = float("inf")
+    with pytest.warns(UserWarning, match="0: round_to: expected no value beyond 65504"):
+        infold.convert(model, FusedConfig(round_to=torch.float16), progress=False)
+    assert isinstance(model[0], nn.Linear)
+    assert isinstance(model[1], PackedModule)
+
+
+def test_one_layer_is_packed_only_from_its_own_class() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    config = FusedConfig()
+    for wrong in (Doubled(8, 8), nn.Embedding(8, 8), nn.Bilinear(8, 8, 8)):
+        with pytest.raises(ValueError, match=f"linear: expected an nn.Linear, got a .*{type(wrong).__name__}"):
+            infold.nn.FusedDecompressLinear.from_linear(cast(Any, wrong), config)
+    for wrong in (nn.EmbeddingBag(8, 8), nn.Linear(8, 8)):
+        with pytest.raises(ValueError, match="embedding: expected"):
+            infold.nn.FusedDecompressEmbedding.from_embedding(cast(Any, wrong), config)
+    for wrong in (nn.ConvTranspose2d(4, 4, 3), nn.Linear(8, 8)):
+        with pytest.raises(ValueError, match="conv: expected"):
+            infold.nn.FusedDecompressConv.from_conv(cast(Any, wrong), config)

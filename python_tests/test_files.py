@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 import zlib
 from dataclasses import replace
@@ -94,7 +95,7 @@ def test_hooks_are_not_lost(tmp_path: Path) -> None:
     packed_file(tmp_path / "a")
     model = small()
     model[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="1: expected a layer without hooks"):
+    with pytest.raises(ValueError, match="1: expected a plain layer, got one with hooks"):
         infold.load_into(model, tmp_path / "a")
 
 
@@ -256,3 +257,35 @@ def test_any_damage_is_an_error_and_changes_nothing(tmp_path_factory: Any, data:
     else:
         # A flip may land where it says nothing (JSON's blanks); what was loaded must be what was saved.
         assert unharmed or (equal(state(model), state(whole)) and repr(model) == repr(whole))
+
+
+def test_files_appear_where_and_as_any_other(tmp_path: Path) -> None:
+    model = small()
+    infold.convert(model, CONFIGS["lossless"], progress=False)
+    (tmp_path / "real").write_bytes(b"before")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    infold.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    infold.load_into(small(), tmp_path / "real")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "real").stat().st_mode == plain.stat().st_mode
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        infold.save(model, tmp_path / "nowhere" / "a")
+    for call in (infold.save, infold.load_into):
+        with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+            call(model, tmp_path)
+
+
+def test_what_is_no_file_of_ours_is_not_called_corrupt(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3)}, tmp_path / "a", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected a file of infold\.save"):
+        infold.load_into(small(), tmp_path / "a")
+    model = packed_file(tmp_path / "b")
+    with pytest.raises(ValueError, match="expected a module that contains layers"):
+        infold.save(model[1], tmp_path / "c")
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(CorruptWeightError("layer", "payload", "expected 1, got 2")))
+    assert (error.tensor, error.field, str(error)) == ("layer", "payload", "layer: field `payload`: expected 1, got 2")

@@ -163,3 +163,12 @@ def test_copies_and_pickles_keep_the_layout() -> None:
         assert {module.layout for module in packed_modules(copied).values()} == {"fast"}
         assert torch.equal(copied(INDICES), fast(INDICES))
         assert same_state(copied, fast)
+
+
+def test_a_budget_is_bytes_for_auto() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    infold.convert(model, FusedConfig(), progress=False)
+    with pytest.raises(TypeError, match="budget: expected bytes"):
+        infold.prepare(model, budget="1GB")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="budget: expected only with layout 'auto'"):
+        infold.prepare(model, "fast", budget=10)

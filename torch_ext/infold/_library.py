@@ -22,6 +22,10 @@ class CorruptWeightError(RuntimeError):
         super().__init__(f"{tensor}: field `{field}`: {detail}")
         self.tensor = tensor
         self.field = field
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[CorruptWeightError], tuple[str, str, str]]:
+        return type(self), (self.tensor, self.field, self.detail)
 
 
 def library_path() -> str:

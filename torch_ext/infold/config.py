@@ -23,17 +23,20 @@ class FusedConfig:
     format: ``"lossless"`` keeps every bit; ``"ecsq"`` is a uniform step with entropy-coded levels at any rate or error;
         ``"int8"`` has one scale a row; ``"int4"`` one for each row and ``group_size`` columns. All are entropy-coded.
     bits: for ecsq, the size in bits a weight (2 to 8, may be fractional), everything counted.
-    max_error: for ecsq, the relative Frobenius error, instead of ``bits``.
+    max_error: for ecsq, the relative Frobenius error, instead of ``bits``. It is that of the reconstruction in float32;
+        what rounds a weight to half precision (unpacking to it, bfloat16 products) adds its own, about 0.002.
     group_size: for int4, a multiple of 64.
     round_to: for lossless, a dtype to round the weight to first. This loses precision, and so has to be asked for.
-    trainable_scales: scales of a quantised weight become float32 parameters that train. A weight that does not pay for
-        quantising (a tiny one) is stored lossless and has none.
-    layout: how the weight lies in memory: ``"compact"`` is the smallest; ``"fast"`` is 1.1 to 1.25 times that;
-        ``"auto"`` measures. See `infold.prepare`. Files and state dicts hold the compact form; results are the same.
+    trainable_scales: scales of a quantised weight become float32 parameters that train, and that ``model.half()`` casts
+        as any other. A weight that does not pay for quantising (a tiny one) is stored lossless and has none.
+    layout: how the weight lies in memory: ``"compact"`` is the smallest; ``"fast"`` is 1.1 to 1.3 times that, and more
+        for weights that are very regular (pruned, constant); ``"auto"`` measures. See `infold.prepare`. Files and state
+        dicts hold the compact form; results are the same.
     mode: ``"fused"`` decodes inside the product; ``"exact"`` unpacks into a scratch that all layers share and calls
-        ``F.linear``: for a lossless weight, the bits of the dense layer at equal shape and thread count.
+        ``F.linear``: for a lossless weight, the bits of the dense layer at equal shape and thread count (and, of a
+        convolution, with a weight that is not channels-last).
 
-    Raises ValueError for options that contradict each other.
+    Raises ValueError for options that contradict each other, TypeError for ones of another type.
     """
 
     format: Format = "lossless"
@@ -53,6 +56,11 @@ class FusedConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        for name, number in (("bits", self.bits), ("max_error", self.max_error)):
+            if number is not None and not isinstance(number, int | float):
+                raise TypeError(f"{name}: expected a number, got {number!r}")
+        if not isinstance(self.group_size, int):
+            raise TypeError(f"group_size: expected an int, got {self.group_size!r}")
         ecsq = self.format == "ecsq"
         if ecsq and (self.bits is None) == (self.max_error is None):
             raise ValueError("format 'ecsq': expected exactly one of bits and max_error")

@@ -10,18 +10,19 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from infold.config import WEIGHT_DTYPES, FusedConfig, Layout
 from infold.layers import (
     dense_kind,
     dense_weight,
-    has_hooks,
     is_subclass,
     is_transposed_linear,
     packed_kind,
     packed_like,
     weight_of,
+    would_lose,
 )
 from infold.layout import prepare_modules
 from infold.nn import PackedModule
@@ -51,8 +52,10 @@ def convert(
 
     Tied weights stay tied and a shared module is converted once. Layers that cannot be packed are left as they are and
     listed in the report with the reason; one warning names them. Raises ValueError if ``model`` is itself such a layer,
-    or if a name in ``skip`` or a pattern in ``config`` matches no layer.
+    or if a name in ``skip`` or a pattern in ``config`` matches no layer, and TypeError for arguments of another type;
+    nothing is packed then.
     """
+    _check_types(model, config, skip)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -118,7 +121,8 @@ def convert(
     report.model_bytes_after = _model_bytes(model)
     if report.refused:
         lines = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
-        warnings.warn(f"left dense: {lines}", stacklevel=2)
+        # Past the decorator.
+        warnings.warn(f"left dense: {lines}", stacklevel=3)
     return report
 
 
@@ -144,11 +148,14 @@ def _refusal(module: nn.Module) -> str | None:
     """Why a layer cannot be packed."""
     if is_subclass(module):
         return f"{type(module).__name__} is a subclass that may compute something else"
-    if has_hooks(module):
-        return "it has hooks or a forward of its own, which would be lost"
+    lost = would_lose(module)
+    if lost:
+        return f"it has {lost}, which would be lost"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites the table on lookup"
     weight = weight_of(module)
+    if isinstance(weight, nn.UninitializedParameter):
+        return "its weight has no shape yet; run the model once first"
     if weight.device.type != "cpu":
         return f"its weight is on {weight.device}; pack on the CPU"
     if weight.dtype not in WEIGHT_DTYPES:
@@ -207,6 +214,19 @@ def _config_for(config: Configs, names: list[str]) -> FusedConfig | None:
     return None
 
 
+def _check_types(model: object, config: object, skip: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got a {type(model).__name__}")
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a collection of names, got a string (try [{skip!r}])")
+    values = config.values() if isinstance(config, Mapping) else [config]
+    for value in values:
+        allowed = FusedConfig | None if isinstance(config, Mapping) else FusedConfig
+        if not isinstance(value, allowed):
+            hint = f" (try FusedConfig({value!r}))" if isinstance(value, str) else ""
+            raise TypeError(f"config: expected a FusedConfig or a mapping of patterns to them, got {value!r}{hint}")
+
+
 def _check_patterns(config: Configs, skip: Collection[str], names: list[str]) -> None:
     patterns = [*skip] if isinstance(config, FusedConfig) else [*skip, *config]
     for pattern in patterns:
@@ -242,5 +262,5 @@ def _layer_report(name: str, new: PackedModule, dense: Tensor) -> LayerReport:
 
 
 def _model_bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if not is_lazy(tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

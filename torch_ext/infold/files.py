@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import zlib
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from infold._library import CorruptWeightError
 from infold.config import Mode
-from infold.layers import dense_kind, dense_weight, has_hooks, packed_kind, packed_like, weight_of
+from infold.layers import dense_kind, dense_weight, packed_kind, packed_like, weight_of, would_lose
 from infold.layout import relay
 from infold.nn import FusedDecompressConv, PackedModule
 from infold.packed import Packed, read_header
@@ -29,9 +30,17 @@ _FIELDS = ("payload", "directory", "tables", "scales")
 def save(model: nn.Module, path: str | Path) -> None:
     """Writes a converted model's whole state to a safetensors file, tied tensors once.
 
-    The file appears complete or not at all: it is written beside ``path``, synced, and renamed.
+    The file appears complete or not at all: it is written beside ``path`` (or what that links to), synced, and renamed.
+    Raises ValueError for a model that is one packed layer, or whose state dict holds more than tensors.
     """
-    path = Path(path)
+    if isinstance(model, PackedModule):
+        raise ValueError(f"model: expected a module that contains layers, got a {type(model).__name__}")
+    # What a link names is replaced, not the link.
+    path = Path(path).resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "expected a folder", str(path.parent))
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule):
@@ -61,7 +70,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     metadata["metadata_checksum"] = str(_metadata_checksum(metadata))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        # With the mode that any new file gets here; safetensors' own would be its owner's alone.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -75,9 +88,11 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     """Loads a file of `save` into a model of the same architecture, dense or converted, in place.
 
     Everything is read and verified first: a bad file leaves the model as it was. Raises CorruptWeightError, which names
-    the tensor and the field, and ValueError where the file is of another model.
+    the tensor and the field, and ValueError where the file is of another model, or no file of `save`.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
     tensors, metadata = _read(path)
     modules = _json(metadata, "modules", path, dict)
     aliases = _json(metadata, "aliases", path, str)
@@ -122,6 +137,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise CorruptWeightError(str(path), "file", str(error)) from error
+    if not {"modules", "aliases", "checksums"} & metadata.keys():
+        raise ValueError(f"{path}: expected a file of infold.save, got one without its metadata")
     found = metadata.get("format")
     if found != _FORMAT:
         raise CorruptWeightError(str(path), "format", f"expected {_FORMAT!r}, got {found!r}")
@@ -162,8 +179,9 @@ def _target(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Modul
         target = model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"{name}: expected a layer of the model, got none") from error
-    if has_hooks(target):
-        raise ValueError(f"{name}: expected a layer without hooks, for they would be lost")
+    lost = would_lose(target)
+    if lost:
+        raise ValueError(f"{name}: expected a plain layer, got one with {lost}, which would be lost")
     kind = packed_kind(target) if isinstance(target, PackedModule) else dense_kind(target)
     if kind is None or kind != options.get("kind"):
         raise ValueError(f"{name}: expected a layer of kind {options.get('kind')!r}, got {type(target).__name__}")

@@ -62,10 +62,15 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if is_transposed_linear(module) else weight.flatten(1)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something hangs on this very module that a replacement would lose."""
-    hooked = any(getattr(module, hooks) for hooks in _HOOKS)
-    return hooked or hasattr(module, "_hf_hook") or "forward" in vars(module)
+def would_lose(module: nn.Module) -> str | None:
+    """What hangs on this very module that a replacement would lose; None for nothing."""
+    if any(getattr(module, hooks) for hooks in _HOOKS) or hasattr(module, "_hf_hook") or "forward" in vars(module):
+        return "hooks or a forward of its own"
+    if isinstance(module, PackedModule):
+        return None
+    state = [*module._parameters, *module._buffers, *module._modules]
+    own = [name for name in state if name not in ("weight", "bias")]
+    return f"state of its own ({', '.join(own)})" if own else None
 
 
 def packed_like(
@@ -77,7 +82,7 @@ def packed_like(
     trainable_scales: bool = False,
     name: str,
 ) -> PackedModule:
-    """What takes the place of ``module``, dense or packed, with this weight; the bias is shared."""
+    """What takes the place of ``module``, dense or packed, with this weight; bias and attributes are kept."""
     new: PackedModule
     bias = cast("nn.Parameter | None", getattr(module, "bias", None))
     if isinstance(module, nn.Embedding | FusedDecompressEmbedding):
@@ -90,4 +95,8 @@ def packed_like(
         )
     else:
         new = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, trainable_scales=trainable_scales, name=name)
+    for attribute, value in vars(module).items():
+        # What somebody else has noted there; what a layer keeps for itself begins with an underscore or is known here.
+        if not attribute.startswith("_") and not hasattr(new, attribute):
+            setattr(new, attribute, value)
     return new.train(module.training)

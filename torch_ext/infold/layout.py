@@ -45,16 +45,21 @@ class _Choice:
 def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = None) -> dict[str, MemoryLayout]:
     """Lays every packed weight of ``model`` out in memory, in place and exactly; returns the layout of each layer.
 
-    layout: ``"compact"`` is the smallest form, that of files and state dicts; ``"fast"`` is plain codes, about 1.1 to
-        1.25 times as large; ``"auto"`` measures both on this machine with one row of activations and takes the fast one
-        where it is faster and at most 1.3 times the size.
+    layout: ``"compact"`` is the smallest form, that of files and state dicts; ``"fast"`` is plain codes, 1.1 to 1.3
+        times as large for trained weights; ``"auto"`` measures both on this machine with one row of activations and
+        takes the fast one where it is faster and at most 1.3 times the size.
     budget: with ``"auto"``, bytes that all packed weights may take: fast where it saves the most time a byte.
 
-    Layers that share a weight keep sharing it. Results do not depend on the layout. Raises ValueError for another
-    layout, and where even the compact form of all weights is over the budget.
+    Layers that share a weight keep sharing it. Results do not depend on the layout. As with any change to a module's
+    parameters, nobody may run the model meanwhile. Raises ValueError for another layout, for a budget with a layout
+    other than ``"auto"``, and where even the compact form of all weights is over the budget.
     """
     if layout not in ("auto", "compact", "fast"):
         raise ValueError(f"layout: expected auto, compact or fast, got {layout!r}")
+    if budget is not None and not isinstance(budget, int):
+        raise TypeError(f"budget: expected bytes as an int, got {budget!r}")
+    if budget is not None and layout != "auto":
+        raise ValueError(f"budget: expected only with layout 'auto', got it with {layout!r}")
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
     prepare_modules(modules.values(), layout, budget)
     return {name: module.layout for name, module in modules.items()}

@@ -48,11 +48,16 @@ class Header(NamedTuple):
 def pack(weight: Tensor, config: FusedConfig) -> Packed:
     """Packs a dense (out_features, in_features) weight of dtype float32, float16 or bfloat16 on the CPU.
 
-    Raises ValueError for another shape or dtype, and for a weight that is not finite in a quantised format.
+    Raises ValueError for another shape or dtype, for a weight that is not finite in a quantised format, and where
+    ``round_to`` makes infinities of finite values.
     """
     weight = weight.detach()
     if config.format == "lossless":
-        return Packed(*ops.pack_lossless(weight if config.round_to is None else weight.to(config.round_to)))
+        rounded = weight if config.round_to is None else weight.to(config.round_to)
+        if rounded is not weight and not torch.equal(rounded.isinf(), weight.isinf()):
+            largest = torch.finfo(rounded.dtype).max
+            raise ValueError(f"round_to: expected no value beyond {largest:g} for {config.round_to}, got some")
+        return Packed(*ops.pack_lossless(rounded))
     if config.format == "ecsq":
         return Packed(*ops.pack_ecsq(weight, config.bits, config.max_error))
     if config.format == "int8":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from infold._library import ops
 from infold.config import FusedConfig, Mode
-from infold.nn.fused import PackedModule
+from infold.nn.fused import PackedModule, require
 from infold.packed import Packed, pack
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -90,7 +90,8 @@ class FusedDecompressConv(PackedModule):
 
     @classmethod
     def from_conv(cls, conv: Conv, config: FusedConfig) -> FusedDecompressConv:
-        """Packs a dense convolution's weight and shares its bias."""
+        """Packs a dense convolution's weight and shares its bias. Raises ValueError for any other class."""
+        require("conv", conv, *_CLASSES)
         module = cls(
             pack(conv.weight.flatten(1), config),
             Window.of(conv),

@@ -26,6 +26,13 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
+def require(what: str, module: nn.Module, *classes: type[nn.Module]) -> None:
+    """Refuses a layer of another class: one derived from these may compute something else."""
+    if type(module) not in classes:
+        expected = " or ".join(f"nn.{cls.__name__}" for cls in classes)
+        raise ValueError(f"{what}: expected an {expected}, got a {type(module).__qualname__}")
+
+
 class PackedModule(nn.Module):
     """What linear and embedding share: a packed (out_features, in_features) weight, its parts parameters.
 
@@ -202,7 +209,8 @@ class FusedDecompressLinear(PackedModule):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: FusedConfig) -> FusedDecompressLinear:
-        """Packs a dense layer's weight and shares its bias."""
+        """Packs a dense layer's weight and shares its bias. Raises ValueError for any other class."""
+        require("linear", linear, nn.Linear)
         packed = pack(linear.weight, config)
         module = cls(
             packed,
@@ -260,7 +268,10 @@ class FusedDecompressEmbedding(PackedModule):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, config: FusedConfig) -> FusedDecompressEmbedding:
-        """Packs a dense embedding's table. ``max_norm`` is refused: it rewrites the table on lookup."""
+        """Packs a dense embedding's table. Raises ValueError for any other class, and for ``max_norm``: it rewrites the
+        table on lookup.
+        """
+        require("embedding", embedding, nn.Embedding)
         if embedding.max_norm is not None:
             raise ValueError("max_norm: expected None, for it rewrites the table on lookup")
         packed = pack(embedding.weight, config)
