@@ -44,7 +44,7 @@ impl Peer {
             let set_cpu: unsafe extern "C" fn(c_int) = std::mem::transmute(symbol("rans_set_cpu")?);
             // Bits of the decoders (and encoders) that it may use: SSE4, AVX2, AVX-512.
             set_cpu(match Isa::get() {
-                Isa::Avx512 => 0x707,
+                Isa::Avx512 | Isa::Amx => 0x707,
                 Isa::Avx2 => 0x303,
                 _ => 0,
             });
