@@ -4,12 +4,12 @@ VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 LIBRARY := torch_ext/infold/libinfold.so
 SOURCES := $(shell find src csrc cuda -type f 2>/dev/null) build.rs Cargo.toml Cargo.lock setup.py pyproject.toml
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h cuda/*.cpp benchmarks/*.cu)
 
 # Runs commands and prints how long they took.
 step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: demo test rust-test neon-test asan-test fuzz python-test build bench lint format wheel wheel-test docs requirements tools clean
+.PHONY: demo test rust-test neon-test asan-test fuzz python-test build bench lint format wheel wheel-test gpu-bundle docs requirements tools clean
 .DEFAULT_GOAL := build
 
 demo: $(LIBRARY)
@@ -66,6 +66,10 @@ wheel: $(VENV)/.ready
 # The wheel in an environment of its own that has neither this folder nor Rust in reach: the operators' and golden files' tests.
 wheel-test: wheel
 	$(call step,wheel test,rm -rf build/wheel && mkdir -p build/wheel && python3 -m venv build/wheel/venv && $(VENV)/bin/uv pip install --quiet --python build/wheel/venv/bin/python -c requirements.txt dist/infold-*.whl pytest hypothesis && cp -r python_tests build/wheel/ && cd build/wheel && env -i HOME="$$HOME" PATH=/usr/bin:/bin venv/bin/python -m pytest -q -c /dev/null --rootdir . python_tests/test_operators.py python_tests/test_golden.py python_tests/test_layout.py && rm -rf venv)
+
+# What a machine with a GPU needs: run there `python3 dist/gpu/gpu_check.py --json FILE`; see docs/gpu-checks.md.
+gpu-bundle: $(LIBRARY)
+	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_launch.cu dist/gpu/ && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
 
 docs: $(LIBRARY)
 	$(call step,docs,$(PYTHON) -m pdoc --output-directory docs/site/python infold && cargo doc --no-deps --no-default-features --release --quiet --target-dir build/rustdoc && rm -rf docs/site/rust && cp -r build/rustdoc/doc docs/site/rust)

@@ -12,7 +12,13 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "torch")]
     compile_shim()?;
+    compile_simulation();
     embed_kernels()
+}
+
+/// The kernels' device functions for the host, where tests call them. Nothing else does, so no library contains them.
+fn compile_simulation() {
+    cc::Build::new().cpp(true).std("c++17").file("cuda/simulate.cpp").compile("infold_simulation");
 }
 
 #[cfg(feature = "torch")]
@@ -84,11 +90,13 @@ fn embed_kernels() -> Result<()> {
 }
 
 fn kernel_files() -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir("cuda")? {
-        files.push(entry?.path());
-    }
+    let mut files = device_files()?;
     files.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    Ok(files)
+}
+
+fn device_files() -> Result<Vec<PathBuf>> {
+    let mut files = fs::read_dir("cuda")?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
     files.sort();
     Ok(files)
 }
@@ -96,7 +104,14 @@ fn kernel_files() -> Result<Vec<PathBuf>> {
 /// One nvcc run, skipped where a fatbin of the same source, compiler and architectures is there already.
 fn compile_kernel(nvcc: &Path, source: &Path, architectures: &[&str], out: &Path) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
-    (fs::read(source)?, architectures, nvcc).hash(&mut hasher);
+    // Any of the headers may be in it.
+    for file in device_files()? {
+        let extension = file.extension().unwrap_or_default();
+        if extension != "cu" || file == source {
+            fs::read(file)?.hash(&mut hasher);
+        }
+    }
+    (architectures, nvcc).hash(&mut hasher);
     let stem = source.file_stem().context("a kernel file without a name")?.to_string_lossy();
     let fatbin = out.join(format!("{stem}-{:016x}.fatbin", hasher.finish()));
     if fatbin.is_file() {
@@ -112,6 +127,16 @@ fn compile_kernel(nvcc: &Path, source: &Path, architectures: &[&str], out: &Path
     let run = command.output().with_context(|| format!("cannot run {}", nvcc.display()))?;
     let log = String::from_utf8_lossy(&run.stderr);
     ensure!(run.status.success(), "nvcc failed on {}:\n{log}", source.display());
+    check_registers(&log).with_context(|| format!("{}:\n{log}", source.display()))?;
     fs::write(fatbin.with_extension("log"), log.as_bytes())?;
     Ok(fatbin)
+}
+
+/// No kernel may keep registers in memory: ptxas says what each has on the stack and what it spills.
+fn check_registers(log: &str) -> Result<()> {
+    for line in log.lines().filter(|line| line.contains("bytes stack frame")) {
+        let mut numbers = line.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
+        ensure!(numbers.all(|number| number == "0"), "a kernel spills: {}", line.trim());
+    }
+    Ok(())
 }

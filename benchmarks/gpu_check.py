@@ -1,7 +1,8 @@
-"""The GPU kernels on a GPU: right first, then under compute-sanitizer, then how fast. Builds them with nvcc on the spot.
+"""The GPU kernels on a GPU: right first, then under compute-sanitizer, then how fast. Builds them with nvcc there.
 
-Weights are bfloat16, laid out on the host by the functions that the host tests check. Peers run in the same process: each side is a
-CUDA graph over copies of its weight that together are several times the L2 cache, and the graphs take turns.
+Weights are bfloat16, laid out on the host by the functions that the host tests check. Peers run in the same process:
+each side is a CUDA graph over copies of its weight that together are several times the L2 cache, and the graphs take
+turns.
 
 Run on a machine with a GPU, nvcc and torch: python gpu_check.py [--json FILE] [--small]
 """
@@ -94,7 +95,7 @@ class Window:
         return Window(self.shape, self.tiles.clone(), self.starts.clone(), self.escapes.clone())
 
     def linear(self, library: ctypes.CDLL, x: Tensor, y: Tensor) -> None:
-        """y = x Wᵀ."""
+        """Launches y = x Wᵀ on the current stream."""
         rows, cols = self.shape
         pointers = [tensor.data_ptr() for tensor in (self.tiles, self.starts, self.escapes, x, y)]
         arguments = WindowLinear(*pointers, BASE, rows, cols, x.shape[0])
@@ -134,7 +135,9 @@ def correctness(library: ctypes.CDLL, small: bool) -> int:
             allowed = exact.abs() / 256 + 1e-5 * (x.double().abs() @ weight.double().abs().T)
             error = (y.cpu().double() - exact).abs()
             if not bool((error <= allowed).all()) or not torch.equal(y, again):
-                raise AssertionError(f"{rows} x {cols}, batch {batch}: error {float((error / allowed).max()):.3g} of the allowed")
+                raise AssertionError(
+                    f"{rows} x {cols}, batch {batch}: error {float((error / allowed).max()):.3g} of the allowed"
+                )
             cases += 1
     return cases
 
@@ -185,7 +188,14 @@ def linear_rates(library: ctypes.CDLL, rows_out: list[dict[str, Any]]) -> None:
                 f"{cols:6} -> {rows:6}, batch {batch}: {medians['ours']:8.2f} us, cuBLAS {medians['cuBLAS']:8.2f} us, "
                 f"{ratio:5.2f}x, {rate:6.0f} GB/s"
             )
-            rows_out.append({"case": f"linear {cols}->{rows}, batch {batch}", "microseconds": medians, "ratio": ratio, "gb_per_s": rate})
+            rows_out.append(
+                {
+                    "case": f"linear {cols}->{rows}, batch {batch}",
+                    "microseconds": medians,
+                    "ratio": ratio,
+                    "gb_per_s": rate,
+                }
+            )
 
 
 def decoder_rate(library: ctypes.CDLL, rows_out: list[dict[str, Any]]) -> None:

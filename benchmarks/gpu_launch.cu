@@ -8,8 +8,8 @@ extern "C" int infold_launch_linear_window(const InfoldWindowLinear* p, cudaStre
   return cudaGetLastError();
 }
 
-extern "C" int infold_launch_window_rate(const uint32_t* tiles, uint32_t count, uint32_t base, uint32_t* digests, int blocks,
-                                         cudaStream_t stream) {
+extern "C" int infold_launch_window_rate(const uint32_t* tiles, uint32_t count, uint32_t base, uint32_t* digests,
+                                         int blocks, cudaStream_t stream) {
   infold_window_rate<<<blocks, kWarps * kLanes, 0, stream>>>(tiles, count, base, digests);
   return cudaGetLastError();
 }

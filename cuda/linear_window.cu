@@ -1,6 +1,6 @@
-// y = x Wᵀ for at most eight rows of x, W in the window layout: bound by reading W once. A block owns a stripe of sixteen rows
-// of W and divides its tiles among its warps; each decodes to the registers of an mma, whose eight columns are rows of x. The
-// partial sums are added in the order of the warps, so results do not change from run to run.
+// y = x Wᵀ for at most eight rows of x, W in the window layout: bound by reading W once. A block owns a stripe of
+// sixteen rows of W and divides its tiles among its warps; each decodes to the registers of an mma, whose eight columns
+// are rows of x. The partial sums are added in the order of the warps, so results do not change from run to run.
 #include "params.h"
 #include "window.cuh"
 
@@ -37,7 +37,8 @@ __device__ Tile load(const uint32_t* tiles, size_t tile, int lane) {
 }
 
 __device__ void multiply_add(float (&sums)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a.registers[0]), "r"(a.registers[1]), "r"(a.registers[2]), "r"(a.registers[3]), "r"(b0), "r"(b1));
 }

@@ -7,10 +7,10 @@
 
 using namespace infold::window;
 
-// Lays a (rows, cols) bfloat16 weight out; returns how many values are listed apart, in the order of the tiles. Where there is no
-// row or column, the filler stands.
-extern "C" size_t infold_simulate_window_encode(const uint16_t* weight, int rows, int cols, uint32_t base, uint32_t* tiles,
-                                                uint32_t* escape_starts, InfoldEscape* escapes) {
+// Lays a (rows, cols) bfloat16 weight out; returns how many values are listed apart, in the order of the tiles. Where
+// there is no row or column, the filler stands.
+extern "C" size_t infold_simulate_window_encode(const uint16_t* weight, int rows, int cols, uint32_t base,
+                                                uint32_t* tiles, uint32_t* escape_starts, InfoldEscape* escapes) {
   const int across = (cols + kCols - 1) / kCols, stripes = (rows + kRows - 1) / kRows;
   size_t count = 0;
   for (int stripe = 0; stripe < stripes; ++stripe) {
@@ -23,7 +23,8 @@ extern "C" size_t infold_simulate_window_encode(const uint16_t* weight, int rows
         return inside ? weight[static_cast<size_t>(first_row + row) * cols + first_col + col] : filler(base);
       };
       const auto apart = [&](int row, int col, uint32_t bits) {
-        escapes[count++] = {static_cast<uint16_t>(row), static_cast<uint16_t>(bits), static_cast<uint32_t>(first_col + col)};
+        escapes[count++] = {static_cast<uint16_t>(row), static_cast<uint16_t>(bits),
+                            static_cast<uint32_t>(first_col + col)};
       };
       for (int lane = 0; lane < kLanes; ++lane) {
         uint32_t words[kWords];

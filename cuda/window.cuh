@@ -1,6 +1,6 @@
-// The window layout of a bfloat16 weight on the GPU: 12 bits a weight, eight of sign and mantissa, four of exponent above a
-// base, in the order in which a warp feeds them to mma.m16n8k16. What lies outside the window is listed apart. Compiled for the
-// host too, where tests compare it with the codec.
+// The window layout of a bfloat16 weight on the GPU: 12 bits a weight, eight of sign and mantissa, four of exponent
+// above a base, in the order in which a warp feeds them to mma.m16n8k16. What lies outside the window is listed apart.
+// Compiled for the host too, where tests compare it with the codec.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@ INFOLD_BOTH int word_index(int lane, int word) { return (word / 4 * kLanes + lan
 // The row of the tile that both halves of a lane's register belong to.
 INFOLD_BOTH int row_of(int lane, int reg) { return lane / 4 + 8 * (reg % 2); }
 
-// The column of the tile of one half of a lane's register. The order of columns within the mma is free as long as x's is the
-// same: this one gives a lane sixteen neighbours of x in a tile.
+// The column of the tile of one half of a lane's register. The order of columns within the mma is free as long as x's
+// is the same: this one gives a lane sixteen neighbours of x in a tile.
 INFOLD_BOTH int col_of(int lane, int step, int reg, int half) { return lane % 4 * 16 + step * 4 + reg / 2 * 2 + half; }
 
 // Operand A of one step.
@@ -53,8 +53,9 @@ INFOLD_BOTH uint32_t rotate_right_8(uint32_t word) { return word >> 8 | word << 
 // The window's base in place in both halves of a register.
 INFOLD_BOTH uint32_t base_bits(uint32_t base) { return base * 0x00800080u; }
 
-// A step's fragment from two words of signs and mantissas and one of exponents. The bits of a word that the first register does
-// not use are the second's, rotated by a byte: the mask of a sign and a mantissa in each half, rotated so, is its complement.
+// A step's fragment from two words of signs and mantissas and one of exponents. The bits of a word that the first
+// register does not use are the second's, rotated by a byte: the mask of a sign and a mantissa in each half, rotated
+// so, is its complement.
 INFOLD_BOTH Fragment decode(uint32_t first, uint32_t second, uint32_t exponents, uint32_t base) {
   return {{
       (first & kRestMask) + (exponents << 7 & kExponentMask) + base,
@@ -64,8 +65,8 @@ INFOLD_BOTH Fragment decode(uint32_t first, uint32_t second, uint32_t exponents,
   }};
 }
 
-// A lane's words of a tile. `weight(row, col)` is the bfloat16's bits; `apart(row, col, bits)` takes what the window does not
-// hold, in whose place the smallest value of the window stands: `filler` of it is to be subtracted.
+// A lane's words of a tile. `weight(row, col)` is the bfloat16's bits; `apart(row, col, bits)` takes what the window
+// does not hold, in whose place the smallest value of the window stands: `filler` of it is to be subtracted.
 template <class Weight, class Apart>
 INFOLD_BOTH void encode(int lane, uint32_t base, const Weight& weight, const Apart& apart, uint32_t (&words)[kWords]) {
   for (uint32_t& word : words) word = 0;
