@@ -22,8 +22,16 @@ pub enum Error {
     Panic(String),
     /// The tensor library refused a call.
     #[cfg(feature = "torch")]
-    #[error(transparent)]
+    #[error("{}", without_trace(.0))]
     Tensor(#[from] tch::TchError),
+}
+
+/// What the tensor library said, without where in its own code.
+#[cfg(feature = "torch")]
+fn without_trace(error: &tch::TchError) -> String {
+    let text = error.to_string();
+    let said = text.split("\nException raised from").next().unwrap_or(&text);
+    said.trim_start_matches("Internal torch error: ").to_owned()
 }
 
 impl Error {

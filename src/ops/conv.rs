@@ -41,7 +41,8 @@ pub fn forward(
     let kernel = window.kernel_size.iter().try_fold(1i64, |product, &length| product.checked_mul(length));
     let divides = groups > 0 && channels % groups == 0 && weight.out_features % groups == 0;
     if !divides || kernel.and_then(|kernel| kernel.checked_mul(channels / groups)) != Some(weight.in_features) {
-        let expected = format!("channels / groups · kernel to be the weight's {} columns", weight.in_features);
+        let channels = (weight.in_features / kernel.unwrap_or(1)).saturating_mul(groups);
+        let expected = format!("{channels} channels, for a weight of {} columns", weight.in_features);
         return Err(Error::argument("x", expected, format!("shape {size:?} in {groups} groups")));
     }
     check_bias(bias, weight)?;
