@@ -171,3 +171,36 @@ proptest::proptest! {
         proptest::prop_assert_eq!(&unpack::<bf16>(&in_layout(&packed, Layout::Fast)), &values);
     }
 }
+
+#[test]
+fn a_row_of_a_long_batch_has_the_bits_that_it_has_alone() {
+    let (batch, mut random) = (150, Random(55));
+    // Narrow enough for a tile to be kept decoded, with ragged edges, and wider.
+    for (rows, cols) in [(97, 200), (64, 384), (40, 1100)] {
+        let values = random.normals(rows * cols, 0.05);
+        let weights = [
+            pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap(),
+            pack_int8(Weights::F32(&values), rows, cols, &Serial).unwrap(),
+        ];
+        let x = random.normals(batch * cols, 1.0);
+        let half_x = to_bf16(&x);
+        for compact in weights {
+            let packed = in_layout(&compact, Layout::Fast);
+            let (weight, scales) = (open(&packed), Scales::Real(&packed.scales[..]));
+            let run = |first: usize, batch: usize| {
+                let (mut out, mut half_out) = (vec![0.0f32; batch * rows], vec![0.0f32; batch * rows]);
+                let range = first * cols..(first + batch) * cols;
+                let input = Input { values: &x[range.clone()], rows: batch };
+                forward(&weight, scales, input, None, &mut out, &Threads(2)).unwrap();
+                let input = Input { values: &half_x[range], rows: batch };
+                forward(&weight, scales, input, None, &mut half_out, &Threads(2)).unwrap();
+                bits(&[out, half_out].concat(), f32::to_bits)
+            };
+            let all = run(0, batch);
+            for row in [0, 15, 16, 63, 64, 149] {
+                let at = |half: usize| &all[(half * batch + row) * rows..][..rows];
+                assert_eq!(run(row, 1), [at(0), at(1)].concat(), "{rows}x{cols}, row {row}");
+            }
+        }
+    }
+}

@@ -11,6 +11,8 @@ use crate::{Error, Result};
 /// Bytes of a thread's sums. With the block, the decoder's own 24 KB and the call's 16 KB table that makes 64 KB: what
 /// "never materialised" costs.
 const SUM_BYTES: usize = 16 << 10;
+/// Where more rows of x than those sums are for would decode a tile again, it is kept decoded if it takes no more than this.
+const KEPT_BYTES: usize = 64 << 10;
 
 /// Row-major x: `rows` by the weight's columns.
 #[derive(Clone, Copy)]
@@ -69,8 +71,10 @@ struct Scratch<T: Operand> {
     partial: AlignedVec<T::Sum>,
     /// Where several scales lie side by side in a row: the scaled sum over those that are done.
     total: AlignedVec<T::Sum>,
-    /// Rows of x that share one decoding of a tile.
+    /// Rows of x that have sums at a time.
     batch: usize,
+    /// A tile's decoded blocks, `[group of rows][chunk of columns]`, where all rows of x share them.
+    kept: Option<AlignedVec<T::Value>>,
 }
 
 impl<T: Operand> Scratch<T> {
@@ -79,7 +83,10 @@ impl<T: Operand> Scratch<T> {
         let grouped = weight.groups() > 1;
         let row_bytes = width * size_of::<T::Sum>() * if grouped { 2 } else { 1 };
         let batch = (SUM_BYTES / row_bytes / input.height * input.height).min(input.rows);
+        let tile = width / LANES * weight.geometry().cols.div_ceil(CHUNK) * T::VALUES;
+        let keeps = batch < input.rows && !grouped && tile * size_of::<T::Value>() <= KEPT_BYTES;
         Self {
+            kept: keeps.then(|| AlignedVec::new(tile)),
             block: T::scratch(input.height),
             partial: AlignedVec::new(batch * width),
             total: AlignedVec::new(if grouped { batch * width } else { 0 }),
@@ -100,19 +107,62 @@ fn tile_products<T: Operand>(
     let failure = std::sync::Mutex::new(None);
     pool.for_ranges(weight.geometry().tiles(), &|tiles| {
         let mut scratch = Scratch::new(weight, &input);
-        // All tiles with the same rows of x, which then stay in the cache.
-        for start in (0..input.rows).step_by(scratch.batch.max(1)) {
-            let rows = start..(start + scratch.batch).min(input.rows);
-            for tile in tiles.clone() {
-                if let Err(error) = tile_product(weight, tile, &input, rows.clone(), &mut scratch, &visit) {
-                    failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
-                    return;
+        let mut run = || -> Result<()> {
+            if scratch.kept.is_some() {
+                return tiles
+                    .clone()
+                    .try_for_each(|tile| kept_tile_product(weight, tile, &input, &mut scratch, &visit));
+            }
+            // All tiles with the same rows of x, which then stay in the cache.
+            for rows in batches(input.rows, scratch.batch) {
+                for tile in tiles.clone() {
+                    tile_product(weight, tile, &input, rows.clone(), &mut scratch, &visit)?;
                 }
             }
+            Ok(())
+        };
+        if let Err(error) = run() {
+            failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
         }
     });
     let failure = failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
     failure.map_or(Ok(()), Err)
+}
+
+/// Runs of at most `size` of `rows` rows.
+fn batches(rows: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(size.max(1)).map(move |start| start..(start + size).min(rows))
+}
+
+/// [`tile_products`] for one tile and all rows of x, the tile decoded once.
+fn kept_tile_product<T: Operand>(
+    weight: &PackedWeight,
+    tile: usize,
+    input: &Chunked<T>,
+    scratch: &mut Scratch<T>,
+    visit: &impl Fn(usize, Range<usize>, usize, &mut [T::Sum], &mut [T::Sum]),
+) -> Result<()> {
+    let geometry = weight.geometry();
+    let first_row = geometry.rows_of(tile).start;
+    let Scratch { block, partial, total, batch, kept } = scratch;
+    let kept = kept.as_deref_mut().unwrap_or_default();
+    let across = geometry.cols.div_ceil(CHUNK) * T::VALUES;
+    let mut decoder = weight.tile(tile)?;
+    while let Some(shape) = decoder.next_block() {
+        let at = (shape.row - first_row) / LANES * across + shape.col / CHUNK * T::VALUES;
+        T::decode(&decoder, &mut kept[at..at + T::VALUES]);
+    }
+    let groups = geometry.rows_of(tile).len().div_ceil(LANES);
+    for rows in batches(input.rows, *batch) {
+        let partial = &mut partial[..rows.len() * geometry.tile_rows];
+        partial.fill(T::Sum::default());
+        for (group, blocks) in kept.chunks(across).take(groups).enumerate() {
+            let (x, sums) = (input.chunks().at(rows.start, 0), &mut partial[group * LANES..]);
+            T::multiply_decoded(block, blocks, geometry.cols, x, rows.len(), sums, geometry.tile_rows);
+        }
+        visit(tile, rows.start..rows.end.min(input.present), 0, partial, total);
+    }
+    Ok(())
 }
 
 /// [`tile_products`] for one tile and some rows of x.

@@ -10,7 +10,7 @@ use crate::codec::{
     BLOCK, BlockShape, CHUNK, Chunks, Dtype, Isa, LANES, PackedWeight, Real, TILE_HEIGHT, TileDecoder, bf16_pair,
     per_isa,
 };
-use crate::memory::{Aligned, AlignedVec};
+use crate::memory::Aligned;
 
 /// A dtype of activations and gradients, and how they meet a decoded block.
 pub trait Operand: Copy + Default + Send + Sync {
@@ -18,6 +18,9 @@ pub trait Operand: Copy + Default + Send + Sync {
     type Sum: Real;
     /// What a thread needs to decode a block for it.
     type Scratch;
+    /// What a decoded block is made of, and of how many.
+    type Value: Copy + Default;
+    const VALUES: usize;
     /// Values that lie one below the other in a gradient's transpose, [`Operand::DEPTH`] of them.
     type Factor: Copy + Default + Send + Sync;
     const DEPTH: usize;
@@ -46,6 +49,21 @@ pub trait Operand: Copy + Default + Send + Sync {
         stride: usize,
     );
 
+    /// Writes the decoder's current block down.
+    fn decode(decoder: &TileDecoder, out: &mut [Self::Value]);
+
+    /// Adds `rows` rows of x times the first `depth` columns of blocks that lie side by side, each of [`Operand::VALUES`], to
+    /// `sums`, whose rows begin every `stride` values.
+    fn multiply_decoded(
+        scratch: &Self::Scratch,
+        blocks: &[Self::Value],
+        depth: usize,
+        x: Chunks<Self>,
+        rows: usize,
+        sums: &mut [Self::Sum],
+        stride: usize,
+    );
+
     /// Adds the transpose of the decoder's current block times gᵀ (`[row of W][row of g, of N]`) to a chunk of dxᵀ (`[column]
     /// [row of g]`). The scratch is one for [`TILE_HEIGHT`] rows.
     fn multiply_transposed<const N: usize>(
@@ -59,41 +77,24 @@ pub trait Operand: Copy + Default + Send + Sync {
 
 /// Activations and the decoded block in one type, in which it is also summed.
 pub trait Compute: Real {
-    /// A decoded block in this type; `buffer` is where it is written if that is not f32.
-    fn of_points<'a>(points: &'a [f32; BLOCK], buffer: &'a mut [Self]) -> &'a [Self];
-    /// How large a buffer [`Compute::of_points`] needs.
-    const BUFFER: usize;
+    /// The decoder's current block, `[column][lane]`.
+    fn points(decoder: &TileDecoder, out: &mut [Self; BLOCK]);
     /// Adds one row of activations times the current block to `sums` without writing the block down; see
     /// [`TileDecoder::multiply`].
     fn multiply(decoder: &TileDecoder, x: &[Self], sums: &mut [Self]) -> bool;
 }
 
-/// A thread's decoded block.
-pub struct Block<T> {
-    points: Box<Aligned<[f32; BLOCK]>>,
-    converted: AlignedVec<T>,
-}
-
-impl<T: Compute> Block<T> {
-    pub fn new() -> Self {
-        Self { points: Box::new(Aligned([0.0; BLOCK])), converted: AlignedVec::new(T::BUFFER) }
-    }
-
-    /// The decoder's current block, `[column][lane]`.
-    pub fn read(&mut self, decoder: &TileDecoder) -> &[T] {
-        decoder.points(&mut self.points);
-        T::of_points(&self.points, &mut self.converted)
-    }
-}
-
 impl<T: Compute> Operand for T {
     type Sum = T;
-    type Scratch = Block<T>;
+    /// A decoded block.
+    type Scratch = Box<Aligned<[T; BLOCK]>>;
+    type Value = T;
+    const VALUES: usize = BLOCK;
     type Factor = T;
     const DEPTH: usize = 1;
 
-    fn scratch(_: usize) -> Block<T> {
-        Block::new()
+    fn scratch(_: usize) -> Self::Scratch {
+        Box::new(Aligned([T::default(); BLOCK]))
     }
 
     fn height(_: usize) -> usize {
@@ -114,26 +115,48 @@ impl<T: Compute> Operand for T {
         _: bool,
         x: Chunks<T>,
         rows: usize,
-        scratch: &mut Block<T>,
+        scratch: &mut Self::Scratch,
         sums: &mut [T],
         stride: usize,
     ) {
-        let x = x.at(0, shape.col).values;
-        if rows == 1 && T::multiply(decoder, &x[..shape.cols], sums) {
+        let x = x.at(0, shape.col);
+        if rows == 1 && T::multiply(decoder, &x.values[..shape.cols], sums) {
             return;
         }
-        let b = scratch.read(decoder);
-        BlockProduct { a: x, a_stride: CHUNK, depth: shape.cols, b, c: sums, c_stride: stride, rows }.run::<LANES>();
+        T::points(decoder, scratch);
+        Self::multiply_decoded(scratch, &scratch[..], shape.cols, x, rows, sums, stride);
+    }
+
+    fn decode(decoder: &TileDecoder, out: &mut [T]) {
+        if let Some(out) = out.first_chunk_mut() {
+            T::points(decoder, out);
+        }
+    }
+
+    fn multiply_decoded(
+        _: &Self::Scratch,
+        blocks: &[T],
+        depth: usize,
+        x: Chunks<T>,
+        rows: usize,
+        sums: &mut [T],
+        stride: usize,
+    ) {
+        for (col, b) in (0..depth).step_by(CHUNK).zip(blocks.chunks(BLOCK)) {
+            let (a, depth) = (x.at(0, col).values, (depth - col).min(CHUNK));
+            BlockProduct { a, a_stride: CHUNK, depth, b, c: sums, c_stride: stride, rows }.run::<LANES>();
+        }
     }
 
     fn multiply_transposed<const N: usize>(
         decoder: &TileDecoder,
         shape: BlockShape,
         gradient: &[T],
-        scratch: &mut Block<T>,
+        scratch: &mut Self::Scratch,
         sums: &mut [T],
     ) {
-        let a = scratch.read(decoder);
+        T::points(decoder, scratch);
+        let a = &scratch[..];
         let (depth, b, rows) = (shape.lanes, gradient, shape.cols);
         BlockProduct { a, a_stride: LANES, depth, b, c: sums, c_stride: N, rows }.run::<N>();
     }
@@ -201,6 +224,8 @@ impl PairProduct {
 impl Operand for bf16 {
     type Sum = f32;
     type Scratch = Pairs;
+    type Value = u32;
+    const VALUES: usize = BLOCK / 2;
     type Factor = u32;
     const DEPTH: usize = 2;
 
@@ -240,8 +265,25 @@ impl Operand for bf16 {
         let before = (scratch.kept - 1) * CHUNK;
         scratch.kept = 0;
         let (x, depth) = (x.at(0, shape.col - before), before + shape.cols);
-        let pairs = scratch.pairs.as_flattened();
-        scratch.product.add(x, pairs, LANES, depth, sums, stride, rows);
+        Self::multiply_decoded(scratch, scratch.pairs.as_flattened(), depth, x, rows, sums, stride);
+    }
+
+    fn decode(decoder: &TileDecoder, out: &mut [u32]) {
+        if let Some(out) = out.first_chunk_mut() {
+            decoder.pairs(out);
+        }
+    }
+
+    fn multiply_decoded(
+        scratch: &Pairs,
+        blocks: &[u32],
+        depth: usize,
+        x: Chunks<bf16>,
+        rows: usize,
+        sums: &mut [f32],
+        stride: usize,
+    ) {
+        scratch.product.add(x, blocks, LANES, depth, sums, stride, rows);
     }
 
     fn multiply_transposed<const N: usize>(
@@ -290,10 +332,8 @@ per_isa! {
 }
 
 impl Compute for f32 {
-    const BUFFER: usize = 0;
-
-    fn of_points<'a>(points: &'a [f32; BLOCK], _: &'a mut [f32]) -> &'a [f32] {
-        points
+    fn points(decoder: &TileDecoder, out: &mut [f32; BLOCK]) {
+        decoder.points(out);
     }
 
     fn multiply(decoder: &TileDecoder, x: &[f32], sums: &mut [f32]) -> bool {
@@ -302,11 +342,10 @@ impl Compute for f32 {
 }
 
 impl Compute for f64 {
-    const BUFFER: usize = BLOCK;
-
-    fn of_points<'a>(points: &'a [f32; BLOCK], buffer: &'a mut [f64]) -> &'a [f64] {
-        buffer.iter_mut().zip(points).for_each(|(to, &point)| *to = f64::from(point));
-        buffer
+    fn points(decoder: &TileDecoder, out: &mut [f64; BLOCK]) {
+        let mut points = [0.0; BLOCK];
+        decoder.points(&mut points);
+        out.iter_mut().zip(points).for_each(|(to, point)| *to = f64::from(point));
     }
 
     fn multiply(_: &TileDecoder, _: &[f64], _: &mut [f64]) -> bool {
