@@ -34,7 +34,7 @@ asan-test: $(VENV)/.ready
 rust-test: $(VENV)/.ready
 	$(call step,Rust tests,for isa in generic avx2 avx512 amx; do INFOLD_ISA=$$isa cargo test --release --no-default-features --locked --quiet || exit 1; done)
 
-# The NEON decoders under emulation. Needs qemu-aarch64 and aarch64-linux-gnu-gcc (Debian: qemu-user, gcc-aarch64-linux-gnu) and
+# The NEON decoders under emulation. Needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu) and
 # the Rust target. The skipped test starts itself again, which an emulator does not do.
 neon-test:
 	$(call step,NEON tests,CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" cargo test --release --no-default-features --locked --quiet --target aarch64-unknown-linux-gnu -- --skip damage_decodes_alike)

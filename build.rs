@@ -18,7 +18,12 @@ fn main() -> Result<()> {
 
 /// The kernels' device functions for the host, where tests call them. Nothing else does, so no library contains them.
 fn compile_simulation() {
-    cc::Build::new().cpp(true).std("c++17").file("cuda/simulate.cpp").compile("infold_simulation");
+    cc::Build::new()
+        .cpp(true)
+        .cpp_link_stdlib(None)
+        .std("c++17")
+        .file("cuda/simulate.cpp")
+        .compile("infold_simulation");
 }
 
 #[cfg(feature = "torch")]

@@ -132,7 +132,7 @@ def main() -> None:
         )
     print("MB: in memory, in the layout that was measured to be faster. bits/w: as stored, of the packed weights.")
     print("Cosines are against dense float32: the bfloat16 rows show bfloat16's own rounding.")
-    print("Extra: tensors that a forward holds at its peak; a packed layer adds at most 64 KB a thread of scratch.")
+    print("Extra: tensors that a forward holds at its peak; a packed layer adds 64 to 128 KB a thread of scratch.")
     result = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": arguments.threads, "rows": rows}
     (arguments.out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"reports: {arguments.out}/*.json, *.png")
