@@ -73,8 +73,8 @@ struct Scratch<T: Operand> {
     total: AlignedVec<T::Sum>,
     /// Rows of x that have sums at a time.
     batch: usize,
-    /// A tile's decoded blocks, `[group of rows][chunk of columns]`, where all rows of x share them.
-    kept: Option<AlignedVec<T::Value>>,
+    /// A tile's decoded blocks, `[group of rows][chunk of columns]`; empty where rows of x do not all share them.
+    kept: AlignedVec<T::Value>,
 }
 
 impl<T: Operand> Scratch<T> {
@@ -86,7 +86,7 @@ impl<T: Operand> Scratch<T> {
         let tile = width / LANES * weight.geometry().cols.div_ceil(CHUNK) * T::VALUES;
         let keeps = batch < input.rows && !grouped && tile * size_of::<T::Value>() <= KEPT_BYTES;
         Self {
-            kept: keeps.then(|| AlignedVec::new(tile)),
+            kept: AlignedVec::new(if keeps { tile } else { 0 }),
             block: T::scratch(input.height),
             partial: AlignedVec::new(batch * width),
             total: AlignedVec::new(if grouped { batch * width } else { 0 }),
@@ -108,7 +108,7 @@ fn tile_products<T: Operand>(
     pool.for_ranges(weight.geometry().tiles(), &|tiles| {
         let mut scratch = Scratch::new(weight, &input);
         let mut run = || -> Result<()> {
-            if scratch.kept.is_some() {
+            if !scratch.kept.is_empty() {
                 return tiles
                     .clone()
                     .try_for_each(|tile| kept_tile_product(weight, tile, &input, &mut scratch, &visit));
@@ -145,7 +145,6 @@ fn kept_tile_product<T: Operand>(
     let geometry = weight.geometry();
     let first_row = geometry.rows_of(tile).start;
     let Scratch { block, partial, total, batch, kept } = scratch;
-    let kept = kept.as_deref_mut().unwrap_or_default();
     let across = geometry.cols.div_ceil(CHUNK) * T::VALUES;
     let mut decoder = weight.tile(tile)?;
     while let Some(shape) = decoder.next_block() {
