@@ -15,6 +15,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::arch::{Isa, avx512};
 use super::arch::{Simd, per_simd};
 use super::geometry::{CHUNK, LANES, Steps};
 use super::stream::LaneDecoder;
@@ -231,76 +233,94 @@ impl<B: Copy> Tables<B> {
     }
 }
 
-/// Encodes one stream of a tile. Symbols go in backwards; see [`AliasEncoder::finish`].
-pub struct AliasEncoder<'a> {
-    codes: &'a AliasCodes,
-    states: [u16; LANES],
-    /// Bytes in the order of writing, the reverse of the order of reading.
-    bytes: Vec<u8>,
-}
-
 /// The encoder's view of a model: the slots of each symbol in order, and what a division by its frequency needs.
 pub struct AliasCodes {
-    slots: [u8; ALIAS_TOTAL as usize],
-    symbols: [SymbolCode; BUCKETS],
-}
-
-#[derive(Clone, Copy, Default)]
-struct SymbolCode {
-    /// 2^24 / frequency, rounded up: exact quotients of 16-bit numbers.
-    reciprocal: u32,
-    frequency: u16,
-    /// Where the symbol's slots begin.
-    start: u16,
+    pub slots: [u8; ALIAS_TOTAL as usize],
+    /// Where each symbol's slots begin.
+    pub start: [u16; BUCKETS],
+    pub frequency: [u16; BUCKETS],
+    /// (2^16 - 1) / frequency, rounded down: quotients by it are at most one too small.
+    pub reciprocal: [u16; BUCKETS],
 }
 
 impl AliasCodes {
     pub fn new(frequencies: &[u8]) -> Self {
         let table = AliasTable::new(frequencies);
-        let mut symbols = [SymbolCode::default(); BUCKETS];
-        let mut start = 0;
-        for (symbol, &frequency) in symbols.iter_mut().zip(frequencies) {
-            let reciprocal = (1u32 << 24).div_ceil(u32::from(frequency.max(1)));
-            *symbol = SymbolCode { reciprocal, frequency: u16::from(frequency), start };
-            start += u16::from(frequency);
+        let frequency = table.frequency.map(u16::from);
+        let reciprocal = frequency.map(|frequency| u16::MAX / frequency.max(1));
+        let mut start = [0; BUCKETS];
+        for symbol in 1..BUCKETS {
+            start[symbol] = start[symbol - 1] + frequency[symbol - 1];
         }
         let mut slots = [0; ALIAS_TOTAL as usize];
         for slot in 0..=u8::MAX {
             let (symbol, place) = table.slot(slot);
-            slots[usize::from(symbols[usize::from(symbol)].start) + usize::from(place)] = slot;
+            slots[usize::from(start[usize::from(symbol)]) + usize::from(place)] = slot;
         }
-        Self { slots, symbols }
+        Self { slots, start, frequency, reciprocal }
     }
 }
 
+/// Encodes one stream of a tile. Symbols go in backwards; see [`AliasEncoder::finish`].
+pub struct AliasEncoder<'a> {
+    codes: &'a AliasCodes,
+    states: [u16; LANES],
+    /// Filled from its end.
+    bytes: Vec<u8>,
+    free: usize,
+}
+
 impl<'a> AliasEncoder<'a> {
+    /// For at most `capacity` symbols.
     pub fn new(codes: &'a AliasCodes, capacity: usize) -> Self {
-        Self { codes, states: [LOWER; LANES], bytes: Vec::with_capacity(capacity) }
+        Self { codes, states: [LOWER; LANES], bytes: vec![0; capacity], free: capacity }
     }
 
-    /// Puts one step's symbols, lane by lane; each must have a frequency. The last step comes first.
-    #[inline(always)]
-    pub fn step(&mut self, symbols: &[u8]) {
+    /// Puts a block's symbols, the last step first, of whose lanes the first `lanes` count. Each must have a frequency, and
+    /// the last block comes first.
+    pub fn block(&mut self, symbols: &[u8], lanes: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if lanes == LANES && Isa::get() >= Isa::Avx512 {
+            // SAFETY: `Isa::get` names only what the CPU has.
+            #[allow(unsafe_code)]
+            let taken =
+                unsafe { avx512::alias_encode(self.codes, &mut self.states, symbols, &mut self.bytes[..self.free]) };
+            self.free -= taken;
+            return;
+        }
+        for step in symbols.rchunks_exact(LANES) {
+            self.step(&step[..lanes]);
+        }
+    }
+
+    fn step(&mut self, symbols: &[u8]) {
+        let AliasCodes { slots, start, frequency, reciprocal } = self.codes;
         let mut emitted = [0; LANES];
         let mut count = 0;
         for (state, &symbol) in self.states.iter_mut().zip(symbols).rev() {
-            let code = self.codes.symbols[usize::from(symbol) % BUCKETS];
+            let symbol = usize::from(symbol) % BUCKETS;
+            let frequency = frequency[symbol];
             let x = *state;
-            emitted[count] = x as u8;
+            // From the end: bytes are read in the order of lanes.
+            emitted[LANES - 1 - count % LANES] = x as u8;
             // A branch here would be mispredicted every few symbols.
-            let full = x >> 8 >= code.frequency;
+            let full = x >> 8 >= frequency;
             count += usize::from(full);
             let x = std::hint::select_unpredictable(full, x >> 8, x);
-            let quotient = ((u64::from(x) * u64::from(code.reciprocal)) >> 24) as u16;
-            let slot = code.start + (x - quotient.wrapping_mul(code.frequency));
-            *state = quotient << 8 | u16::from(self.codes.slots[usize::from(slot) % ALIAS_TOTAL as usize]);
+            let quotient = ((u32::from(x) * u32::from(reciprocal[symbol])) >> 16) as u16;
+            let rest = x - quotient * frequency;
+            let short = rest >= frequency;
+            let (quotient, rest) = (quotient + u16::from(short), rest - if short { frequency } else { 0 });
+            let slot = usize::from(start[symbol] + rest) % slots.len();
+            *state = quotient << 8 | u16::from(slots[slot]);
         }
-        self.bytes.extend_from_slice(&emitted[..count]);
+        self.bytes[self.free - count..self.free].copy_from_slice(&emitted[LANES - count..]);
+        self.free -= count;
     }
 
     /// The states of the first `lanes` lanes, and the bytes in reading order.
     pub fn finish(mut self, lanes: usize) -> (Vec<u8>, Vec<u8>) {
-        self.bytes.reverse();
+        self.bytes.drain(..self.free);
         (self.states[..lanes].iter().flat_map(|x| x.to_le_bytes()).collect(), self.bytes)
     }
 }

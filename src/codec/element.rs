@@ -8,6 +8,7 @@
 //! | level | a signed integer q | q >> r; its r low bits |
 //! | swapped bf16 | its 16 bits | as bf16, but the sign in the exponent's lowest bit and that in the sign's place |
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::arch::per_isa;
@@ -43,6 +44,35 @@ pub enum Element {
     SwappedBf16,
     /// A quantisation level, its `low_bits` low bits in a plane of their own.
     Level { low_bits: u32 },
+}
+
+/// Evaluates `$body` with `$split` the function from a code to its value in a plane: a vector loop for each kind.
+macro_rules! split_by {
+    ($element:expr, $plane:expr, $split:ident => $body:expr) => {{
+        macro_rules! byte {
+            ($value:expr) => {{
+                let $split = |code: u32| i32::from($value(code) as u8);
+                $body
+            }};
+        }
+        match ($element, $plane) {
+            (Element::Bits(Dtype::Bf16), 0) => byte!(|code: u32| code >> 7),
+            (Element::Bits(Dtype::Bf16), _) => byte!(|code: u32| code >> 8 & 0x80 | code & 0x7f),
+            (Element::Bits(Dtype::F32), 0) => byte!(|code: u32| code >> 23),
+            (Element::Bits(Dtype::F32), 1) => byte!(|code: u32| code >> 24 & 0x80 | code >> 16 & 0x7f),
+            (Element::Bits(dtype), plane) => {
+                let shift = 8 * (dtype.bytes() - 1 - plane);
+                byte!(|code: u32| code >> shift)
+            }
+            (Element::SwappedBf16, 0) => byte!(|code: u32| code >> 7 & 0xfe | code >> 15),
+            (Element::SwappedBf16, _) => byte!(|code: u32| code),
+            (Element::Level { low_bits }, 0) => {
+                let $split = |code: u32| code as i32 >> low_bits;
+                $body
+            }
+            (Element::Level { low_bits }, _) => byte!(|code: u32| code & ((1 << low_bits) - 1)),
+        }
+    }};
 }
 
 impl Element {
@@ -83,23 +113,24 @@ impl Element {
 
     /// The value of `code` in plane `plane`.
     pub fn split(self, code: u32, plane: usize) -> i32 {
-        let byte = match (self, plane) {
-            (Self::Bits(Dtype::Bf16), 0) => code >> 7,
-            (Self::Bits(Dtype::Bf16), _) => code >> 8 & 0x80 | code & 0x7f,
-            (Self::Bits(Dtype::F32), 0) => code >> 23,
-            (Self::Bits(Dtype::F32), 1) => code >> 24 & 0x80 | code >> 16 & 0x7f,
-            (Self::Bits(dtype), plane) => code >> (8 * (dtype.bytes() - 1 - plane)),
-            (Self::SwappedBf16, 0) => code >> 7 & 0xfe | code >> 15,
-            (Self::SwappedBf16, _) => code,
-            (Self::Level { low_bits }, 0) => return code as i32 >> low_bits,
-            (Self::Level { low_bits }, _) => code & ((1 << low_bits) - 1),
-        };
-        i32::from(byte as u8)
+        split_by!(self, plane, split => split(code))
+    }
+
+    /// [`Element::split`] less `lo` of each code, as far as a byte says, and the largest such difference taken as unsigned.
+    pub fn split_all(self, codes: &[u32], plane: usize, lo: i32, out: &mut [u8], most: &mut u32) {
+        split_all(self, codes, plane, lo, out, most);
     }
 
     /// Adds the values `lo + symbol` of plane `plane` to codes whose bits there are zero; the inverse of [`Element::split`].
     pub fn place(self, plane: usize, lo: i32, symbols: &[u8], codes: &mut [u32]) {
         place(self, plane, lo, symbols, codes);
+    }
+}
+
+per_isa! {
+    /// The crate's own conversion makes every NaN quiet, which is not a vector instruction.
+    fn widen(values: &[bf16], out: &mut [f32]) {
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = f32::from_bits(u32::from(value.to_bits()) << 16));
     }
 }
 
@@ -110,6 +141,20 @@ per_isa! {
         for (a, b) in first.iter_mut().zip(second) {
             (*a, *b) = (*a & 0xfe | *b >> 7, *a << 7 | *b & 0x7f);
         }
+    }
+}
+
+per_isa! {
+    fn split_all(element: Element, codes: &[u32], plane: usize, lo: i32, out: &mut [u8], most: &mut u32) {
+        let mut largest = 0;
+        split_by!(element, plane, split => {
+            for (&code, out) in codes.iter().zip(out) {
+                let difference = split(code).wrapping_sub(lo) as u32;
+                largest = largest.max(difference);
+                *out = difference as u8;
+            }
+        });
+        *most = largest;
     }
 }
 
@@ -289,14 +334,8 @@ impl Weights<'_> {
         let range = start..start + out.len();
         match self {
             Self::F32(values) => out.copy_from_slice(&values[range]),
-            Self::F16(values) => {
-                let pairs = out.iter_mut().zip(&values[range]);
-                pairs.for_each(|(out, v)| *out = v.to_f32());
-            }
-            Self::Bf16(values) => {
-                let pairs = out.iter_mut().zip(&values[range]);
-                pairs.for_each(|(out, v)| *out = v.to_f32());
-            }
+            Self::F16(values) => values[range].convert_to_f32_slice(out),
+            Self::Bf16(values) => widen(&values[range], out),
         }
     }
 }

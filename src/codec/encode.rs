@@ -17,6 +17,8 @@ use crate::{Error, Result};
 
 /// A predictor must save this share of the entropy to be worth its decoding.
 const PREDICTOR_GAIN: f64 = 0.995;
+/// Larger weights are looked at by a sample of about so many elements first.
+const PREDICTOR_SAMPLE: usize = 1 << 20;
 
 /// An owned packed weight.
 #[derive(Debug, Clone, PartialEq)]
@@ -206,15 +208,23 @@ type Escape = (usize, usize, i32);
 /// The symbols of a tile's plane, row-major, and its escapes in stream order.
 fn tile_symbols(coding: &Coding, element: Element, plane: usize, codes: &[u32], cols: usize) -> (Vec<u8>, Vec<Escape>) {
     let filler = coding.filler();
+    let (lo, values) = (coding.lo(), if coding.is_gapless() { coding.values() } else { 0 });
     let mut escapes = Vec::new();
-    let symbols = codes.iter().enumerate().map(|(index, &code)| {
-        let value = element.split(code, plane);
-        coding.symbol(value).unwrap_or_else(|| {
-            escapes.push((index % cols, index / cols, value));
-            filler
-        })
-    });
-    let symbols = symbols.collect();
+    let mut symbols = vec![0; codes.len()];
+    for (run, (codes, symbols)) in codes.chunks(BLOCK).zip(symbols.chunks_mut(BLOCK)).enumerate() {
+        let mut most = 0;
+        element.split_all(codes, plane, lo, symbols, &mut most);
+        if (most as usize) < values {
+            continue;
+        }
+        for ((index, symbol), &code) in (run * BLOCK..).zip(symbols).zip(codes) {
+            let value = element.split(code, plane);
+            *symbol = coding.symbol(value).unwrap_or_else(|| {
+                escapes.push((index % cols, index / cols, value));
+                filler
+            });
+        }
+    }
     sort_escapes(&mut escapes);
     (symbols, escapes)
 }
@@ -264,35 +274,41 @@ fn choose_predictor(
     }
     // The alphabet that residuals are taken in.
     let alphabet = plane.coding.values();
-    let histograms = predictor_histograms(&plane.coding, geometry, element, tile_codes, pool);
-    let bits: Vec<f64> = histograms.iter().map(Histogram::entropy).collect();
-    let best = (0..bits.len()).min_by(|&a, &b| bits[a].total_cmp(&bits[b]));
     // Where the plane was plain, a model comes with it: its table, and states and a head for each tile.
     let stream_bits = (8 * (4 * LANES + 4) * geometry.tiles()) as f64;
     let model_bits = SYMBOL_TABLE_BITS * alphabet as f64 + stream_bits;
-    let pays = |best: &usize| {
-        let saved = (bits[0] - bits[*best]) * geometry.elements() as f64;
-        bits[*best] < PREDICTOR_GAIN * bits[0] && saved > model_bits
+    // By every `every`th tile: the best predictor and its model, if it pays.
+    let best = |every: usize| {
+        let histograms = predictor_histograms(&plane.coding, geometry, element, every, tile_codes, pool);
+        let bits: Vec<f64> = histograms.iter().map(Histogram::entropy).collect();
+        let best = (0..bits.len()).min_by(|&a, &b| bits[a].total_cmp(&bits[b]))?;
+        let saved = (bits[0] - bits[best]) * geometry.elements() as f64;
+        let pays = bits[best] < PREDICTOR_GAIN * bits[0] && saved > model_bits;
+        pays.then(|| (Predictor::ALL[best], model_of_all(&histograms[best].counts, plane.coding.lo())))
     };
-    let Some(best) = best.filter(pays) else {
+    // Hardly any weight has one that pays, and a sample shows it.
+    let every = (geometry.elements() / PREDICTOR_SAMPLE).clamp(1, geometry.tiles().max(1));
+    let found = best(every).and_then(|found| if every == 1 { Some(found) } else { best(1) });
+    let Some((predictor, model)) = found else {
         return Predictor::None;
     };
-    plane.coding = model_of_all(&histograms[best].counts, plane.coding.lo());
+    plane.coding = model;
     plane.streams = 1;
-    Predictor::ALL[best]
+    predictor
 }
 
-/// The histogram of each predictor's residuals, in the order of [`Predictor::ALL`].
+/// The histogram of each predictor's residuals in every `every`th tile, in the order of [`Predictor::ALL`].
 fn predictor_histograms(
     coding: &Coding,
     geometry: Geometry,
     element: Element,
+    every: usize,
     tile_codes: &(dyn Fn(usize) -> Vec<u32> + Sync),
     pool: &dyn Pool,
 ) -> Vec<Histogram> {
     let alphabet = coding.values();
-    let per_tile = map(pool, geometry.tiles(), |tile| {
-        let (symbols, _) = tile_symbols(coding, element, 0, &tile_codes(tile), geometry.cols);
+    let per_tile = map(pool, geometry.tiles().div_ceil(every), |index| {
+        let (symbols, _) = tile_symbols(coding, element, 0, &tile_codes(index * every), geometry.cols);
         Predictor::ALL.map(|predictor| {
             let mut counts = [0u32; 256];
             for residual in predictor.residuals(&symbols, geometry.cols, alphabet) {
@@ -349,18 +365,18 @@ fn write_plane(out: &mut Vec<u8>, plane: &Plane, geometry: Geometry, tile: usize
         }
         (Coding::Modelled(model), None) => {
             let intervals = model.intervals();
-            let streams = coded_streams(plane.streams, geometry, tile, symbols, |steps, capacity| {
+            let streams = coded_streams(plane.streams, geometry, tile, symbols, |blocks, capacity| {
                 let mut encoder = Encoder::new(capacity);
-                steps(&mut |step| encoder.step(&intervals, step));
+                blocks.for_each(|(lanes, block)| encoder.block(&intervals, block, *lanes));
                 encoder.finish(lanes)
             });
             write_coded(out, &streams, rans::Decoder::WORD_BYTES, escapes);
         }
         (Coding::Alias(model), None) => {
             let codes = AliasCodes::new(&model.frequencies);
-            let streams = coded_streams(plane.streams, geometry, tile, symbols, |steps, capacity| {
+            let streams = coded_streams(plane.streams, geometry, tile, symbols, |blocks, capacity| {
                 let mut encoder = AliasEncoder::new(&codes, capacity);
-                steps(&mut |step| encoder.step(step));
+                blocks.for_each(|(lanes, block)| encoder.block(block, *lanes));
                 encoder.finish(lanes)
             });
             write_coded(out, &streams, AliasDecoder::WORD_BYTES, escapes);
@@ -369,13 +385,13 @@ fn write_plane(out: &mut Vec<u8>, plane: &Plane, geometry: Geometry, tile: usize
     }
 }
 
-/// Calls `encode` for each stream with a function that visits its steps, the last one first, and how many symbols there are.
+/// Calls `encode` for each stream with its blocks (lanes and symbols), the last one first, and how many symbols there are.
 fn coded_streams(
     count: usize,
     geometry: Geometry,
     tile: usize,
     symbols: &[u8],
-    encode: impl Fn(&dyn Fn(&mut dyn FnMut(&[u8])), usize) -> (Vec<u8>, Vec<u8>),
+    encode: impl Fn(&mut dyn Iterator<Item = &(usize, &[u8])>, usize) -> (Vec<u8>, Vec<u8>),
 ) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut start = 0;
     let blocks: Vec<_> = geometry
@@ -388,12 +404,7 @@ fn coded_streams(
         .collect();
     let stream = |stream: usize| {
         let own = || blocks.iter().skip(stream).step_by(count).rev();
-        let steps = |visit: &mut dyn FnMut(&[u8])| {
-            for (lanes, block) in own() {
-                block.rchunks_exact(LANES).for_each(|step| visit(&step[..*lanes]));
-            }
-        };
-        encode(&steps, own().map(|(_, block)| block.len()).sum())
+        encode(&mut own(), own().map(|(_, block)| block.len()).sum())
     };
     (0..count).map(stream).collect()
 }
@@ -454,6 +465,8 @@ fn move_tile(
         symbols.clear();
         escapes.clear();
     }
+    let is_bytes = to.element.float().is_some();
+    let recodings: Vec<_> = to.planes.iter().map(|plane| Recoding::new(&plane.coding, is_bytes)).collect();
     let mut decoder = weight.tile(tile)?;
     let mut unpacked = [0; BLOCK];
     let mut start = 0;
@@ -474,10 +487,9 @@ fn move_tile(
             }
             swap_bf16(&mut first[start..], &mut second[start..]);
         }
-        for (index, (plane, (symbols, escapes))) in to.planes.iter().zip(planes.iter_mut()).enumerate() {
+        for (index, (symbols, escapes)) in planes.iter_mut().enumerate() {
             let far = if index == 0 { decoder.far() } else { &[] };
-            let recoding = Recoding { to: &plane.coding, lo: los[index], wraps: to.element.float().is_some() };
-            recoding.run(&mut symbols[start..], far, shape.lanes, |index, value| {
+            recodings[index].run(&mut symbols[start..], los[index], far, shape.lanes, |index, value| {
                 let row = shape.row - geometry.rows_of(tile).start + index % LANES;
                 escapes.push((shape.col + index / LANES, row, value));
             });
@@ -507,35 +519,42 @@ per_isa! {
     }
 }
 
-/// A block's symbols of one coding turned into those of another.
+/// What turns a block's symbols of one coding into those of another.
 struct Recoding<'a> {
     to: &'a Coding,
-    /// The value of symbol 0 before.
-    lo: i32,
-    /// Whether values are bytes.
-    wraps: bool,
+    /// Where values are bytes: the symbol of each.
+    symbols: Option<[Option<u8>; 256]>,
 }
 
-impl Recoding<'_> {
-    /// `far` lists values that no symbol says; `escape` takes those (and any other) that the new coding has none for.
-    fn run(&self, symbols: &mut [u8], far: &[(usize, i32)], lanes: usize, mut escape: impl FnMut(usize, i32)) {
-        let change = self.lo.wrapping_sub(self.to.lo()) as u8;
+impl<'a> Recoding<'a> {
+    fn new(to: &'a Coding, is_bytes: bool) -> Self {
+        Self { to, symbols: is_bytes.then(|| std::array::from_fn(|value| to.symbol(value as i32))) }
+    }
+
+    /// `lo` is the value of symbol 0 before. `far` lists levels that no symbol says; `escape` takes those, and any other
+    /// value, that the new coding has none for.
+    fn run(&self, symbols: &mut [u8], lo: i32, far: &[(usize, i32)], lanes: usize, mut escape: impl FnMut(usize, i32)) {
+        let change = lo.wrapping_sub(self.to.lo()) as u8;
         let mut most = 0;
         shift(symbols, change, &mut most);
         if far.is_empty() && lanes == LANES && usize::from(most) < self.to.values() && self.to.is_gapless() {
             return;
         }
         shift(symbols, change.wrapping_neg(), &mut most);
+        let filler = self.to.filler();
         let mut far = far.iter().peekable();
         for (index, symbol) in symbols.iter_mut().enumerate().filter(|(index, _)| index % LANES < lanes) {
-            let value = match far.next_if(|(place, _)| *place == index) {
-                Some(&(_, value)) => value,
-                None if self.wraps => i32::from((self.lo as u8).wrapping_add(*symbol)),
-                None => self.lo.wrapping_add(i32::from(*symbol)),
+            let (value, found) = if let Some(table) = &self.symbols {
+                let value = (lo as u8).wrapping_add(*symbol);
+                (i32::from(value), table[usize::from(value)])
+            } else {
+                let far = far.next_if(|(place, _)| *place == index);
+                let value = far.map_or_else(|| lo.wrapping_add(i32::from(*symbol)), |&(_, value)| value);
+                (value, self.to.symbol(value))
             };
-            *symbol = self.to.symbol(value).unwrap_or_else(|| {
+            *symbol = found.unwrap_or_else(|| {
                 escape(index, value);
-                self.to.filler()
+                filler
             });
         }
     }

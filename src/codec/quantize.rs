@@ -36,6 +36,8 @@ const ALIAS_FROM: usize = 1 << 20;
 const MAX_LEVEL: f32 = (1 << 24) as f32;
 /// 2^−100: a step of 2^−26 of it is still a normal f32.
 const SMALLEST: f32 = 7.888_609e-31;
+/// Sums side by side in a row's norm.
+const NORM_LANES: usize = 32;
 /// Statistics are summed over this many shares of the rows, whatever the threads, so that results do not depend on them.
 const SHARES: usize = 16;
 /// What a tile costs beside its coder's states, in bits.
@@ -72,10 +74,15 @@ impl Levels<'_> {
 }
 
 per_isa! {
-    /// The levels of values under one scale.
+    /// The levels of values under one scale; `max` is below 2^31.
     fn to_levels(values: &[f32], scale: f32, max: f32, out: &mut [i32]) {
         for (value, out) in values.iter().zip(out) {
-            *out = (value / scale).round_ties_even().clamp(-max, max) as i32;
+            // Not `clamp`, which keeps a NaN.
+            let level = (value / scale).round_ties_even().max(-max).min(max);
+            // SAFETY: between -max and max, which an i32 holds. A checked conversion is not a vector instruction.
+            #[allow(unsafe_code)]
+            let level = unsafe { level.to_int_unchecked() };
+            *out = level;
         }
     }
 }
@@ -242,6 +249,21 @@ fn shares<T: Send>(rows: usize, pool: &dyn Pool, body: impl Fn(std::ops::Range<u
     map(pool, rows.div_ceil(size), |share| body(share * size..((share + 1) * size).min(rows)))
 }
 
+per_isa! {
+    /// Σ w² and max |w|, the sum in lanes that do not wait for each other.
+    fn norms_of(values: &[f32], square: &mut f64, most: &mut f32) {
+        let (mut squares, mut largest) = ([0.0f64; NORM_LANES], [0.0f32; NORM_LANES]);
+        for values in values.chunks(NORM_LANES) {
+            for ((square, largest), &value) in squares.iter_mut().zip(&mut largest).zip(values) {
+                *square += f64::from(value) * f64::from(value);
+                *largest = largest.max(value.abs());
+            }
+        }
+        *square = squares.iter().sum();
+        *most = largest.iter().fold(0.0, |most, &value| most.max(value));
+    }
+}
+
 /// Per row: Σ w² and max |w|. An element that is not finite is an error.
 fn row_norms(weights: Weights, geometry: Geometry, pool: &dyn Pool) -> Result<Vec<(f64, f32)>> {
     let mut norms = Vec::with_capacity(geometry.rows);
@@ -249,12 +271,14 @@ fn row_norms(weights: Weights, geometry: Geometry, pool: &dyn Pool) -> Result<Ve
         let mut values = vec![0.0; geometry.cols];
         rows.map(|row| {
             weights.values(row * geometry.cols, &mut values);
-            if let Some(col) = values.iter().position(|v| !v.is_finite()) {
-                let value = values[col];
-                return Err(Error::NotFinite { row, col, value });
+            let (mut square, mut most) = (0.0, 0.0);
+            norms_of(&values, &mut square, &mut most);
+            if square.is_finite() {
+                return Ok((square, most));
             }
-            let square = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-            Ok((square, values.iter().fold(0.0f32, |max, v| max.max(v.abs()))))
+            // Squares of f32 do not overflow.
+            let col = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
+            Err(Error::NotFinite { row, col, value: values[col] })
         })
         .collect::<Result<Vec<_>>>()
     }) {
@@ -281,9 +305,8 @@ fn storable(scale: f64, grid: ScaleGrid, up: bool) -> f32 {
     rounded.to_f32()
 }
 
-/// Packs to levels at `levels`' scales.
-fn pack_levels(levels: &Levels, quantizer: Quantizer, pool: &dyn Pool) -> Result<Packed> {
-    let statistics = Statistics::measure(levels, 1, pool);
+/// Packs to levels at `levels`' scales, of which `statistics` are all.
+fn pack_levels(levels: &Levels, statistics: &Statistics, quantizer: Quantizer, pool: &dyn Pool) -> Result<Packed> {
     let (low_bits, plan, _) = statistics.plan(levels.geometry);
     let centroids = match quantizer {
         Quantizer::Ecsq => statistics.centroids(&plan.coding, low_bits).0,
@@ -332,7 +355,7 @@ fn pack_symmetric(
         scales
     });
     let levels = Levels { weights, geometry, grid, scales: scales.concat(), max };
-    pack_levels(&levels, quantizer, pool)
+    pack_levels(&levels, &Statistics::measure(&levels, 1, pool), quantizer, pool)
 }
 
 /// int8, symmetric, one scale a row, entropy-coded.
@@ -351,6 +374,7 @@ pub fn pack_int4(weights: Weights, rows: usize, cols: usize, group: usize, pool:
 /// A candidate of the ECSQ search.
 struct Candidate<'a> {
     levels: Levels<'a>,
+    statistics: Statistics,
     /// log₂ of the common factor of the steps.
     log_factor: f64,
     /// Bits a weight that count against the target.
@@ -403,7 +427,7 @@ pub fn pack_ecsq(weights: Weights, rows: usize, cols: usize, target: EcsqTarget,
     }
     let search = Search { weights, geometry, norms: &norms, target, pool };
     match search.best() {
-        Some(best) => pack_levels(&best.levels, Quantizer::Ecsq, pool),
+        Some(best) => pack_levels(&best.levels, &best.statistics, Quantizer::Ecsq, pool),
         // An error that no step within reach keeps.
         None => pack_lossless(weights, rows, cols, pool),
     }
@@ -450,26 +474,34 @@ impl<'a> Search<'a> {
     /// The common factor of the steps that meets the target best on every `every`th row, from `log_factor` on; None if no
     /// step that was tried keeps it.
     fn solve(&self, grid: ScaleGrid, every: usize, log_factor: f64) -> Option<Candidate<'a>> {
-        let mut candidate = self.candidate(grid, every, log_factor);
-        let mut last = (log_factor, self.target.excess(&candidate));
+        // The nearest factors with too much of what the step takes away, and with too little.
+        let (mut under, mut over) = (f64::NEG_INFINITY, f64::INFINITY);
+        let mut at = log_factor;
+        let mut last: Option<(f64, f64)> = None;
         let mut slope = 1.0;
         let mut best: Option<Candidate> = None;
         for _ in 0..SEARCH_STEPS {
-            let met = self.target.met(last.1);
-            if met && best.as_ref().is_none_or(|best| self.target.cost(&candidate) < self.target.cost(best)) {
+            let candidate = self.candidate(grid, every, at);
+            let excess = self.target.excess(&candidate);
+            if self.target.met(excess)
+                && best.as_ref().is_none_or(|best| self.target.cost(&candidate) < self.target.cost(best))
+            {
                 best = Some(candidate);
             }
-            if last.1.abs() <= SLACK {
+            (under, over) = if excess < 0.0 { (under.max(at), over) } else { (under, over.min(at)) };
+            // Weights of few bits change their levels in jumps, and no step is content.
+            if excess.abs() <= SLACK || over - under <= SLACK {
                 break;
             }
-            let step = (-last.1 / slope).clamp(-3.0, 3.0);
-            candidate = self.candidate(grid, every, last.0 + step);
-            let now = self.target.excess(&candidate);
-            if step != 0.0 {
+            if let Some((before, then)) = last.filter(|&(before, _)| before != at) {
                 // Bits fall by at most one an octave; a flat stretch must not throw the search away.
-                slope = ((now - last.1) / step).clamp(0.2, 1.5);
+                slope = ((excess - then) / (at - before)).clamp(0.2, 1.5);
             }
-            last = (last.0 + step, now);
+            last = Some((at, excess));
+            at += (-excess / slope).clamp(-3.0, 3.0);
+            if !(under..over).contains(&at) {
+                at = 0.5 * (under + over);
+            }
         }
         best
     }
@@ -504,10 +536,11 @@ impl<'a> Search<'a> {
             EcsqTarget::Error(_) => f64::INFINITY,
         };
         Candidate {
-            levels,
-            log_factor,
             bits: (bits + fixed.min(allowed)) / elements,
             error: (distortion.max(0.0) / statistics.energy.max(f64::MIN_POSITIVE)).sqrt(),
+            levels,
+            statistics,
+            log_factor,
         }
     }
 }

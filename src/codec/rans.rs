@@ -156,9 +156,13 @@ impl Encoder {
         Self { states: [LOWER; LANES], words: Vec::with_capacity(capacity_words) }
     }
 
-    /// Puts one step's symbols, lane by lane, as the (frequency, cumulative start) that `intervals` has for them. The last
-    /// step comes first.
-    pub fn step(&mut self, intervals: &[(u32, u32)], symbols: &[u8]) {
+    /// Puts a block's symbols, the last step first, of whose lanes the first `lanes` count, as the (frequency, cumulative
+    /// start) that `intervals` has for them. The last block comes first.
+    pub fn block(&mut self, intervals: &[(u32, u32)], symbols: &[u8], lanes: usize) {
+        symbols.rchunks_exact(LANES).for_each(|step| self.step(intervals, &step[..lanes]));
+    }
+
+    fn step(&mut self, intervals: &[(u32, u32)], symbols: &[u8]) {
         for (state, &symbol) in self.states.iter_mut().zip(symbols).rev() {
             let (frequency, start) = intervals[usize::from(symbol)];
             if *state >> 20 >= frequency {

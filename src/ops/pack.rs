@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::tensor::{contiguous, slice};
+use super::tensor::{contiguous, of_bytes, slice};
 use crate::codec::{self, Dtype, EcsqTarget, Layout, Packed, PackedWeight, Weights};
 use crate::parallel::Pool;
 use crate::{Error, Result};
@@ -24,13 +24,13 @@ fn pack(weight: &Tensor, pack: impl FnOnce(Weights, usize, usize) -> Result<Pack
 }
 
 /// payload, directory, tables and scales. A weight without scales has an empty one.
-fn tensors(packed: Packed) -> Result<Vec<Tensor>> {
+fn tensors(packed: Packed, pool: &dyn Pool) -> Result<Vec<Tensor>> {
     let grid = packed.header.scale_grid;
     let (rows, groups) = grid.shape(packed.header.geometry).unwrap_or((0, 0));
     let scales = Tensor::f_from_slice(&packed.scales)?.f_reshape([rows as i64, groups as i64])?;
     let kind = if grid.bytes_each() == 2 { Kind::BFloat16 } else { Kind::Float };
     Ok(vec![
-        Tensor::f_from_slice(&packed.payload)?,
+        of_bytes(&packed.payload, pool)?,
         Tensor::f_from_slice(&packed.directory)?,
         Tensor::f_from_slice(&packed.tables)?,
         scales.f_to_kind(kind)?,
@@ -38,7 +38,7 @@ fn tensors(packed: Packed) -> Result<Vec<Tensor>> {
 }
 
 pub fn lossless(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
-    tensors(pack(weight, |weights, rows, cols| codec::pack_lossless(weights, rows, cols, pool))?)
+    tensors(pack(weight, |weights, rows, cols| codec::pack_lossless(weights, rows, cols, pool))?, pool)
 }
 
 /// Exactly one of `bits` and `max_error` is a number, the other NaN.
@@ -48,16 +48,16 @@ pub fn ecsq(weight: &Tensor, bits: f64, max_error: f64, pool: &dyn Pool) -> Resu
         (true, false) => EcsqTarget::Error(max_error),
         _ => return Err(Error::argument("bits, max_error", "exactly one of the two", "both or neither")),
     };
-    tensors(pack(weight, |weights, rows, cols| codec::pack_ecsq(weights, rows, cols, target, pool))?)
+    tensors(pack(weight, |weights, rows, cols| codec::pack_ecsq(weights, rows, cols, target, pool))?, pool)
 }
 
 pub fn int8(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
-    tensors(pack(weight, |weights, rows, cols| codec::pack_int8(weights, rows, cols, pool))?)
+    tensors(pack(weight, |weights, rows, cols| codec::pack_int8(weights, rows, cols, pool))?, pool)
 }
 
 pub fn int4(weight: &Tensor, group_size: i64, pool: &dyn Pool) -> Result<Vec<Tensor>> {
     let group = usize::try_from(group_size).unwrap_or(0);
-    tensors(pack(weight, |weights, rows, cols| codec::pack_int4(weights, rows, cols, group, pool))?)
+    tensors(pack(weight, |weights, rows, cols| codec::pack_int4(weights, rows, cols, group, pool))?, pool)
 }
 
 /// The same weight in another layout (its number): payload, directory and tables.
@@ -76,7 +76,7 @@ pub fn lay_out(
     let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
     let packed = codec::lay_out(&weight, to, pool)?;
     Ok(vec![
-        Tensor::f_from_slice(&packed.payload)?,
+        of_bytes(&packed.payload, pool)?,
         Tensor::f_from_slice(&packed.directory)?,
         Tensor::f_from_slice(&packed.tables)?,
     ])

@@ -4,7 +4,11 @@
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
+use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
+
+/// Bytes that a thread copies at a time.
+const COPY_BYTES: usize = 1 << 20;
 
 /// A Rust type that has a dtype.
 pub trait Element: Copy {
@@ -86,4 +90,17 @@ pub fn slice_mut<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
     }
     // SAFETY: as above, and exclusive by the caller's having made it.
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), len) })
+}
+
+/// Bytes as a tensor of their own, copied by all threads: a payload is as large as a layer.
+pub fn of_bytes(bytes: &[u8], pool: &dyn Pool) -> Result<Tensor> {
+    let mut tensor = Tensor::f_empty([bytes.len() as i64], (Kind::Uint8, Device::Cpu))?;
+    let out = DisjointSlice::new(slice_mut::<u8>(&mut tensor)?);
+    pool.for_ranges(bytes.len().div_ceil(COPY_BYTES), &|range| {
+        let range = range.start * COPY_BYTES..(range.end * COPY_BYTES).min(bytes.len());
+        // SAFETY: a pool visits each part once.
+        let out = unsafe { out.range_mut(range.clone()) };
+        out.copy_from_slice(&bytes[range]);
+    });
+    Ok(tensor)
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::Simd;
 use super::avx2::Avx2;
+use crate::codec::alias::AliasCodes;
 use crate::codec::geometry::{CHUNK, LANES, Steps};
 use crate::codec::rans::{LOWER, MODEL_BITS, SLOT_MASK, SlotTable};
 
@@ -293,4 +294,52 @@ pub fn rans_steps<const N: usize>(
         }
     }
     (next, read)
+}
+
+/// Encodes a block of 32 lanes, the last step first, into the end of `out`, which has room for a byte a symbol; returns how
+/// many bytes that took. See [`crate::codec::alias::AliasEncoder::block`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,popcnt")]
+pub fn alias_encode(codes: &AliasCodes, states: &mut [u16; LANES], block: &[u8], out: &mut [u8]) -> usize {
+    assert!(block.len() <= out.len());
+    let words = |words: &[u16; 16]| {
+        // SAFETY: sixteen words.
+        let half = unsafe { _mm256_loadu_si256(words.as_ptr().cast()) };
+        _mm512_broadcast_i64x4(half)
+    };
+    let (start, frequency, reciprocal) = (words(&codes.start), words(&codes.frequency), words(&codes.reciprocal));
+    let (slots, _) = codes.slots.as_chunks::<64>();
+    // SAFETY: 64 bytes.
+    let slots: [_; 4] = std::array::from_fn(|quarter| unsafe { _mm512_loadu_epi8(slots[quarter].as_ptr().cast()) });
+    // SAFETY: 32 words.
+    let mut x = unsafe { _mm512_loadu_epi16(states.as_ptr().cast()) };
+    let mut free = out.len();
+    for step in block.rchunks_exact(LANES) {
+        // SAFETY: 32 bytes.
+        let symbol = _mm512_cvtepu8_epi16(unsafe { _mm256_loadu_si256(step.as_ptr().cast()) });
+        let f = _mm512_permutexvar_epi16(symbol, frequency);
+        let high = _mm512_srli_epi16::<8>(x);
+        let full = _mm512_cmpge_epu16_mask(high, f);
+        let count = full.count_ones();
+        free -= count as usize;
+        let bytes = _mm256_maskz_compress_epi8(full, _mm512_cvtepi16_epi8(x));
+        let present = ((1u64 << count) - 1) as u32;
+        // SAFETY: `count` bytes from `free` on, of which a step takes at most one a lane and `out` has as many.
+        unsafe { _mm256_mask_storeu_epi8(out.as_mut_ptr().add(free).cast(), present, bytes) };
+        x = _mm512_mask_mov_epi16(x, full, high);
+        let quotient = _mm512_mulhi_epu16(x, _mm512_permutexvar_epi16(symbol, reciprocal));
+        let rest = _mm512_sub_epi16(x, _mm512_mullo_epi16(quotient, f));
+        let short = _mm512_cmpge_epu16_mask(rest, f);
+        let quotient = _mm512_mask_add_epi16(quotient, short, quotient, _mm512_set1_epi16(1));
+        let rest = _mm512_mask_sub_epi16(rest, short, rest, f);
+        let place = _mm512_add_epi16(rest, _mm512_permutexvar_epi16(symbol, start));
+        // The even bytes of a register: two halves of the table, chosen by the top bit of a place.
+        let lower = _mm512_permutex2var_epi8(slots[0], place, slots[1]);
+        let upper = _mm512_permutex2var_epi8(slots[2], place, slots[3]);
+        let slot = _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(place), upper);
+        let slot = _mm512_and_si512(slot, _mm512_set1_epi16(0xff));
+        x = _mm512_or_si512(_mm512_slli_epi16::<8>(quotient), slot);
+    }
+    // SAFETY: 32 words.
+    unsafe { _mm512_storeu_epi16(states.as_mut_ptr().cast(), x) };
+    out.len() - free
 }
