@@ -16,7 +16,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
-use super::arch::{Isa, avx512};
+use super::arch::{Isa, avx2, avx512};
 use super::arch::{Simd, per_simd};
 use super::geometry::{CHUNK, LANES, Steps};
 use super::stream::LaneDecoder;
@@ -273,6 +273,8 @@ pub struct AliasEncoder<'a> {
 impl<'a> AliasEncoder<'a> {
     /// For at most `capacity` symbols.
     pub fn new(codes: &'a AliasCodes, capacity: usize) -> Self {
+        // Vectors are stored whole.
+        let capacity = capacity + size_of::<u64>();
         Self { codes, states: [LOWER; LANES], bytes: vec![0; capacity], free: capacity }
     }
 
@@ -280,11 +282,11 @@ impl<'a> AliasEncoder<'a> {
     /// the last block comes first.
     pub fn block(&mut self, symbols: &[u8], lanes: usize) {
         #[cfg(target_arch = "x86_64")]
-        if lanes == LANES && Isa::get() >= Isa::Avx512 {
+        if lanes == LANES && Isa::get() >= Isa::Avx2 {
+            let encode = if Isa::get() == Isa::Avx2 { avx2::alias_encode } else { avx512::alias_encode };
             // SAFETY: `Isa::get` names only what the CPU has.
             #[allow(unsafe_code)]
-            let taken =
-                unsafe { avx512::alias_encode(self.codes, &mut self.states, symbols, &mut self.bytes[..self.free]) };
+            let taken = unsafe { encode(self.codes, &mut self.states, symbols, &mut self.bytes[..self.free]) };
             self.free -= taken;
             return;
         }

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{RANKS, Simd};
+use crate::codec::alias::AliasCodes;
 use crate::codec::geometry::{CHUNK, LANES, Steps};
 use crate::codec::rans::{MODEL_BITS, SLOT_MASK, SlotTable};
 
@@ -395,4 +396,94 @@ pub fn rans_steps<const N: usize>(
         }
     }
     (next, read)
+}
+
+/// For each set of eight lanes: those that are in it, in order, as the last of eight.
+static LAST: [[u8; 8]; 256] = {
+    let mut last = [[0; 8]; 256];
+    let mut set = 0;
+    while set < 256 {
+        let (mut lane, mut place) = (8, 8);
+        while lane > 0 {
+            lane -= 1;
+            if set >> lane & 1 == 1 {
+                place -= 1;
+                last[set][place] = lane as u8;
+            }
+        }
+        set += 1;
+    }
+    last
+};
+
+/// Encodes a block of 32 lanes, the last step first, into the end of `out`, which has room for a byte a symbol and eight;
+/// returns how many bytes that took. See [`crate::codec::alias::AliasEncoder::block`].
+#[target_feature(enable = "avx2,popcnt")]
+pub fn alias_encode(codes: &AliasCodes, states: &mut [u16; LANES], block: &[u8], out: &mut [u8]) -> usize {
+    const HALF: usize = LANES / 2;
+    assert!(block.len() + 8 <= out.len());
+    // SAFETY: sixteen bytes.
+    let table = |bytes: [u8; 16]| _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) });
+    let low_bytes = |words: &[u16; 16]| table(words.map(|word| word as u8));
+    let (start, frequency) = (low_bytes(&codes.start), low_bytes(&codes.frequency));
+    let reciprocal = (low_bytes(&codes.reciprocal), table(codes.reciprocal.map(|word| (word >> 8) as u8)));
+    let slots: [_; 16] = std::array::from_fn(|row| table(codes.slots.as_chunks().0[row]));
+    let (byte, one) = (_mm256_set1_epi16(0xff), _mm256_set1_epi16(1));
+    // Words of the two halves to bytes, and back.
+    let pack = |low, high| _mm256_permute4x64_epi64::<0xd8>(_mm256_packus_epi16(low, high));
+    let halves = |bytes| [_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes)];
+    // SAFETY: sixteen words each.
+    let mut x = [0, HALF].map(|at| unsafe { _mm256_loadu_si256(states[at..at + HALF].as_ptr().cast()) });
+    let mut free = out.len();
+    for step in block.rchunks_exact(LANES) {
+        let (mut place, mut quotient, mut kept) = ([x[0]; 2], [x[0]; 2], [x[0]; 2]);
+        let lowest = pack(_mm256_and_si256(x[0], byte), _mm256_and_si256(x[1], byte));
+        for half in 0..2 {
+            // SAFETY: sixteen bytes.
+            let symbol = unsafe { _mm_loadu_si128(step[half * HALF..(half + 1) * HALF].as_ptr().cast()) };
+            // The upper byte of a word finds nothing.
+            let symbol = _mm256_or_si256(_mm256_cvtepu8_epi16(symbol), _mm256_set1_epi16(i16::MIN));
+            let f = _mm256_shuffle_epi8(frequency, symbol);
+            let upper = _mm256_slli_epi16::<8>(_mm256_shuffle_epi8(reciprocal.1, symbol));
+            let by = _mm256_or_si256(_mm256_shuffle_epi8(reciprocal.0, symbol), upper);
+            let high = _mm256_srli_epi16::<8>(x[half]);
+            kept[half] = _mm256_cmpgt_epi16(f, high);
+            let state = _mm256_blendv_epi8(high, x[half], kept[half]);
+            let q = _mm256_mulhi_epu16(state, by);
+            let rest = _mm256_sub_epi16(state, _mm256_mullo_epi16(q, f));
+            let short = _mm256_cmpgt_epi16(_mm256_add_epi16(rest, one), f);
+            quotient[half] = _mm256_slli_epi16::<8>(_mm256_sub_epi16(q, short));
+            let rest = _mm256_sub_epi16(rest, _mm256_and_si256(short, f));
+            place[half] = _mm256_add_epi16(rest, _mm256_shuffle_epi8(start, symbol));
+        }
+        let place = pack(place[0], place[1]);
+        let mut slot = _mm256_setzero_si256();
+        for (row, slots) in slots.iter().enumerate() {
+            // Places in other rows saturate, and find nothing.
+            let index = _mm256_xor_si256(place, _mm256_set1_epi8((row << 4) as i8));
+            let index = _mm256_adds_epu8(index, _mm256_set1_epi8(0x70));
+            slot = _mm256_or_si256(slot, _mm256_shuffle_epi8(*slots, index));
+        }
+        let full = !_mm256_movemask_epi8(_mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi16(kept[0], kept[1]))) as u32;
+        for (half, bytes) in halves(lowest).into_iter().enumerate().rev() {
+            for eight in (0..2).rev() {
+                let set = (full >> (HALF * half + 8 * eight) & 0xff) as usize;
+                // SAFETY: eight bytes; and in `out` at least eight before `free`, as each step takes at most one a lane.
+                unsafe {
+                    let bytes = if eight == 0 { bytes } else { _mm_srli_si128::<8>(bytes) };
+                    let bytes = _mm_shuffle_epi8(bytes, _mm_loadl_epi64(LAST[set].as_ptr().cast()));
+                    _mm_storel_epi64(out.as_mut_ptr().add(free - 8).cast(), bytes);
+                }
+                free -= set.count_ones() as usize;
+            }
+        }
+        let [low, high] = halves(slot);
+        x[0] = _mm256_or_si256(quotient[0], _mm256_cvtepu8_epi16(low));
+        x[1] = _mm256_or_si256(quotient[1], _mm256_cvtepu8_epi16(high));
+    }
+    for (x, states) in x.into_iter().zip(states.chunks_exact_mut(HALF)) {
+        // SAFETY: sixteen words.
+        unsafe { _mm256_storeu_si256(states.as_mut_ptr().cast(), x) };
+    }
+    out.len() - free
 }
