@@ -107,7 +107,8 @@ def test_gradients_equal_the_dense_layer(conv_and_input: tuple[Any, Tensor], con
 def test_gradients_of_any_order(name: str, kernel: int) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(64 // kernel**2, 3, kernel, padding=kernel - 1)
-    config = FusedConfig(name, bits=4 if name == "ecsq" else None, group_size=64, trainable_scales=True)
+    group = {"group_size": 64} if name == "int4" else {}
+    config = FusedConfig(name, bits=4 if name == "ecsq" else None, **group, trainable_scales=True)
     packed = FusedDecompressConv.from_conv(conv, config)
     assert packed.scales is not None, "the weight pays for quantising"
     x = torch.randn(1, conv.in_channels, 2, 3, dtype=torch.float64, requires_grad=True)

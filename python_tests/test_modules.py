@@ -175,6 +175,7 @@ def test_config_is_checked() -> None:
         ({"format": "ecsq", "bits": 9}, "bits: expected 2 to 8"),
         ({"format": "ecsq", "max_error": 0}, "max_error: expected between 0 and 1"),
         ({"bits": 4}, "only with format 'ecsq'"),
+        ({"format": "lossless", "group_size": 64}, "group_size: expected only with format 'int4'"),
         ({"format": "int4", "group_size": 100}, "group_size: expected a positive multiple of 64"),
         ({"format": "int8", "round_to": torch.bfloat16}, "round_to: expected"),
         ({"trainable_scales": True}, "trainable_scales: expected a quantised format"),

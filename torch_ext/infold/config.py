@@ -25,7 +25,7 @@ class FusedConfig:
     bits: for ecsq, the size in bits a weight (2 to 8, may be fractional), everything counted.
     max_error: for ecsq, the relative Frobenius error, instead of ``bits``. It is that of the reconstruction in float32;
         what rounds a weight to half precision (unpacking to it, bfloat16 products) adds its own, about 0.002.
-    group_size: for int4, a multiple of 64.
+    group_size: for int4, a multiple of 64; other formats refuse one.
     round_to: for lossless, a dtype to round the weight to first. This loses precision, and so has to be asked for.
     trainable_scales: scales of a quantised weight become float32 parameters that train, and that ``model.half()`` casts
         as any other. A weight that does not pay for quantising (a tiny one) is stored lossless and has none.
@@ -72,6 +72,8 @@ class FusedConfig:
             raise ValueError(f"max_error: expected between 0 and 1, got {self.max_error}")
         if self.group_size < 64 or self.group_size % 64:
             raise ValueError(f"group_size: expected a positive multiple of 64, got {self.group_size}")
+        if self.format != "int4" and self.group_size != type(self).group_size:
+            raise ValueError(f"group_size: expected only with format 'int4', got it with {self.format!r}")
         if self.round_to is not None and (self.format != "lossless" or self.round_to not in WEIGHT_DTYPES):
             raise ValueError("round_to: expected float32, float16 or bfloat16, with format 'lossless'")
         if self.trainable_scales and self.format == "lossless":
