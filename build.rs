@@ -12,18 +12,24 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "torch")]
     compile_shim()?;
-    compile_simulation();
+    compile_device_functions();
     embed_kernels()
 }
 
-/// The kernels' device functions for the host, where tests call them. Nothing else does, so no library contains them.
-fn compile_simulation() {
-    cc::Build::new()
-        .cpp(true)
-        .cpp_link_stdlib(None)
-        .std("c++17")
-        .file("cuda/simulate.cpp")
-        .compile("infold_simulation");
+/// The device's functions for the host: those that lay weights out, and every kernel for the tests. Nothing but the tests
+/// refers to these, so no library contains them.
+fn compile_device_functions() {
+    for (source, name) in [("cuda/host.cpp", "infold_device_layouts"), ("cuda/simulate.cpp", "infold_simulation")] {
+        cc::Build::new()
+            .cpp(true)
+            .cpp_link_stdlib(None)
+            .std("c++17")
+            .flag("-Wno-unknown-pragmas")
+            .flag("-fno-exceptions")
+            .flag("-fno-rtti")
+            .file(source)
+            .compile(name);
+    }
 }
 
 #[cfg(feature = "torch")]

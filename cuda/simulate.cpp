@@ -1,47 +1,68 @@
-// The device's decoders on the host, for the tests: the same functions, lane by lane.
+// Every kernel on the host, for the tests; and what Rust must agree with.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "params.h"
-#include "window.cuh"
+#include "window_tile.cuh"
 
-using namespace infold::window;
-
-// Lays a (rows, cols) bfloat16 weight out; returns how many values are listed apart, in the order of the tiles. Where
-// there is no row or column, the filler stands.
-extern "C" size_t infold_simulate_window_encode(const uint16_t* weight, int rows, int cols, uint32_t base,
-                                                uint32_t* tiles, uint32_t* escape_starts, InfoldEscape* escapes) {
-  const int across = (cols + kCols - 1) / kCols, stripes = (rows + kRows - 1) / kRows;
-  size_t count = 0;
-  for (int stripe = 0; stripe < stripes; ++stripe) {
-    escape_starts[stripe] = static_cast<uint32_t>(count);
-    for (int tile = 0; tile < across; ++tile) {
-      uint32_t* out = tiles + (static_cast<size_t>(stripe) * across + tile) * kTileWords;
-      const int first_row = stripe * kRows, first_col = tile * kCols;
-      const auto value = [&](int row, int col) -> uint32_t {
-        const bool inside = first_row + row < rows && first_col + col < cols;
-        return inside ? weight[static_cast<size_t>(first_row + row) * cols + first_col + col] : filler(base);
-      };
-      const auto apart = [&](int row, int col, uint32_t bits) {
-        escapes[count++] = {static_cast<uint16_t>(row), static_cast<uint16_t>(bits),
-                            static_cast<uint32_t>(first_col + col)};
-      };
-      for (int lane = 0; lane < kLanes; ++lane) {
-        uint32_t words[kWords];
-        encode(lane, base, value, apart, words);
-        for (int word = 0; word < kWords; ++word) out[word_index(lane, word)] = words[word];
-      }
-    }
-  }
-  escape_starts[stripes] = static_cast<uint32_t>(count);
-  return count;
+namespace linear {
+#include "linear_window.cu"
+}
+namespace unpack {
+#include "unpack_window.cu"
 }
 
-// The registers that a lane decodes from a tile, step after step.
-extern "C" void infold_simulate_window_decode(const uint32_t* tile, int lane, uint32_t base, uint32_t* registers) {
-  for (int step = 0; step < kSteps; ++step) {
-    const auto word = [&](int index) { return tile[word_index(lane, index)]; };
-    const Fragment fragment = decode(word(2 * step), word(2 * step + 1), word(kRestWords + step), base_bits(base));
-    for (int reg = 0; reg < kRegisters; ++reg) registers[step * kRegisters + reg] = fragment.registers[reg];
+// Launches a kernel by its name; false where there is none.
+extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned threads, const void* parameters) {
+  using infold::emulation::launch;
+  constexpr struct {
+    const char* name;
+    void (*launch)(unsigned, unsigned, const void*);
+  } kKernels[] = {
+      {"infold_linear_window_8", launch<InfoldWindowLinear, linear::infold_linear_window_8>},
+      {"infold_linear_window_16", launch<InfoldWindowLinear, linear::infold_linear_window_16>},
+      {"infold_unpack_window", launch<InfoldWindowUnpack, unpack::infold_unpack_window>},
+      {"infold_embedding_window", launch<InfoldWindowEmbedding, unpack::infold_embedding_window>},
+  };
+  for (const auto& entry : kKernels) {
+    if (std::strcmp(kernel, entry.name) == 0) return entry.launch(blocks, threads, parameters), true;
   }
+  return false;
+}
+
+// Sizes of the parameters, and of what they are made of.
+extern "C" void infold_parameter_sizes(size_t (&sizes)[5]) {
+  sizes[0] = sizeof(InfoldEscape);
+  sizes[1] = sizeof(InfoldWindowWeight);
+  sizes[2] = sizeof(InfoldWindowLinear);
+  sizes[3] = sizeof(InfoldWindowUnpack);
+  sizes[4] = sizeof(InfoldWindowEmbedding);
+}
+
+// Fills parameters with a number for each field, so that fields that change places are seen.
+extern "C" void infold_parameter_fields(InfoldWindowLinear* linear, InfoldWindowUnpack* unpack,
+                                        InfoldWindowEmbedding* embedding) {
+  const auto pointer = [](auto& field, uintptr_t number) {
+    field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
+  };
+  const auto weight = [&](InfoldWindowWeight& w) {
+    pointer(w.base, 1);
+    pointer(w.tiles, 2);
+    pointer(w.escape_starts, 3);
+    pointer(w.escapes, 4);
+    w.rows = 5;
+    w.cols = 6;
+  };
+  weight(linear->weight);
+  pointer(linear->x, 7);
+  pointer(linear->bias, 8);
+  pointer(linear->y, 9);
+  linear->batch = 10;
+  weight(unpack->weight);
+  pointer(unpack->out, 7);
+  weight(embedding->weight);
+  pointer(embedding->indices, 7);
+  pointer(embedding->out, 8);
 }

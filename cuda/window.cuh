@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define INFOLD_BOTH __host__ __device__ __forceinline__
-#else
-#define INFOLD_BOTH inline
-#endif
+#include "both.h"
 
 namespace infold {
 namespace window {

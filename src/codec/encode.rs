@@ -1,5 +1,7 @@
 //! Making a packed weight from codes: gather statistics, choose each plane's coding, write the tiles.
 
+use std::ops::Range;
+
 use super::alias::{AliasCodes, AliasDecoder, AliasEncoder};
 use super::arch::per_isa;
 use super::decode::{PackedWeight, checksum_scales, checksum_words};
@@ -39,10 +41,10 @@ impl Packed {
     }
 }
 
-/// What to encode: one integer code per weight, a row at a time.
+/// What to encode: one integer code per weight, some rows at a time.
 pub trait Codes: Sync {
-    /// The codes of row `row`.
-    fn row(&self, row: usize, out: &mut [u32]);
+    /// The codes of the rows of a tile.
+    fn rows(&self, rows: Range<usize>, out: &mut [u32]);
 }
 
 /// What the encoder cannot see from the codes.
@@ -62,8 +64,8 @@ struct Bits<'a> {
 }
 
 impl Codes for Bits<'_> {
-    fn row(&self, row: usize, out: &mut [u32]) {
-        self.weights.bits(row * self.cols, out);
+    fn rows(&self, rows: Range<usize>, out: &mut [u32]) {
+        self.weights.bits(rows.start * self.cols, out);
     }
 }
 
@@ -95,13 +97,7 @@ pub fn pack_lossless(weights: Weights, rows: usize, cols: usize, pool: &dyn Pool
 /// Encodes `codes`, which stand for `weights`.
 pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, pool: &dyn Pool) -> Result<Packed> {
     let Description { geometry, element, quantizer, scale_grid, scales, symbols } = description;
-    let tile_codes = |tile: usize| {
-        let mut out = vec![0; geometry.rows_of(tile).len() * geometry.cols];
-        for (row, out) in geometry.rows_of(tile).zip(out.chunks_exact_mut(geometry.cols)) {
-            codes.row(row, out);
-        }
-        out
-    };
+    let tile_codes = |tile: usize| codes_of(codes, geometry, tile);
 
     let planned = usize::from(symbols.is_some());
     let histograms = byte_histograms(geometry, element, planned, &tile_codes, pool);
@@ -142,7 +138,20 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
         scales_crc: checksum_scales(&scales),
         origin: None,
     };
-    let tiles = map(pool, geometry.tiles(), |tile| encode_tile(&header, tile, &tile_codes(tile)));
+    encode_as(header, codes, scales, pool)
+}
+
+fn codes_of(codes: &dyn Codes, geometry: Geometry, tile: usize) -> Vec<u32> {
+    let rows = geometry.rows_of(tile);
+    let mut out = vec![0; rows.len() * geometry.cols];
+    codes.rows(rows, &mut out);
+    out
+}
+
+/// Encodes `codes` as a header says.
+pub fn encode_as(header: Header, codes: &dyn Codes, scales: Vec<f32>, pool: &dyn Pool) -> Result<Packed> {
+    let geometry = header.geometry;
+    let tiles = map(pool, geometry.tiles(), |tile| encode_tile(&header, tile, &codes_of(codes, geometry, tile)));
     join(header, tiles, scales, pool)
 }
 

@@ -31,6 +31,7 @@ pub use arch::{Chunks, Isa};
 pub(crate) use arch::{TILE_HEIGHT, bf16_pair, per_isa};
 pub use decode::{DenseBlock, PackedWeight, TileDecoder};
 pub use element::{Dtype, Element, Real, Scalar, Scales, Weights};
+pub(crate) use encode::{Codes, encode_as};
 pub use encode::{Packed, lay_out, pack_lossless};
 pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer, ScaleGrid};
 pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES, MAX_TILE_ROWS};

@@ -3,6 +3,8 @@
 //! ECSQ is a uniform step with entropy-coded levels: within 0.25 bit of the rate-distortion bound at high rate (Gish and
 //! Pierce 1968), at any fractional rate, with no calibration data.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::arch::per_isa;
@@ -88,14 +90,16 @@ per_isa! {
 }
 
 impl Codes for Levels<'_> {
-    fn row(&self, row: usize, out: &mut [u32]) {
+    fn rows(&self, rows: Range<usize>, out: &mut [u32]) {
         let mut levels = vec![0; out.len()];
         let mut rest = &mut levels[..];
-        self.for_groups(row, |scale, values| {
-            let (group, after) = std::mem::take(&mut rest).split_at_mut(values.len());
-            to_levels(values, scale, self.max, group);
-            rest = after;
-        });
+        for row in rows {
+            self.for_groups(row, |scale, values| {
+                let (group, after) = std::mem::take(&mut rest).split_at_mut(values.len());
+                to_levels(values, scale, self.max, group);
+                rest = after;
+            });
+        }
         out.iter_mut().zip(levels).for_each(|(out, level)| *out = level as u32);
     }
 }
@@ -244,7 +248,7 @@ impl Statistics {
 }
 
 /// Runs `body` over a fixed division of `rows` and returns the results in order.
-fn shares<T: Send>(rows: usize, pool: &dyn Pool, body: impl Fn(std::ops::Range<usize>) -> T + Sync) -> Vec<T> {
+fn shares<T: Send>(rows: usize, pool: &dyn Pool, body: impl Fn(Range<usize>) -> T + Sync) -> Vec<T> {
     let size = rows.div_ceil(SHARES).max(1);
     map(pool, rows.div_ceil(size), |share| body(share * size..((share + 1) * size).min(rows)))
 }

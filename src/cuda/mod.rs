@@ -1,5 +1,9 @@
 //! The GPU kernels that the build embedded. A library built without nvcc embeds none and is CPU only.
 
+pub mod launch;
+pub mod params;
+pub mod weight;
+
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
 /// One compiled kernel file: every architecture's code in NVIDIA's fatbin container.
