@@ -88,7 +88,7 @@ fn embed_kernels() -> Result<()> {
         for source in kernel_files()? {
             let fatbin = compile_kernel(&nvcc, &source, &architectures, &out)?;
             let name = source.file_stem().context("a kernel file without a name")?.to_string_lossy();
-            entries += &format!("Fatbin {{ name: {name:?}, bytes: include_bytes!({fatbin:?}) }},\n");
+            entries += &format!("Fatbin {{ name: {name:?}, bytes: &Aligned(*include_bytes!({fatbin:?})).0 }},\n");
         }
         names = architectures.iter().map(|arch| format!("sm_{arch}")).collect();
         names.push("compute_80".into());

@@ -19,6 +19,9 @@ void push_output(Outputs& outputs, const at::Tensor& tensor);
 /// Runs a Rust loop body over [0, items) on PyTorch's intra-op threads.
 void parallel_for(std::size_t items, const Body& body);
 
+/// PyTorch's current stream of a CUDA tensor's device, as the driver names it.
+std::size_t current_stream(const at::Tensor& tensor);
+
 /// Throws what a Rust call ended with: ValueError for a wrong argument, RuntimeError otherwise.
 void check(const Status& status);
 

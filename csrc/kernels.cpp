@@ -1,5 +1,6 @@
-// The CPU side of each operator: hands its arguments to Rust.
+// Each operator on CPU and CUDA tensors: hands its arguments to Rust.
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -26,7 +27,9 @@ int32_t number(ScalarType dtype) { return static_cast<int32_t>(dtype); }
 
 /// Calls Rust with a place for results, rethrows its error, returns its one result.
 template <class Call>
-Tensor run(Call&& rust) {
+Tensor run(const Tensor& payload, Call&& rust) {
+  c10::OptionalDeviceGuard device;
+  if (!payload.is_cpu()) device.reset_device(payload.device());
   // Autocast has had its say; the library's own products (exact mode) must not ask it again.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Outputs outputs;
@@ -35,24 +38,25 @@ Tensor run(Call&& rust) {
 }
 
 template <class Call>
-Packed run_pack(Call&& rust) {
+Packed run_pack(const Tensor& weight, Call&& rust) {
   Outputs outputs;
   check(rust(outputs));
-  return {outputs.at(0), outputs.at(1), outputs.at(2), outputs.at(3)};
+  const auto back = [&](std::size_t index) { return outputs.at(index).to(weight.device()); };
+  return {back(0), back(1), back(2), back(3)};
 }
 
 Tensor linear(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
               const OptionalTensor& scales, const OptionalTensor& bias, int64_t codec, int64_t layout,
               int64_t out_features, int64_t in_features, ScalarType /*weight_dtype*/, bool exact) {
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
-  return run([&](Outputs& out) { return fused_linear(x, weight, or_undefined(bias), exact, out); });
+  return run(payload, [&](Outputs& out) { return fused_linear(x, weight, or_undefined(bias), exact, out); });
 }
 
 Tensor linear_dx(const Tensor& gradient, const Tensor& payload, const Tensor& directory, const Tensor& tables,
                  const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t out_features, int64_t in_features,
                  ScalarType /*weight_dtype*/, bool exact) {
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
-  return run([&](Outputs& out) { return fused_linear_dx(gradient, weight, exact, out); });
+  return run(payload, [&](Outputs& out) { return fused_linear_dx(gradient, weight, exact, out); });
 }
 
 Tensor linear_ds(const Tensor& gradient, const Tensor& x, const Tensor& payload, const Tensor& directory,
@@ -60,14 +64,14 @@ Tensor linear_ds(const Tensor& gradient, const Tensor& x, const Tensor& payload,
                  int64_t in_features, ScalarType /*weight_dtype*/) {
   const Weight weight{payload, directory, tables, or_undefined({}), codec, layout, out_features, in_features};
   const rust::Slice<const int64_t> shape(scale_shape.data(), scale_shape.size());
-  return run([&](Outputs& out) { return fused_linear_ds(gradient, x, weight, shape, out); });
+  return run(payload, [&](Outputs& out) { return fused_linear_ds(gradient, x, weight, shape, out); });
 }
 
 Tensor embedding(const Tensor& indices, const Tensor& payload, const Tensor& directory, const Tensor& tables,
                  const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t num_embeddings,
                  int64_t embedding_dim, ScalarType weight_dtype) {
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, num_embeddings, embedding_dim};
-  return run([&](Outputs& out) { return fused_embedding(indices, weight, number(weight_dtype), out); });
+  return run(payload, [&](Outputs& out) { return fused_embedding(indices, weight, number(weight_dtype), out); });
 }
 
 Tensor embedding_ds(const Tensor& gradient, const Tensor& indices, const Tensor& payload, const Tensor& directory,
@@ -75,7 +79,7 @@ Tensor embedding_ds(const Tensor& gradient, const Tensor& indices, const Tensor&
                     int64_t num_embeddings, int64_t embedding_dim, ScalarType /*weight_dtype*/) {
   const Weight weight{payload, directory, tables, or_undefined({}), codec, layout, num_embeddings, embedding_dim};
   const rust::Slice<const int64_t> shape(scale_shape.data(), scale_shape.size());
-  return run([&](Outputs& out) { return fused_embedding_ds(gradient, indices, weight, shape, out); });
+  return run(payload, [&](Outputs& out) { return fused_embedding_ds(gradient, indices, weight, shape, out); });
 }
 
 Tensor conv(const Tensor& x, const Tensor& payload, const Tensor& directory, const Tensor& tables,
@@ -85,7 +89,8 @@ Tensor conv(const Tensor& x, const Tensor& payload, const Tensor& directory, con
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
   const auto slice = [](at::IntArrayRef list) { return rust::Slice<const int64_t>(list.data(), list.size()); };
   const Window window{slice(kernel_size), slice(stride), slice(padding), slice(dilation), groups};
-  const Tensor y = run([&](Outputs& out) { return fused_conv(x, weight, or_undefined(bias), window, exact, out); });
+  const Tensor y =
+      run(payload, [&](Outputs& out) { return fused_conv(x, weight, or_undefined(bias), window, exact, out); });
   // The library picks strides by its backend; the meta kernel has to foresee them.
   return y.contiguous(x.suggest_memory_format());
 }
@@ -93,24 +98,25 @@ Tensor conv(const Tensor& x, const Tensor& payload, const Tensor& directory, con
 Tensor dense(const Tensor& payload, const Tensor& directory, const Tensor& tables, const OptionalTensor& scales,
              int64_t codec, int64_t layout, int64_t out_features, int64_t in_features, ScalarType weight_dtype) {
   const Weight weight{payload, directory, tables, or_undefined(scales), codec, layout, out_features, in_features};
-  return run([&](Outputs& out) { return unpack(weight, number(weight_dtype), out); });
+  return run(payload, [&](Outputs& out) { return unpack(weight, number(weight_dtype), out); });
 }
 
 Packed lossless(const Tensor& weight) {
-  return run_pack([&](Outputs& out) { return pack_lossless(weight, out); });
+  return run_pack(weight, [&](Outputs& out) { return pack_lossless(weight, out); });
 }
 
 Packed ecsq(const Tensor& weight, std::optional<double> bits, std::optional<double> max_error) {
   constexpr double none = std::numeric_limits<double>::quiet_NaN();
-  return run_pack([&](Outputs& out) { return pack_ecsq(weight, bits.value_or(none), max_error.value_or(none), out); });
+  return run_pack(weight,
+                  [&](Outputs& out) { return pack_ecsq(weight, bits.value_or(none), max_error.value_or(none), out); });
 }
 
 Packed int8(const Tensor& weight) {
-  return run_pack([&](Outputs& out) { return pack_int8(weight, out); });
+  return run_pack(weight, [&](Outputs& out) { return pack_int8(weight, out); });
 }
 
 Packed int4(const Tensor& weight, int64_t group_size) {
-  return run_pack([&](Outputs& out) { return pack_int4(weight, group_size, out); });
+  return run_pack(weight, [&](Outputs& out) { return pack_int4(weight, group_size, out); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> laid_out(const Tensor& payload, const Tensor& directory, const Tensor& tables,
@@ -127,7 +133,8 @@ std::vector<int64_t> inspect(const Tensor& payload, const Tensor& directory, con
   return {fields.begin(), fields.end()};
 }
 
-TORCH_LIBRARY_IMPL(infold, CPU, m) {
+// One for both: Rust tells them apart.
+void implement(torch::Library& m) {
   m.impl("fused_linear", linear);
   m.impl("fused_linear_dx", linear_dx);
   m.impl("fused_linear_ds", linear_ds);
@@ -142,6 +149,9 @@ TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("lay_out", laid_out);
   m.impl("inspect_packed", inspect);
 }
+
+TORCH_LIBRARY_IMPL(infold, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(infold, CUDA, m) { implement(m); }
 
 }  // namespace
 }  // namespace infold

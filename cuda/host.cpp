@@ -1,4 +1,5 @@
-// The window layout on the host: what prepares a weight for the device and takes it back, by the device's own functions.
+// The window layout on the host: what prepares a weight for the device and takes it back, by the device's own
+// functions.
 #include <cstddef>
 #include <cstdint>
 
@@ -7,8 +8,8 @@
 
 using namespace infold::window;
 
-// Lays out a stripe: `rows` (at most 16) rows of `cols` bfloat16. Returns how many values are listed apart, in the order
-// of the tiles; `escapes` has room for all. Where there is no row or column, the filler stands.
+// Lays out a stripe: `rows` (at most 16) rows of `cols` bfloat16. Returns how many values are listed apart, in the
+// order of the tiles; `escapes` has room for all. Where there is no row or column, the filler stands.
 extern "C" size_t infold_window_encode(const uint16_t* weight, int rows, int cols, uint32_t base, uint32_t* tiles,
                                        InfoldEscape* escapes) {
   size_t count = 0;

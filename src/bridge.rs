@@ -50,6 +50,8 @@ mod ffi {
 
         fn push_output(outputs: Pin<&mut Outputs>, tensor: &Tensor);
         fn parallel_for(items: usize, body: &Body);
+        /// PyTorch's current stream of a CUDA tensor's device, as the driver names it.
+        fn current_stream(tensor: &Tensor) -> usize;
     }
 
     extern "Rust" {
@@ -149,6 +151,12 @@ fn call(out: Pin<&mut Outputs>, body: impl FnOnce(&TorchPool) -> Result<Vec<tch:
         }
         Ok(())
     })
+}
+
+/// PyTorch's current stream of a CUDA tensor's device, as the driver names it.
+pub fn current_stream(tensor: &tch::Tensor) -> usize {
+    // SAFETY: tch's pointer is to a C++ at::Tensor that lives as long as `tensor`.
+    ffi::current_stream(unsafe { &*tensor.as_ptr().cast::<Tensor>() })
 }
 
 fn status(body: impl FnOnce() -> Result<()>) -> Status {

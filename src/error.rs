@@ -17,6 +17,9 @@ pub enum Error {
     /// A packed weight written by a newer library.
     #[error("infold/corrupt: field `version`: expected at most {supported}, got {found}")]
     Version { found: u16, supported: u16 },
+    /// The GPU's driver refused a call, or is not there.
+    #[error("CUDA: {0}")]
+    Cuda(String),
     /// A worker panicked; the message is the panic's.
     #[error("internal error, please report it: {0}")]
     Panic(String),

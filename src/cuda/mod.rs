@@ -1,8 +1,13 @@
 //! The GPU kernels that the build embedded. A library built without nvcc embeds none and is CPU only.
 
+#[cfg(feature = "torch")]
+pub mod driver;
 pub mod launch;
 pub mod params;
 pub mod weight;
+
+#[allow(unused_imports)] // where no kernel is embedded
+use crate::memory::Aligned;
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 

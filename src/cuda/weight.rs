@@ -128,7 +128,7 @@ pub fn to_window(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec
         return Err(Error::argument("layout window", "a lossless bfloat16 weight", got));
     }
     let geometry = weight.geometry();
-    let per_tile = map(pool, geometry.tiles(), |tile| {
+    let per_tile = map(pool, geometry.tiles(), |tile| -> Result<_> {
         let mut counts = [0u64; EXPONENTS];
         for value in rows_of(weight, tile)? {
             counts[usize::from(value.to_bits() >> 7 & 0xff)] += 1;
@@ -146,7 +146,7 @@ pub fn to_window(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec
     }
 
     let parts = Parts::new(geometry.rows, geometry.cols);
-    let encoded = map(pool, geometry.tiles(), |tile| {
+    let encoded = map(pool, geometry.tiles(), |tile| -> Result<_> {
         let rows = rows_of(weight, tile)?;
         Ok(rows.chunks(STRIPE * geometry.cols).map(|stripe| encode_stripe(stripe, parts, base)).collect::<Vec<_>>())
     });

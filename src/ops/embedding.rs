@@ -3,17 +3,22 @@
 use tch::{Kind, Tensor};
 
 use super::tensor::{contiguous, kind_of, slice, slice_mut};
-use super::{Weight, compute_kind, float_kind, rows_of, with_float, with_real};
+use super::{Weight, compute_kind, device, float_kind, rows_of, with_float, with_real};
 use crate::linear;
 use crate::parallel::Pool;
 use crate::{Error, Result};
 
 /// Integer indices as int64.
-fn as_int64(indices: &Tensor) -> Result<Tensor> {
+fn integers(indices: &Tensor) -> Result<Tensor> {
     match indices.f_kind()? {
-        Kind::Int64 | Kind::Int => contiguous(&indices.f_to_kind(Kind::Int64)?, "indices", Kind::Int64),
+        Kind::Int64 | Kind::Int => Ok(indices.f_to_kind(Kind::Int64)?),
         other => Err(Error::argument("indices", "an int64 or int32 tensor", format!("{other:?}"))),
     }
+}
+
+/// [`integers`] that a slice can be made of.
+fn as_int64(indices: &Tensor) -> Result<Tensor> {
+    contiguous(&integers(indices)?, "indices", Kind::Int64)
 }
 
 /// W[indices], in dtype `dtype` (a ScalarType number).
@@ -21,8 +26,12 @@ pub fn forward(indices: &Tensor, weight: &Weight, dtype: i32, pool: &dyn Pool) -
     let kind = kind_of(dtype)?;
     let mut size = indices.size();
     size.push(weight.in_features);
+    let mut out = Tensor::f_empty(size, (kind, weight.payload.device()))?;
+    if device::is_cuda(&weight.payload) {
+        device::embedding(&integers(indices)?.f_contiguous()?, weight, &mut out)?;
+        return Ok(out);
+    }
     let indices = as_int64(indices)?;
-    let mut out = Tensor::f_empty(size, (kind, indices.device()))?;
     with_real!(kind, T => weight.open::<T, _>(|packed, scales| {
         with_float!(kind, O => {
             linear::embedding::<T, O>(packed, scales, slice(&indices)?, slice_mut(&mut out)?, pool)

@@ -4,7 +4,7 @@
 use tch::{Kind, Tensor};
 
 use super::tensor::{Element, contiguous, slice, slice_mut};
-use super::{Weight, check_bias, compute_kind, float_kind, rows_of, with_float, with_last, with_real};
+use super::{Weight, check_bias, compute_kind, device, float_kind, rows_of, with_float, with_last, with_real};
 use crate::linear::{self, Input};
 use crate::parallel::Pool;
 use crate::{Error, Result};
@@ -41,12 +41,17 @@ pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, exact: bool, 
     let kind = float_kind(x, "x")?;
     let rows = rows_of(x, "x", weight.in_features)?;
     check_bias(bias, weight)?;
-    if exact {
+    let on_device = device::is_cuda(&weight.payload);
+    if exact || (on_device && !device::fuses(kind, rows)) {
         let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
         return weight.with_dense(kind, pool, |dense| Ok(x.f_linear(dense, bias.as_ref())?));
     }
     let mut out = Tensor::f_empty(with_last(x, weight.out_features), (kind, x.device()))?;
     let y = &mut out;
+    if on_device {
+        device::linear(x, weight, bias, rows, y)?;
+        return Ok(out);
+    }
     with_operand!(kind, weight, T, O, |packed, scales| {
         let x = contiguous(x, "x", T::KIND)?;
         let bias = bias.map(|bias| contiguous(bias, "bias", compute_kind(kind))).transpose()?;
@@ -60,7 +65,7 @@ pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, exact: bool, 
 pub fn input_gradient(gradient: &Tensor, weight: &Weight, exact: bool, pool: &dyn Pool) -> Result<Tensor> {
     let kind = float_kind(gradient, "gradient")?;
     let rows = rows_of(gradient, "gradient", weight.out_features)?;
-    if exact {
+    if exact || device::is_cuda(&weight.payload) {
         return weight.with_dense(kind, pool, |dense| Ok(gradient.f_matmul(dense)?));
     }
     let mut out = Tensor::f_empty(with_last(gradient, weight.in_features), (kind, gradient.device()))?;

@@ -1,6 +1,7 @@
 //! The only place that knows tensors. One file per operator family; each operator checks, allocates, runs.
 
 pub mod conv;
+mod device;
 pub mod embedding;
 pub mod linear;
 pub mod pack;
@@ -11,6 +12,7 @@ use std::cell::RefCell;
 use tch::{Kind, Tensor};
 
 use crate::codec::{MAX_DIMENSION, PackedWeight, Real, Scales};
+use crate::cuda::weight::LAYOUT;
 use crate::parallel::Pool;
 use crate::{Error, Result};
 use tensor::{Element, contiguous, kind_of, slice, slice_mut};
@@ -90,6 +92,9 @@ impl Weight {
 
     /// Opens the weight and calls `body` with it. The header must agree with the integers.
     fn open_without_scales<R>(&self, body: impl FnOnce(&PackedWeight) -> Result<R>) -> Result<R> {
+        if self.layout == LAYOUT {
+            return Err(Error::argument("layout", "0 (compact) or 1 (fast) on the CPU", "2 (window)"));
+        }
         let payload = contiguous(&self.payload, "payload", Kind::Uint8)?;
         let directory = contiguous(&self.directory, "directory", Kind::Int)?;
         let tables = contiguous(&self.tables, "tables", Kind::Uint8)?;
@@ -144,6 +149,9 @@ impl Weight {
 
     /// Fills `out` (out_features by in_features) with the dense weight.
     fn unpack_into(&self, out: &mut Tensor, pool: &dyn Pool) -> Result<()> {
+        if device::is_cuda(&self.payload) {
+            return device::unpack(self, out);
+        }
         let kind = out.kind();
         with_real!(kind, T => self.open::<T, _>(|weight, scales| {
             with_float!(kind, O => weight.unpack::<T, O>(scales, slice_mut(out)?, pool))
@@ -153,6 +161,12 @@ impl Weight {
     /// Calls `body` with the dense weight in `kind`, in this thread's scratch.
     fn with_dense<R>(&self, kind: Kind, pool: &dyn Pool, body: impl FnOnce(&Tensor) -> Result<R>) -> Result<R> {
         let elements = self.out_features * self.in_features;
+        if device::is_cuda(&self.payload) {
+            // PyTorch's allocator keeps it, for each stream.
+            let mut dense = Tensor::f_empty([self.out_features, self.in_features], (kind, self.payload.device()))?;
+            device::unpack(self, &mut dense)?;
+            return body(&dense);
+        }
         let kept = SCRATCH.with(|scratch| scratch.borrow_mut().take());
         let kept = kept.filter(|kept| kept.kind() == kind && kept.numel() as i64 >= elements);
         let buffer = match kept {

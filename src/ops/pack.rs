@@ -1,9 +1,11 @@
 //! pack_* and inspect_packed: making packed weights and reading their headers.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use super::device;
 use super::tensor::{contiguous, of_bytes, slice};
-use crate::codec::{self, Dtype, EcsqTarget, Layout, Packed, PackedWeight, Weights};
+use crate::codec::{self, Codec, Dtype, EcsqTarget, Header, Layout, Packed, PackedWeight, Weights};
+use crate::cuda::weight;
 use crate::parallel::Pool;
 use crate::{Error, Result};
 
@@ -14,7 +16,7 @@ fn pack(weight: &Tensor, pack: impl FnOnce(Weights, usize, usize) -> Result<Pack
     };
     let (rows, cols) = (rows as usize, cols as usize);
     let kind = weight.f_kind()?;
-    let weight = contiguous(weight, "weight", kind)?;
+    let weight = contiguous(&weight.f_to_device(Device::Cpu)?, "weight", kind)?;
     match kind {
         Kind::Float => pack(Weights::F32(slice(&weight)?), rows, cols),
         Kind::Half => pack(Weights::F16(slice(&weight)?), rows, cols),
@@ -29,12 +31,9 @@ fn tensors(packed: Packed, pool: &dyn Pool) -> Result<Vec<Tensor>> {
     let (rows, groups) = grid.shape(packed.header.geometry).unwrap_or((0, 0));
     let scales = Tensor::f_from_slice(&packed.scales)?.f_reshape([rows as i64, groups as i64])?;
     let kind = if grid.bytes_each() == 2 { Kind::BFloat16 } else { Kind::Float };
-    Ok(vec![
-        of_bytes(&packed.payload, pool)?,
-        Tensor::f_from_slice(&packed.directory)?,
-        Tensor::f_from_slice(&packed.tables)?,
-        scales.f_to_kind(kind)?,
-    ])
+    let mut tensors = without_scales(&packed, pool)?;
+    tensors.push(scales.f_to_kind(kind)?);
+    Ok(tensors)
 }
 
 pub fn lossless(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
@@ -60,7 +59,7 @@ pub fn int4(weight: &Tensor, group_size: i64, pool: &dyn Pool) -> Result<Vec<Ten
     tensors(pack(weight, |weights, rows, cols| codec::pack_int4(weights, rows, cols, group, pool))?, pool)
 }
 
-/// The same weight in another layout (its number): payload, directory and tables.
+/// The same weight in another layout (its number): payload, directory and tables, on the device that they came from.
 pub fn lay_out(
     payload: &Tensor,
     directory: &Tensor,
@@ -68,13 +67,30 @@ pub fn lay_out(
     layout: i64,
     pool: &dyn Pool,
 ) -> Result<Vec<Tensor>> {
+    let device = payload.device();
+    let on_cpu = |tensor: &Tensor, what, kind| contiguous(&tensor.f_to_device(Device::Cpu)?, what, kind);
+    let payload = on_cpu(payload, "payload", Kind::Uint8)?;
+    let directory = on_cpu(directory, "directory", Kind::Int)?;
+    let tables = on_cpu(tables, "tables", Kind::Uint8)?;
+    let laid_out = match device::lay_out([&payload, &directory, &tables], layout, pool)? {
+        Some(laid_out) => laid_out,
+        None => {
+            let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
+            without_scales(&in_layout(&weight, layout, pool)?, pool)?
+        }
+    };
+    laid_out.iter().map(|tensor| Ok(tensor.f_to_device(device)?)).collect()
+}
+
+/// A weight in one of the codec's layouts.
+pub fn in_layout(weight: &PackedWeight, layout: i64, pool: &dyn Pool) -> Result<Packed> {
     let to = u8::try_from(layout).ok().and_then(Layout::from_byte);
-    let to = to.ok_or_else(|| Error::argument("layout", "0 (compact) or 1 (fast)", layout))?;
-    let payload = contiguous(payload, "payload", Kind::Uint8)?;
-    let directory = contiguous(directory, "directory", Kind::Int)?;
-    let tables = contiguous(tables, "tables", Kind::Uint8)?;
-    let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
-    let packed = codec::lay_out(&weight, to, pool)?;
+    let to = to.ok_or_else(|| Error::argument("layout", "0 (compact), 1 (fast) or 2 (window)", layout))?;
+    codec::lay_out(weight, to, pool)
+}
+
+/// payload, directory and tables.
+pub fn without_scales(packed: &Packed, pool: &dyn Pool) -> Result<Vec<Tensor>> {
     Ok(vec![
         of_bytes(&packed.payload, pool)?,
         Tensor::f_from_slice(&packed.directory)?,
@@ -94,22 +110,28 @@ pub fn inspect(
     let payload = contiguous(payload, "payload", Kind::Uint8)?;
     let directory = contiguous(directory, "directory", Kind::Int)?;
     let tables = contiguous(tables, "tables", Kind::Uint8)?;
+    if let Some(header) = weight::header(slice(&tables)?) {
+        return Ok(fields(&header?, Codec::Raw as i64, weight::LAYOUT));
+    }
     let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
     if verify {
         let scales = scales.map(|scales| contiguous(scales, "scales", Kind::Float)).transpose()?;
         weight.verify(scales.as_ref().map(slice).transpose()?)?;
     }
-    let header = &weight.header;
+    Ok(fields(&weight.header, weight.header.codec() as i64, weight.header.layout as i64))
+}
+
+fn fields(header: &Header, codec: i64, layout: i64) -> Vec<i64> {
     let (scale_rows, scale_cols) = header.scale_grid.shape(header.geometry).unwrap_or((0, 0));
     let dtype = match header.dtype {
         Dtype::F16 => 5,
         Dtype::F32 => 6,
         Dtype::Bf16 => 15,
     };
-    Ok(vec![
+    vec![
         i64::from(header.version),
-        header.codec() as i64,
-        header.layout as i64,
+        codec,
+        layout,
         dtype,
         header.geometry.rows as i64,
         header.geometry.cols as i64,
@@ -117,5 +139,5 @@ pub fn inspect(
         header.predictor as i64,
         scale_rows as i64,
         scale_cols as i64,
-    ])
+    ]
 }

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 Format = Literal["lossless", "ecsq", "int8", "int4"]
-MemoryLayout = Literal["compact", "fast"]
+MemoryLayout = Literal["compact", "fast", "window"]
 Layout = Literal["auto", "compact", "fast"]
 Mode = Literal["fused", "exact"]
 

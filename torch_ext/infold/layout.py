@@ -13,7 +13,7 @@ from torch import nn
 from infold._library import ops
 from infold.config import Layout, MemoryLayout
 from infold.nn import FusedDecompressLinear, PackedModule
-from infold.packed import LAYOUTS, Packed, lay_out
+from infold.packed import CPU_LAYOUTS, Packed, lay_out
 
 #: ``auto`` takes a faster layout only if it is at most this many times the size...
 _SIZE_LIMIT = 1.3
@@ -48,11 +48,15 @@ def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = N
     layout: ``"compact"`` is the smallest form, that of files and state dicts; ``"fast"`` is plain codes, 1.1 to 1.3
         times as large for trained weights; ``"auto"`` measures both on this machine with one row of activations and
         takes the fast one where it is faster and at most 1.3 times the size.
-    budget: with ``"auto"``, bytes that all packed weights may take: fast where it saves the most time a byte.
+        On CUDA, ``"auto"`` is the one layout that the kernels there read, ``"window"``: 12 bits a weight, for lossless
+        bfloat16. A layer that was moved to another device is laid out for it at its next forward; call this before a
+        CUDA graph is recorded or a model is compiled.
+    budget: with ``"auto"``, bytes that all packed weights may take on the CPU: fast where it saves the most time a byte.
 
     Layers that share a weight keep sharing it. Results do not depend on the layout. As with any change to a module's
     parameters, nobody may run the model meanwhile. Raises ValueError for another layout, for a budget with a layout
-    other than ``"auto"``, and where even the compact form of all weights is over the budget.
+    other than ``"auto"``, where even the compact form of all weights is over the budget, and on CUDA for any weight but
+    a lossless bfloat16 one.
     """
     if layout not in ("auto", "compact", "fast"):
         raise ValueError(f"layout: expected auto, compact or fast, got {layout!r}")
@@ -68,8 +72,14 @@ def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = N
 def prepare_modules(modules: Iterable[PackedModule], layout: Layout, budget: int | None = None) -> None:
     """As `prepare`, for these modules."""
     by_weight: dict[int, list[PackedModule]] = {}
+    on_device: dict[int, list[PackedModule]] = {}
     for module in modules:
-        by_weight.setdefault(id(module.payload), []).append(module)
+        where = on_device if module.payload.is_cuda else by_weight
+        where.setdefault(id(module.payload), []).append(module)
+    if on_device and layout != "auto":
+        raise ValueError(f"layout: expected auto on CUDA, got {layout!r}")
+    for group in on_device.values():
+        relay(group, "window")
     chosen: dict[int, MemoryLayout] = dict.fromkeys(by_weight, "compact" if layout == "auto" else layout)
     if layout == "auto":
         measured: dict[tuple[object, ...], dict[MemoryLayout, float]] = {}
@@ -87,21 +97,17 @@ def prepare_modules(modules: Iterable[PackedModule], layout: Layout, budget: int
         relay(group, chosen[key])
 
 
-def relay(sharing: list[PackedModule], layout: str) -> None:
+def relay(sharing: list[PackedModule], layout: MemoryLayout) -> None:
     """Lays out the weight that all these modules share."""
-    first = sharing[0]
-    if first.layout != layout:
-        laid_out = lay_out(first.packed, layout)
-        for field in ("payload", "directory", "tables"):
-            getattr(first, field).data = getattr(laid_out, field)
-    for module in sharing:
+    sharing[0].lay_out(layout)
+    for module in sharing[1:]:
         module.refresh_header()
 
 
 def _weigh(sharing: list[PackedModule], measured: dict[tuple[object, ...], dict[MemoryLayout, float]]) -> _Choice:
     module = next((module for module in sharing if isinstance(module, FusedDecompressLinear)), sharing[0])
     packed, own = module.packed, module.layout
-    forms = {name: packed if name == own else lay_out(packed, name) for name in LAYOUTS}
+    forms = {name: packed if name == own else lay_out(packed, name) for name in CPU_LAYOUTS}
     sizes = {name: packed.nbytes for name, packed in forms.items()}
     header = module.header
     # Weights of one kind and shape are as fast as each other.

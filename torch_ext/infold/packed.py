@@ -11,7 +11,9 @@ from infold._library import CorruptWeightError, as_corrupt, ops
 from infold.config import FusedConfig, MemoryLayout
 
 QUANTIZERS = ("lossless", "ecsq", "int8", "int4")
-LAYOUTS: tuple[MemoryLayout, ...] = ("compact", "fast")
+#: By number; those of the CPU first.
+LAYOUTS: tuple[MemoryLayout, ...] = ("compact", "fast", "window")
+CPU_LAYOUTS: tuple[MemoryLayout, ...] = LAYOUTS[:2]
 PREDICTORS = ("none", "left", "top", "average", "planar")
 _DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
 
@@ -67,7 +69,10 @@ def pack(weight: Tensor, config: FusedConfig) -> Packed:
 
 @torch.inference_mode(False)
 def lay_out(packed: Packed, layout: str) -> Packed:
-    """The same weight in layout ``"compact"`` or ``"fast"``, exactly; the scales are those that came."""
+    """The same weight in another of `LAYOUTS`, exactly, on its device; the scales are those that came.
+
+    Raises ValueError where a weight has no such layout: ``"window"`` is for lossless bfloat16.
+    """
     tensors = (tensor.detach() for tensor in packed[:3])
     payload, directory, tables = ops.lay_out(*tensors, LAYOUTS.index(layout))
     return Packed(payload, directory, tables, packed.scales)

@@ -136,8 +136,9 @@ class FusedDecompressConv(PackedModule):
             mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
             x = F.pad(x, self._padding_before, mode)
         where = (window.kernel_size, window.stride, self._padding, window.dilation, window.groups)
+        tensors = self._tensors()
         layout = (*self._layout(), self.header.dtype, self.mode == "exact")
-        return ops.fused_conv.default(x, *self._tensors(), self.bias, *where, *layout)  # type: ignore[no-any-return]
+        return ops.fused_conv.default(x, *tensors, self.bias, *where, *layout)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         window = self.window

@@ -80,6 +80,20 @@ class PackedModule(nn.Module):
         """How the weight lies in memory; see `infold.prepare`."""
         return LAYOUTS[self.header.layout]
 
+    @torch.inference_mode(False)
+    def lay_out(self, layout: MemoryLayout) -> None:
+        """Lays the weight out in memory, in place and exactly. Whoever shares it has to `refresh_header`."""
+        if self.layout != layout:
+            laid_out = lay_out(self.packed, layout)
+            for field in _FIELDS[:3]:
+                getattr(self, field).data = getattr(laid_out, field)
+        self.refresh_header()
+
+    def _settle(self) -> None:
+        """Lays the weight out for its device, where ``.to(device)`` has moved it since."""
+        if self.payload.is_cuda != (self.layout == "window") and not torch.compiler.is_compiling():
+            self.lay_out("window" if self.payload.is_cuda else "fast")
+
     def canonical(self) -> Packed:
         """The packed weight in its compact form, the one that is stored."""
         if self.layout == "compact":
@@ -117,6 +131,8 @@ class PackedModule(nn.Module):
         return ops.unpack.default(*self._tensors(), *self._layout(), dtype or self.dtype)  # type: ignore[no-any-return]
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What operators take first. Comes before `_layout`."""
+        self._settle()
         return self.payload, self.directory, self.tables, self.float_scales()
 
     def _layout(self) -> tuple[int, int, int, int]:

@@ -1,0 +1,180 @@
+"""Weights laid out for CUDA; and where there is a GPU, every operator there against float64."""
+
+from __future__ import annotations
+
+import copy
+
+import infold
+import pytest
+import torch
+import torch.nn.functional as F
+from infold import FusedConfig
+from infold._library import ops
+from infold.nn import FusedDecompressConv, FusedDecompressEmbedding, FusedDecompressLinear
+from infold.packed import lay_out, pack
+from torch import nn
+
+LOSSLESS = FusedConfig("lossless")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def weight_of(rows: int, cols: int) -> torch.Tensor:
+    """Trained weights look like this; some zeros and outliers are outside the window."""
+    weight = torch.randn(rows, cols).mul(0.05)
+    weight.view(-1)[:: max(rows * cols // 7, 1)] = 0
+    weight.view(-1)[-1] = 1e20
+    return weight.bfloat16()
+
+
+def linear_of(rows: int, cols: int, bias: bool = True) -> nn.Linear:
+    linear = nn.Linear(cols, rows, bias, dtype=torch.bfloat16)
+    linear.weight.data = weight_of(rows, cols)
+    return linear
+
+
+@pytest.mark.parametrize("layout", ["compact", "fast"])
+def test_a_module_goes_to_the_devices_layout_and_back(layout: str) -> None:
+    linear = linear_of(70, 200)
+    packed = FusedDecompressLinear.from_linear(linear, LOSSLESS)
+    canonical = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    infold.prepare(nn.Sequential(packed), layout)  # type: ignore[arg-type]
+
+    packed.lay_out("window")
+    assert packed.layout == "window"
+    assert 8 * packed.packed.nbytes / linear.weight.numel() < 18  # ragged edges; 12.2 of a large weight
+    for name, tensor in packed.state_dict().items():
+        assert torch.equal(tensor, canonical[name]), name
+    other = copy.deepcopy(packed)
+    other.load_state_dict(FusedDecompressLinear.from_linear(linear_of(70, 200), LOSSLESS).state_dict())
+    other.load_state_dict(canonical)
+    assert other.layout == "window"
+
+    # The CPU has no use for it: the next forward lays it out anew.
+    x = torch.randn(3, 200, dtype=torch.bfloat16)
+    assert torch.equal(other(x), FusedDecompressLinear.from_linear(linear, LOSSLESS)(x))
+    assert other.layout == "fast"
+    assert torch.equal(packed.weight, linear.weight)
+
+
+def test_the_size_of_a_large_weight() -> None:
+    packed = lay_out(pack(torch.randn(1024, 1024).bfloat16(), LOSSLESS), "window")
+    assert 12 < 8 * packed.nbytes / 1024**2 < 12.2
+
+
+def test_other_weights_are_refused_and_stay() -> None:
+    for config, dtype in ((FusedConfig("ecsq", bits=4), torch.bfloat16), (LOSSLESS, torch.float16)):
+        packed = FusedDecompressLinear.from_linear(linear_of(64, 128).to(dtype), config)
+        before = packed.weight
+        with pytest.raises(ValueError, match="layout window: expected a lossless bfloat16 weight"):
+            packed.lay_out("window")
+        assert packed.layout == "compact"
+        assert torch.equal(packed.weight, before)
+    zeros = FusedDecompressLinear.from_linear(nn.Linear(64, 64, dtype=torch.bfloat16), LOSSLESS)
+    zeros.load_state_dict({**zeros.state_dict(), **_pruned()})
+    with pytest.raises(ValueError, match="at most one weight in 64"):
+        zeros.lay_out("window")
+
+
+def _pruned() -> dict[str, torch.Tensor]:
+    weight = torch.randn(64, 64).bfloat16()
+    weight[::2] = 0
+    return dict(pack(weight, LOSSLESS)._asdict())
+
+
+def test_the_cpus_operators_refuse_it() -> None:
+    packed = lay_out(pack(weight_of(64, 64), LOSSLESS), "window")
+    arguments = (*packed[:3], None, None, 0, 2, 64, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="layout: expected 0 .* on the CPU"):
+        ops.fused_linear(torch.randn(1, 64), *arguments)
+
+
+def test_damage_is_named() -> None:
+    packed = lay_out(pack(weight_of(64, 64), LOSSLESS), "window")
+    with pytest.raises((RuntimeError, ValueError), match="window payload"):
+        lay_out(packed._replace(payload=packed.payload[:-1]), "compact")
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> None:
+    """Sums in float32, rounded once to the result's dtype; `scale` is the sum of the terms' magnitudes."""
+    limit = scale * 1e-5 + expected.abs() * {torch.bfloat16: 1 / 256, torch.float16: 1 / 2048}.get(actual.dtype, 0)
+    assert ((actual.double().cpu() - expected).abs() <= limit + 1e-30).all()
+
+
+SHAPES = [(16, 64), (1, 1), (70, 200), (4096, 1000), (33, 4097), (6144, 4096)]
+
+
+@cuda
+@pytest.mark.parametrize("rows,cols", SHAPES)
+@pytest.mark.parametrize("batch", [0, 1, 2, 8, 9, 16, 17, 64, 300])
+def test_linear_on_cuda(rows: int, cols: int, batch: int) -> None:
+    linear = linear_of(rows, cols)
+    packed = FusedDecompressLinear.from_linear(linear, LOSSLESS).cuda()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(batch, cols).to(dtype).cuda().requires_grad_()
+        y = packed(x)
+        assert y.dtype == dtype and y.shape == (batch, rows) and packed.layout == "window"
+        weight, exact = linear.weight.detach().double(), x.detach().double().cpu()
+        assert linear.bias is not None
+        bias = linear.bias.detach().double()
+        close(y, F.linear(exact, weight, bias), F.linear(exact.abs(), weight.abs(), bias.abs()))
+        if batch and dtype == torch.bfloat16:
+            gradient = torch.randn_like(y)
+            y.backward(gradient)
+            assert x.grad is not None
+            g = gradient.double().cpu()
+            close(x.grad, g @ weight, g.abs() @ weight.abs())
+
+
+@cuda
+@pytest.mark.parametrize("rows,cols", SHAPES)
+def test_unpack_and_embedding_on_cuda(rows: int, cols: int) -> None:
+    dense = nn.Embedding(rows, cols, dtype=torch.bfloat16)
+    dense.weight.data = weight_of(rows, cols)
+    packed = FusedDecompressEmbedding.from_embedding(dense, LOSSLESS).cuda()
+    indices = torch.randint(rows, (3, 5))
+    for kind in (torch.int64, torch.int32):
+        assert torch.equal(packed(indices.to(kind).cuda()).cpu(), dense(indices))
+    assert torch.equal(packed.weight.cpu(), dense.weight)
+    assert torch.equal(packed.unpack(torch.float32).cpu(), dense.weight.float())
+    state = packed.state_dict()
+    again = FusedDecompressEmbedding.from_embedding(dense, LOSSLESS).state_dict()
+    assert all(torch.equal(state[name].cpu(), again[name]) for name in again)
+    assert torch.equal(packed.cpu()(indices), dense(indices))
+
+
+@cuda
+def test_conv_on_cuda() -> None:
+    conv = nn.Conv2d(32, 48, 3, padding=1, dtype=torch.bfloat16)
+    packed = FusedDecompressConv.from_conv(conv, LOSSLESS).cuda()
+    x = torch.randn(2, 32, 9, 9, dtype=torch.bfloat16).cuda()
+    assert torch.equal(packed(x), conv.cuda()(x))
+
+
+@cuda
+def test_graphs_streams_and_repeats_on_cuda() -> None:
+    linear = linear_of(4096, 4096)
+    packed = FusedDecompressLinear.from_linear(linear, LOSSLESS).cuda()
+    x = torch.randn(4, 4096, dtype=torch.bfloat16).cuda()
+    with torch.inference_mode():
+        expected = packed(x)
+        assert all(torch.equal(packed(x), expected) for _ in range(20))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            assert torch.equal(packed(x), expected)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = packed(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, packed(x))
+
+
+@cuda
+def test_opcheck_on_cuda() -> None:
+    packed = FusedDecompressLinear.from_linear(linear_of(64, 128), LOSSLESS).cuda()
+    x = torch.randn(3, 128, dtype=torch.bfloat16, device="cuda")
+    packed(x)
+    arguments = (x, *packed._tensors(), packed.bias, *packed._layout(), torch.bfloat16)
+    torch.library.opcheck(ops.fused_linear.default, arguments)
