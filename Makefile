@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h cuda/*
 # Runs commands and prints how long they took.
 step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: demo test rust-test neon-test asan-test fuzz python-test build bench lint format wheel wheel-test gpu-bundle docs requirements tools clean
+.PHONY: demo test rust-test neon-test fault-test asan-test fuzz python-test build bench lint format wheel wheel-test gpu-bundle docs requirements tools clean
 .DEFAULT_GOAL := build
 
 demo: $(LIBRARY)
@@ -38,6 +38,10 @@ rust-test: $(VENV)/.ready
 # the Rust target. The skipped test starts itself again, which an emulator does not do.
 neon-test:
 	$(call step,NEON tests,CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" cargo test --release --no-default-features --locked --quiet --target aarch64-unknown-linux-gnu -- --skip damage_decodes_alike)
+
+# Faults in the device code, planted one at a time in a copy: each must fail a test.
+fault-test: $(VENV)/.ready
+	$(call step,planted faults,$(PYTHON) rust_tests/plant_faults.py)
 
 python-test: $(LIBRARY)
 	$(call step,Python tests,$(PYTHON) -m pytest)
@@ -68,8 +72,9 @@ wheel-test: wheel
 	$(call step,wheel test,rm -rf build/wheel && mkdir -p build/wheel && python3 -m venv build/wheel/venv && $(VENV)/bin/uv pip install --quiet --python build/wheel/venv/bin/python -c requirements.txt dist/infold-*.whl pytest hypothesis && cp -r python_tests build/wheel/ && cd build/wheel && env -i HOME="$$HOME" PATH=/usr/bin:/bin venv/bin/python -m pytest -q -c /dev/null --rootdir . python_tests/test_operators.py python_tests/test_golden.py python_tests/test_layout.py && rm -rf venv)
 
 # What a machine with a GPU needs: run there `python3 dist/gpu/gpu_check.py --json FILE`; see docs/gpu-checks.md.
+# What gpu_check.py needs beside torch and transformers comes along.
 gpu-bundle: $(LIBRARY)
-	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_launch.cu dist/gpu/ && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
+	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu/packages && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_launch.cu python_tests/test_device.py dist/gpu/ && for package in pytest _pytest pluggy iniconfig packaging pygments; do cp -r $$(dirname $$($(PYTHON) -c "import $$package; print($$package.__file__)")) dist/gpu/packages/ || exit 1; done && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
 
 docs: $(LIBRARY)
 	$(call step,docs,$(PYTHON) -m pdoc --output-directory docs/site/python infold && cargo doc --no-deps --no-default-features --release --quiet --target-dir build/rustdoc && rm -rf docs/site/rust && cp -r build/rustdoc/doc docs/site/rust)
