@@ -74,7 +74,7 @@ wheel-test: wheel
 # What a machine with a GPU needs: run there `python3 dist/gpu/gpu_check.py --json FILE`; see docs/gpu-checks.md.
 # What gpu_check.py needs beside torch and transformers comes along.
 gpu-bundle: $(LIBRARY)
-	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu/packages && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_launch.cu python_tests/test_device.py dist/gpu/ && for package in pytest _pytest pluggy iniconfig packaging pygments; do cp -r $$(dirname $$($(PYTHON) -c "import $$package; print($$package.__file__)")) dist/gpu/packages/ || exit 1; done && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
+	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu/packages && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_rate.cu python_tests/test_device.py dist/gpu/ && for package in pytest _pytest pluggy iniconfig packaging pygments; do cp -r $$(dirname $$($(PYTHON) -c "import $$package; print($$package.__file__)")) dist/gpu/packages/ || exit 1; done && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
 
 docs: $(LIBRARY)
 	$(call step,docs,$(PYTHON) -m pdoc --output-directory docs/site/python infold && cargo doc --no-deps --no-default-features --release --quiet --target-dir build/rustdoc && rm -rf docs/site/rust && cp -r build/rustdoc/doc docs/site/rust)

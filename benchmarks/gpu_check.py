@@ -30,13 +30,20 @@ import infold  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from infold._library import ops  # noqa: E402
-from infold.packed import Packed, lay_out, pack  # noqa: E402
+from infold.packed import LAYOUTS, Packed, lay_out, pack  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 CUDA = next(folder for folder in (HERE / "cuda", HERE.parent / "cuda") if folder.is_dir())
 TESTS = next(path for folder in (HERE, HERE.parent / "python_tests") if (path := folder / "test_device.py").is_file())
-#: Of the window layout, in bytes.
-HEAD, TILE = 16, 1536
+#: Bits a weight of each layout.
+BITS = {"window": 12, "codes4": 4, "codes5": 5, "codes8": 8}
+CONFIGS = {
+    "lossless": infold.FusedConfig("lossless"),
+    "ecsq 3 bits": infold.FusedConfig("ecsq", bits=3),
+    "ecsq 4 bits": infold.FusedConfig("ecsq", bits=4),
+    "int8": infold.FusedConfig("int8"),
+    "int4 g128": infold.FusedConfig("int4"),
+}
 #: Of Llama-3-8B and 70B, as (in_features, out_features).
 SHAPES = {
     "8B": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)),
@@ -45,8 +52,13 @@ SHAPES = {
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 #: Copies of a weight take at least this together: several times the L2 cache.
 COPIES_BYTES = 400e6
-#: Goals of lossless bfloat16 against cuBLAS, geometric mean over the 8B shapes.
-GOALS = {1: 1.25, 2: 1.15, 4: 1.15, 8: 1.15, 16: 1.15, 64: 0.95, 1024: 0.9, 4096: 0.9}
+#: Times as fast as cuBLAS in bfloat16, geometric mean over the 8B shapes.
+GOALS = {
+    "lossless": {1: 1.25, 2: 1.15, 4: 1.15, 8: 1.15, 16: 1.15, 64: 0.95, 1024: 0.9, 4096: 0.9},
+    "ecsq 4 bits": {1: 2.1, 16: 1.8},
+}
+#: Of quantised formats, which differ from the lossless one where the product is fused.
+FUSED_BATCHES = (1, 4, 16)
 
 
 def correctness() -> None:
@@ -60,15 +72,15 @@ def correctness() -> None:
 
 def small() -> None:
     """A case of each kernel, for the sanitizer."""
-    for rows, cols in ((16, 64), (33, 200), (70, 1000)):
-        linear = torch.nn.Linear(cols, rows, dtype=torch.bfloat16)
-        linear.weight.data[0, 0] = 1e20
-        packed = infold.nn.FusedDecompressLinear.from_linear(linear, infold.FusedConfig("lossless")).cuda()
-        for batch in (1, 8, 9, 16, 17):
-            packed(torch.randn(batch, cols, dtype=torch.bfloat16, device="cuda"))
-        embedding = torch.nn.Embedding(rows, cols, dtype=torch.bfloat16)
-        table = infold.nn.FusedDecompressEmbedding.from_embedding(embedding, infold.FusedConfig("lossless")).cuda()
-        table(torch.arange(rows, device="cuda"))
+    for config in CONFIGS.values():
+        for rows, cols in ((16, 128), (33, 200), (70, 1000)):
+            linear = torch.nn.Linear(cols, rows, dtype=torch.bfloat16)
+            linear.weight.data[0, 0] = 1.5
+            packed = infold.nn.FusedDecompressLinear.from_linear(linear, config).cuda()
+            for batch in (1, 8, 9, 16, 17):
+                packed(torch.randn(batch, cols, dtype=torch.bfloat16, device="cuda"))
+            embedding = torch.nn.Embedding(rows, cols, dtype=torch.bfloat16)
+            infold.nn.FusedDecompressEmbedding.from_embedding(embedding, config).cuda()(torch.arange(rows).cuda())
     torch.cuda.synchronize()
 
 
@@ -91,13 +103,14 @@ def gaussian(rows: int, cols: int) -> Tensor:
     return (torch.randn(rows, cols) * 0.02).bfloat16()
 
 
-def windows_of(weight: Tensor) -> tuple[list[Packed], tuple[object, ...]]:
-    """Copies of a weight on the GPU, and the integers that operators take."""
-    packed = lay_out(pack(weight, infold.FusedConfig("lossless")), "window")
+def copies_of(weight: Tensor, config: infold.FusedConfig) -> tuple[list[Packed], str, tuple[object, ...]]:
+    """Copies of a weight on the GPU, the name of their layout, and the integers that operators take."""
+    packed = lay_out(pack(weight, config), "device")
+    number = ops.inspect_packed(*packed[:3])[2]
     count = max(2, int(COPIES_BYTES / packed.nbytes) + 1)
     on_device = [tensor.cuda() for tensor in packed]
     copies = [Packed(on_device[0].clone(), *on_device[1:]) for _ in range(count)]
-    return copies, (0, 2, *weight.shape, torch.bfloat16)
+    return copies, LAYOUTS[number], (0, number, *weight.shape, torch.bfloat16)
 
 
 def graph_of(runs: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -128,86 +141,109 @@ def interleaved(sides: dict[str, list[Callable[[], object]]], repeats: int = 30)
 
 
 def linear_rates(rows_out: list[dict[str, Any]]) -> None:
-    """Each shape and batch against cuBLAS, and against unpacking before it."""
-    ratios: dict[int, list[float]] = {}
+    """Each format, shape and batch against cuBLAS, and against unpacking before it."""
+    ratios: dict[tuple[str, int], list[float]] = {}
     for model, shapes in SHAPES.items():
         for cols, rows in shapes:
             weight = gaussian(rows, cols)
-            windows, layout = windows_of(weight)
-            denses = [weight.cuda() for _ in windows]
-            for batch in BATCHES:
-                x = torch.randn(batch, cols, device="cuda").bfloat16()
+            for name, config in CONFIGS.items() if model == "8B" else [("lossless", CONFIGS["lossless"])]:
+                copies, layout, numbers = copies_of(weight, config)
+                scales = copies[0].scales if copies[0].scales.numel() else None
+                denses = [weight.cuda() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
+                for batch in BATCHES if name == "lossless" else FUSED_BATCHES:
+                    x = torch.randn(batch, cols, device="cuda").bfloat16()
 
-                def ours(w: Packed, exact: bool, x: Tensor = x, layout: tuple[object, ...] = layout) -> Tensor:
-                    return ops.fused_linear(x, *w[:3], None, None, *layout, exact)  # type: ignore[no-any-return]
+                    def ours(
+                        w: Packed,
+                        exact: bool,
+                        x: Tensor = x,
+                        scales: Tensor | None = scales,
+                        numbers: tuple[object, ...] = numbers,
+                    ) -> Tensor:
+                        return ops.fused_linear(x, *w[:3], scales, None, *numbers, exact)  # type: ignore[no-any-return]
 
-                medians = interleaved(
-                    {
-                        "ours": [lambda w=w: ours(w, False) for w in windows],  # type: ignore[misc]
-                        "unpack, cuBLAS": [lambda w=w: ours(w, True) for w in windows],  # type: ignore[misc]
-                        "cuBLAS": [lambda w=w, x=x: F.linear(x, w) for w in denses],  # type: ignore[misc]
-                    }
-                )
-                ratio = medians["cuBLAS"] / medians["ours"]
-                rate = windows[0].nbytes / medians["ours"] / 1e3
-                if model == "8B":
-                    ratios.setdefault(batch, []).append(ratio)
-                print(
-                    f"{cols:6} -> {rows:6}, batch {batch:4}: {medians['ours']:8.2f} us, "
-                    f"cuBLAS {medians['cuBLAS']:8.2f}, "
-                    f"unpacked {medians['unpack, cuBLAS']:8.2f}; {ratio:5.2f}x, {rate:6.0f} GB/s"
-                )
-                case = f"linear {cols}->{rows}, batch {batch}"
-                rows_out.append({"case": case, "microseconds": medians, "ratio": ratio, "gb_per_s": rate})
-            del windows, denses
-            torch.cuda.empty_cache()
-    for batch, values in ratios.items():
-        mean = statistics.geometric_mean(values)
-        print(f"8B, batch {batch:4}: {mean:5.2f}x cuBLAS, geometric mean; goal {GOALS.get(batch, '-')}")
-        rows_out.append({"case": f"8B, batch {batch}", "ratio": mean, "goal": GOALS.get(batch)})
+                    medians = interleaved(
+                        {
+                            "ours": [lambda w=w: ours(w, False) for w in copies],  # type: ignore[misc]
+                            "unpack, cuBLAS": [lambda w=w: ours(w, True) for w in copies[:8]],  # type: ignore[misc]
+                            "cuBLAS": [lambda w=w, x=x: F.linear(x, w) for w in denses],  # type: ignore[misc]
+                        }
+                    )
+                    ratio = medians["cuBLAS"] / medians["ours"]
+                    rate = copies[0].nbytes / medians["ours"] / 1e3
+                    if model == "8B":
+                        ratios.setdefault((name, batch), []).append(ratio)
+                    case = f"{name} ({layout}), {cols} -> {rows}, batch {batch}"
+                    times = ", ".join(f"{side} {microseconds:.2f}" for side, microseconds in medians.items())
+                    print(f"{case:48} us: {times}; {ratio:5.2f}x, {rate:6.0f} GB/s", flush=True)
+                    rows_out.append({"case": case, "microseconds": medians, "ratio": ratio, "gb_per_s": rate})
+                del copies, denses
+                torch.cuda.empty_cache()
+    for (name, batch), values in ratios.items():
+        mean, goal = statistics.geometric_mean(values), GOALS.get(name, {}).get(batch)
+        print(f"8B, {name}, batch {batch:4}: {mean:5.2f}x cuBLAS, geometric mean; goal {goal}")
+        rows_out.append({"case": f"8B, {name}, batch {batch}", "ratio": mean, "goal": goal})
 
 
-def decoder_rate(rows_out: list[dict[str, Any]]) -> None:
-    """The decoder alone, on a grid that fills the GPU, and unpacking, against a copy of as many bytes."""
-    rows, cols = 28672, 8192
-    windows, layout = windows_of(gaussian(rows, cols))
-    payload = windows[0].payload
-    tiles = payload[HEAD : HEAD + rows * cols * 12 // 8]
-    base = int(payload[:4].cpu().view(torch.int32))
-    launch = build()
-    blocks = 8 * torch.cuda.get_device_properties(0).multi_processor_count
-    digests = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
-    count = tiles.numel() // TILE
-    target = torch.empty_like(tiles)
+class Weight(ctypes.Structure):
+    """`InfoldWeight` of cuda/params.h."""
 
-    def decode() -> None:
-        arguments = (ctypes.c_void_p(tiles.data_ptr()), ctypes.c_uint32(count), ctypes.c_uint32(base))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = launch.infold_launch_window_rate(*arguments, ctypes.c_void_p(digests.data_ptr()), blocks, stream)
-        if status:
-            raise RuntimeError(f"a launch failed with status {status}")
-
-    def unpack() -> Tensor:
-        return ops.unpack(*windows[0][:3], None, *layout)  # type: ignore[no-any-return]
-
-    medians = interleaved({"decode": [decode] * 4, "unpack": [unpack] * 2, "copy": [lambda: target.copy_(tiles)] * 4})
-    weights, read = count * 1024 / medians["decode"] / 1e6, tiles.nbytes / medians["decode"] / 1e3
-    written, copied = 2 * rows * cols / medians["unpack"] / 1e3, 2 * tiles.nbytes / medians["copy"] / 1e3
-    print(
-        f"decoder alone: {weights:.2f} T weights/s, {read:.0f} GB/s read; "
-        f"unpacking writes {written:.0f} GB/s (goal 1500); a copy moves {copied:.0f} GB/s"
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("head", "values", "tiles", "escape_starts", "escapes", "scales")),
+        *((name, ctypes.c_int32) for name in ("scales_are_bf16", "scale_stride", "rows", "cols")),
     )
-    rows_out.append({"case": "decoder alone", "t_weights_per_s": weights, "gb_per_s": read, "copy_gb_per_s": copied})
-    rows_out.append({"case": "unpack", "gb_per_s": written, "goal": 1500})
+
+
+def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
+    """The decoders alone, on a grid that fills the GPU, and unpacking, against a copy of as many bytes."""
+    rows, cols = 28672, 8192
+    library = build()
+    blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
+    digests = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
+    weight = gaussian(rows, cols)
+    for name, config in CONFIGS.items():
+        copies, layout, numbers = copies_of(weight, config)
+        payload, scales = copies[0].payload, copies[0].scales if copies[0].scales.numel() else None
+        bits = BITS[layout]
+        values = 16 if layout == "window" else 16 + 4 * 2**bits
+        size = rows * cols * bits // 8
+        start = payload.data_ptr()
+        view = Weight(start, start + 16, start + values, None, None, None, 0, 0, rows, cols)
+        target, source = torch.empty_like(payload[:size]), payload[values : values + size]
+
+        def decode(number: object = numbers[1], view: Weight = view) -> None:
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            pointers = ctypes.c_uint32(rows * cols // 1024), ctypes.c_void_p(digests.data_ptr()), blocks, stream
+            status = library.infold_launch_rate(number, ctypes.byref(view), *pointers)
+            if status:
+                raise RuntimeError(f"a launch failed with status {status}")
+
+        def unpack(w: Packed = copies[0], scales: Tensor | None = scales, numbers: Any = numbers) -> Tensor:
+            return ops.unpack(*w[:3], scales, *numbers)  # type: ignore[no-any-return]
+
+        def copy(target: Tensor = target, source: Tensor = source) -> Tensor:
+            return target.copy_(source)
+
+        medians = interleaved({"decode": [decode] * 4, "unpack": [unpack] * 2, "copy": [copy] * 4})
+        weights, read = rows * cols / medians["decode"] / 1e6, size / medians["decode"] / 1e3
+        written, copied = 2 * rows * cols / medians["unpack"] / 1e3, 2 * size / medians["copy"] / 1e3
+        print(
+            f"{name} ({layout}): decoding {weights:.2f} T weights/s, {read:.0f} GB/s read; "
+            f"unpacking writes {written:.0f} GB/s (goal 1500); a copy moves {copied:.0f} GB/s",
+            flush=True,
+        )
+        rates = {"t_weights_per_s": weights, "gb_per_s": read, "copy_gb_per_s": copied, "unpacked_gb_per_s": written}
+        rows_out.append({"case": f"decoder alone, {name} ({layout})", **rates})
+        del copies, payload, source, target
 
 
 def build() -> ctypes.CDLL:
-    """The kernel that decodes and nothing more, which the library has no operator for."""
+    """The kernels that decode and do nothing more, which the library has no operators for."""
     capability = "{}{}".format(*torch.cuda.get_device_capability())
     arch = "90a" if capability == "90" else capability
     target = Path(tempfile.mkdtemp()) / "kernels.so"
     command = ["nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-I{CUDA}", "-o", str(target)]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(HERE / "gpu_launch.cu")]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(HERE / "gpu_rate.cu")]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(target))
 
@@ -225,7 +261,7 @@ def main() -> None:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
     result["sanitizer"] = sanitize()
     try:
-        decoder_rate(result["rows"])
+        decoder_rates(result["rows"])
         linear_rates(result["rows"])
     finally:
         # What was measured before an error is not lost.

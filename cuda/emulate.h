@@ -156,6 +156,12 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
 
+inline uint16_t upper_half(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  return static_cast<uint16_t>(word >> 16);
+}
+
 inline void fail() { std::abort(); }
 
 inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -35,6 +35,9 @@ __device__ __forceinline__ uint16_t to_bf16(float value) {
   return bits;
 }
 
+// The upper half of a float: a bfloat16, where that is what it holds.
+__device__ __forceinline__ uint16_t upper_half(float value) { return __float_as_uint(value) >> 16; }
+
 // Ends the kernel and the context with it, as a failed assertion in PyTorch's own kernels does.
 __device__ __forceinline__ void fail() { __trap(); }
 

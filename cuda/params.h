@@ -3,41 +3,46 @@
 
 #include <stdint.h>
 
-/* A weight that the window does not hold. */
+/* A weight that its layout has no code for. */
 struct InfoldEscape {
-  uint16_t row;  /* in its stripe of 16 rows */
-  uint16_t bits; /* of the bfloat16 */
   uint32_t col;
+  float value; /* before its scale */
 };
 
-/* A weight in the window layout, tile after tile across, stripe of rows after stripe. */
-struct InfoldWindowWeight {
-  const uint32_t* base; /* exponent of the window's first value */
+/* What a layout's table begins with. */
+struct InfoldHead {
+  uint32_t base;       /* of the window, or 0 */
+  uint32_t group_cols; /* columns under one scale */
+  uint32_t unused[2];
+};
+
+/* A weight, tile after tile across, stripe of 16 rows after stripe. */
+struct InfoldWeight {
+  const struct InfoldHead* head;
+  const float* values; /* of each code; none in the window */
   const uint32_t* tiles;
-  const uint32_t* escape_starts; /* of each stripe, and their end */
+  const uint32_t* escape_starts; /* of each row's, and the end of all */
   const struct InfoldEscape* escapes;
+  const void* scales; /* null for 1, else float32 or bfloat16 */
+  int32_t scales_are_bf16;
+  int32_t scale_stride; /* from a row's to the next one's: 0 where rows share them */
   int32_t rows;
   int32_t cols;
 };
 
 /* y = x Wᵀ + bias. */
-struct InfoldWindowLinear {
-  struct InfoldWindowWeight weight;
+struct InfoldLinear {
+  struct InfoldWeight weight;
   const uint16_t* x;    /* bfloat16, (batch, cols) */
   const uint16_t* bias; /* bfloat16, (rows), or null */
   uint16_t* y;          /* bfloat16, (batch, rows) */
   int32_t batch;        /* at most 8 or 16, as the kernel's name says */
 };
 
-/* The dense weight. */
-struct InfoldWindowUnpack {
-  struct InfoldWindowWeight weight;
-  uint16_t* out; /* bfloat16, (rows, cols) */
-};
-
-/* Some rows of it. */
-struct InfoldWindowEmbedding {
-  struct InfoldWindowWeight weight;
-  const int64_t* indices; /* a block for each */
-  uint16_t* out;          /* bfloat16, (indices, cols) */
+/* Rows of the dense weight: those that `indices` name, or all of them if it is null. */
+struct InfoldUnpack {
+  struct InfoldWeight weight;
+  const int64_t* indices; /* a block for each; without them, one for each stripe */
+  void* out;              /* (rows or indices, cols) */
+  int32_t out_is_bf16;    /* else float32 */
 };

@@ -4,14 +4,13 @@
 #include <cstring>
 #include <type_traits>
 
-#include "params.h"
-#include "window_tile.cuh"
+#include "layouts.cuh"
 
 namespace linear {
-#include "linear_window.cu"
+#include "linear.cu"
 }
 namespace unpack {
-#include "unpack_window.cu"
+#include "unpack.cu"
 }
 
 // Launches a kernel by its name; false where there is none.
@@ -21,10 +20,18 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
     const char* name;
     void (*launch)(unsigned, unsigned, const void*);
   } kKernels[] = {
-      {"infold_linear_window_8", launch<InfoldWindowLinear, linear::infold_linear_window_8>},
-      {"infold_linear_window_16", launch<InfoldWindowLinear, linear::infold_linear_window_16>},
-      {"infold_unpack_window", launch<InfoldWindowUnpack, unpack::infold_unpack_window>},
-      {"infold_embedding_window", launch<InfoldWindowEmbedding, unpack::infold_embedding_window>},
+      {"infold_linear_window_8", launch<InfoldLinear, linear::infold_linear_window_8>},
+      {"infold_linear_window_16", launch<InfoldLinear, linear::infold_linear_window_16>},
+      {"infold_linear_codes4_8", launch<InfoldLinear, linear::infold_linear_codes4_8>},
+      {"infold_linear_codes4_16", launch<InfoldLinear, linear::infold_linear_codes4_16>},
+      {"infold_linear_codes5_8", launch<InfoldLinear, linear::infold_linear_codes5_8>},
+      {"infold_linear_codes5_16", launch<InfoldLinear, linear::infold_linear_codes5_16>},
+      {"infold_linear_codes8_8", launch<InfoldLinear, linear::infold_linear_codes8_8>},
+      {"infold_linear_codes8_16", launch<InfoldLinear, linear::infold_linear_codes8_16>},
+      {"infold_unpack_window", launch<InfoldUnpack, unpack::infold_unpack_window>},
+      {"infold_unpack_codes4", launch<InfoldUnpack, unpack::infold_unpack_codes4>},
+      {"infold_unpack_codes5", launch<InfoldUnpack, unpack::infold_unpack_codes5>},
+      {"infold_unpack_codes8", launch<InfoldUnpack, unpack::infold_unpack_codes8>},
   };
   for (const auto& entry : kKernels) {
     if (std::strcmp(kernel, entry.name) == 0) return entry.launch(blocks, threads, parameters), true;
@@ -35,34 +42,34 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
 // Sizes of the parameters, and of what they are made of.
 extern "C" void infold_parameter_sizes(size_t (&sizes)[5]) {
   sizes[0] = sizeof(InfoldEscape);
-  sizes[1] = sizeof(InfoldWindowWeight);
-  sizes[2] = sizeof(InfoldWindowLinear);
-  sizes[3] = sizeof(InfoldWindowUnpack);
-  sizes[4] = sizeof(InfoldWindowEmbedding);
+  sizes[1] = sizeof(InfoldHead);
+  sizes[2] = sizeof(InfoldWeight);
+  sizes[3] = sizeof(InfoldLinear);
+  sizes[4] = sizeof(InfoldUnpack);
 }
 
 // Fills parameters with a number for each field, so that fields that change places are seen.
-extern "C" void infold_parameter_fields(InfoldWindowLinear* linear, InfoldWindowUnpack* unpack,
-                                        InfoldWindowEmbedding* embedding) {
+extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpack) {
   const auto pointer = [](auto& field, uintptr_t number) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
   };
-  const auto weight = [&](InfoldWindowWeight& w) {
-    pointer(w.base, 1);
-    pointer(w.tiles, 2);
-    pointer(w.escape_starts, 3);
-    pointer(w.escapes, 4);
-    w.rows = 5;
-    w.cols = 6;
-  };
-  weight(linear->weight);
-  pointer(linear->x, 7);
-  pointer(linear->bias, 8);
-  pointer(linear->y, 9);
-  linear->batch = 10;
-  weight(unpack->weight);
-  pointer(unpack->out, 7);
-  weight(embedding->weight);
-  pointer(embedding->indices, 7);
-  pointer(embedding->out, 8);
+  InfoldWeight& w = linear->weight;
+  pointer(w.head, 1);
+  pointer(w.values, 2);
+  pointer(w.tiles, 3);
+  pointer(w.escape_starts, 4);
+  pointer(w.escapes, 5);
+  pointer(w.scales, 6);
+  w.scales_are_bf16 = 7;
+  w.scale_stride = 8;
+  w.rows = 9;
+  w.cols = 10;
+  pointer(linear->x, 11);
+  pointer(linear->bias, 12);
+  pointer(linear->y, 13);
+  linear->batch = 14;
+  unpack->weight = w;
+  pointer(unpack->indices, 11);
+  pointer(unpack->out, 12);
+  unpack->out_is_bf16 = 13;
 }

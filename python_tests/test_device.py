@@ -15,6 +15,14 @@ from infold.packed import lay_out, pack
 from torch import nn
 
 LOSSLESS = FusedConfig("lossless")
+#: By the layout that they get.
+QUANTISED = {
+    "codes4": FusedConfig("ecsq", bits=3),
+    "codes5": FusedConfig("ecsq", bits=4),
+    "codes8 of ecsq": FusedConfig("ecsq", bits=6),
+    "codes8": FusedConfig("int8"),
+    "codes4 in groups": FusedConfig("int4", group_size=64),
+}
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -22,12 +30,12 @@ def weight_of(rows: int, cols: int) -> torch.Tensor:
     """Trained weights look like this; some zeros and outliers are outside the window."""
     weight = torch.randn(rows, cols).mul(0.05)
     weight.view(-1)[:: max(rows * cols // 7, 1)] = 0
-    weight.view(-1)[-1] = 1e20
+    weight.view(-1)[-1] = 1.5
     return weight.bfloat16()
 
 
-def linear_of(rows: int, cols: int, bias: bool = True) -> nn.Linear:
-    linear = nn.Linear(cols, rows, bias, dtype=torch.bfloat16)
+def linear_of(rows: int, cols: int) -> nn.Linear:
+    linear = nn.Linear(cols, rows, dtype=torch.bfloat16)
     linear.weight.data = weight_of(rows, cols)
     return linear
 
@@ -39,7 +47,7 @@ def test_a_module_goes_to_the_devices_layout_and_back(layout: str) -> None:
     canonical = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     infold.prepare(nn.Sequential(packed), layout)  # type: ignore[arg-type]
 
-    packed.lay_out("window")
+    packed.lay_out("device")
     assert packed.layout == "window"
     assert 8 * packed.packed.nbytes / linear.weight.numel() < 18  # ragged edges; 12.2 of a large weight
     for name, tensor in packed.state_dict().items():
@@ -57,22 +65,32 @@ def test_a_module_goes_to_the_devices_layout_and_back(layout: str) -> None:
 
 
 def test_the_size_of_a_large_weight() -> None:
-    packed = lay_out(pack(torch.randn(1024, 1024).bfloat16(), LOSSLESS), "window")
+    packed = lay_out(pack(torch.randn(1024, 1024).bfloat16(), LOSSLESS), "device")
     assert 12 < 8 * packed.nbytes / 1024**2 < 12.2
 
 
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_weights_go_there_and_back(name: str) -> None:
+    linear = linear_of(130, 320).float()
+    packed = FusedDecompressLinear.from_linear(linear, QUANTISED[name])
+    canonical = {field: tensor.clone() for field, tensor in packed.state_dict().items()}
+    packed.lay_out("device")
+    assert packed.layout == name.split()[0]
+    for field, tensor in packed.state_dict().items():
+        assert torch.equal(tensor, canonical[field]), field
+
+
 def test_other_weights_are_refused_and_stay() -> None:
-    for config, dtype in ((FusedConfig("ecsq", bits=4), torch.bfloat16), (LOSSLESS, torch.float16)):
-        packed = FusedDecompressLinear.from_linear(linear_of(64, 128).to(dtype), config)
-        before = packed.weight
-        with pytest.raises(ValueError, match="layout window: expected a lossless bfloat16 weight"):
-            packed.lay_out("window")
-        assert packed.layout == "compact"
-        assert torch.equal(packed.weight, before)
-    zeros = FusedDecompressLinear.from_linear(nn.Linear(64, 64, dtype=torch.bfloat16), LOSSLESS)
-    zeros.load_state_dict({**zeros.state_dict(), **_pruned()})
+    packed = FusedDecompressLinear.from_linear(linear_of(64, 128).half(), LOSSLESS)
+    before = packed.weight
+    with pytest.raises(ValueError, match="layout for CUDA: expected lossless bfloat16, ecsq, int8 or int4"):
+        packed.lay_out("device")
+    assert packed.layout == "compact"
+    assert torch.equal(packed.weight, before)
+    pruned = FusedDecompressLinear.from_linear(nn.Linear(64, 64, dtype=torch.bfloat16), LOSSLESS)
+    pruned.load_state_dict({**pruned.state_dict(), **_pruned()})
     with pytest.raises(ValueError, match="at most one weight in 64"):
-        zeros.lay_out("window")
+        pruned.lay_out("device")
 
 
 def _pruned() -> dict[str, torch.Tensor]:
@@ -82,15 +100,15 @@ def _pruned() -> dict[str, torch.Tensor]:
 
 
 def test_the_cpus_operators_refuse_it() -> None:
-    packed = lay_out(pack(weight_of(64, 64), LOSSLESS), "window")
+    packed = lay_out(pack(weight_of(64, 64), LOSSLESS), "device")
     arguments = (*packed[:3], None, None, 0, 2, 64, 64, torch.bfloat16)
-    with pytest.raises(ValueError, match="layout: expected 0 .* on the CPU"):
+    with pytest.raises(ValueError, match=r"layout: expected 0 \(compact\) or 1 \(fast\) on the CPU"):
         ops.fused_linear(torch.randn(1, 64), *arguments)
 
 
 def test_damage_is_named() -> None:
-    packed = lay_out(pack(weight_of(64, 64), LOSSLESS), "window")
-    with pytest.raises((RuntimeError, ValueError), match="window payload"):
+    packed = lay_out(pack(weight_of(64, 64), LOSSLESS), "device")
+    with pytest.raises((RuntimeError, ValueError), match="device payload"):
         lay_out(packed._replace(payload=packed.payload[:-1]), "compact")
 
 
@@ -104,7 +122,7 @@ SHAPES = [(16, 64), (1, 1), (70, 200), (4096, 1000), (33, 4097), (6144, 4096)]
 
 
 @cuda
-@pytest.mark.parametrize("rows,cols", SHAPES)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
 @pytest.mark.parametrize("batch", [0, 1, 2, 8, 9, 16, 17, 64, 300])
 def test_linear_on_cuda(rows: int, cols: int, batch: int) -> None:
     linear = linear_of(rows, cols)
@@ -112,7 +130,7 @@ def test_linear_on_cuda(rows: int, cols: int, batch: int) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.randn(batch, cols).to(dtype).cuda().requires_grad_()
         y = packed(x)
-        assert y.dtype == dtype and y.shape == (batch, rows) and packed.layout == "window"
+        assert (y.dtype, y.shape, packed.layout) == (dtype, (batch, rows), "window")
         weight, exact = linear.weight.detach().double(), x.detach().double().cpu()
         assert linear.bias is not None
         bias = linear.bias.detach().double()
@@ -126,7 +144,28 @@ def test_linear_on_cuda(rows: int, cols: int, batch: int) -> None:
 
 
 @cuda
-@pytest.mark.parametrize("rows,cols", SHAPES)
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(("rows", "cols"), [(70, 200), (1024, 4096)])
+def test_quantised_linear_on_cuda(name: str, rows: int, cols: int) -> None:
+    packed = FusedDecompressLinear.from_linear(linear_of(rows, cols), QUANTISED[name])
+    weight = packed.unpack(torch.float32).double()
+    assert packed.bias is not None
+    bias = packed.bias.detach().double()
+    packed.cuda()
+    for batch in (1, 8, 9, 16, 17):
+        x = torch.randn(batch, cols).bfloat16()
+        y = packed(x.cuda()).cpu()
+        assert packed.layout == name.split()[0]
+        # Values are rounded to bfloat16 before their scales, each by 2^-9 at most.
+        exact = F.linear(x.double(), weight, bias)
+        limit = (x.double().square() @ weight.T.square()).sqrt() / 64 + exact.abs() / 128
+        assert ((y.double() - exact).abs() <= limit).all()
+    assert torch.equal(packed.unpack(torch.float32).cpu().double(), weight)
+    assert torch.equal(packed.unpack(torch.bfloat16).cpu(), packed.cpu().unpack(torch.bfloat16))
+
+
+@cuda
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_unpack_and_embedding_on_cuda(rows: int, cols: int) -> None:
     dense = nn.Embedding(rows, cols, dtype=torch.bfloat16)
     dense.weight.data = weight_of(rows, cols)

@@ -10,15 +10,15 @@ use std::sync::Mutex;
 use half::bf16;
 use infold::codec::*;
 use infold::cuda::launch::{self, Launch, MAX_FUSED_ROWS};
-use infold::cuda::params::{Escape, WindowEmbedding, WindowLinear, WindowUnpack, WindowWeight};
-use infold::cuda::weight::{Parts, from_window, header, to_window};
+use infold::cuda::params::{Escape, Head, Linear, Unpack, Weight};
+use infold::cuda::weight::{Kind, Parts, Tables, from_device, to_device};
 use infold::parallel::{Serial, Threads};
 use support::*;
 
 unsafe extern "C" {
     fn infold_emulate(kernel: *const std::ffi::c_char, blocks: u32, threads: u32, parameters: *const u8) -> bool;
     fn infold_parameter_sizes(sizes: *mut [usize; 5]);
-    fn infold_parameter_fields(linear: *mut WindowLinear, unpack: *mut WindowUnpack, embedding: *mut WindowEmbedding);
+    fn infold_parameter_fields(linear: *mut Linear, unpack: *mut Unpack);
 }
 
 /// Runs a kernel as the driver would.
@@ -34,25 +34,66 @@ fn emulate<P>(launch: Launch<P>) {
     assert!(found, "no kernel {}", launch.kernel);
 }
 
-/// A payload where the device would put it: loads of four words have to be aligned.
+/// A weight where the device would have it: loads of four words have to be aligned.
 struct Device {
+    tables: Tables,
     words: Vec<u128>,
-    parts: Parts,
+    payload: Vec<u8>,
+    scales: Vec<f32>,
+    half_scales: Vec<bf16>,
 }
 
 impl Device {
-    fn new(payload: &[u8], rows: usize, cols: usize) -> Self {
+    fn new(packed: &Packed) -> infold::Result<Self> {
+        let (payload, tables) = to_device(&open(packed), &Serial)?;
         let mut words = vec![0u128; payload.len().div_ceil(16)];
         for (word, bytes) in words.iter_mut().zip(payload.chunks(16)) {
             let mut whole = [0; 16];
             whole[..bytes.len()].copy_from_slice(bytes);
             *word = u128::from_le_bytes(whole);
         }
-        Self { words, parts: Parts::new(rows, cols) }
+        let tables = Tables::parse(&tables).unwrap()?;
+        let half_scales = to_bf16(&packed.scales);
+        Ok(Self { tables, words, payload, scales: packed.scales.clone(), half_scales })
     }
 
-    fn weight(&self) -> WindowWeight {
-        self.parts.weight(self.words.as_ptr().cast())
+    fn kind(&self) -> Kind {
+        self.tables.kind
+    }
+
+    /// With scales as f32 or bf16, which hold them alike where there are several.
+    fn weight(&self, half_scales: bool) -> Weight {
+        let geometry = self.tables.header.geometry;
+        let weight = Parts::new(self.kind(), geometry.rows, geometry.cols).weight(self.words.as_ptr().cast());
+        let scales_are_bf16 = half_scales && self.scales.len() > 1;
+        let scales = match (self.scales.is_empty(), scales_are_bf16) {
+            (true, _) => std::ptr::null(),
+            (_, true) => self.half_scales.as_ptr().cast(),
+            _ => self.scales.as_ptr().cast(),
+        };
+        let (rows, groups) = self.tables.header.scale_grid.shape(geometry).unwrap_or((0, 0));
+        let scale_stride = if rows > 1 { groups as i32 } else { 0 };
+        Weight { scales, scales_are_bf16: scales_are_bf16.into(), scale_stride, ..weight }
+    }
+
+    fn back(&self) -> infold::Result<Packed> {
+        let packed = from_device(&self.payload, &self.tables, &Threads(2))?;
+        Ok(Packed { scales: self.scales.clone(), ..packed })
+    }
+
+    /// The dense weight, or some rows of it, as bfloat16 and as f32.
+    fn unpack(&self, indices: Option<&[i64]>, skip: usize) -> (Vec<bf16>, Vec<f32>) {
+        let geometry = self.tables.header.geometry;
+        let count = indices.map_or(geometry.rows, <[i64]>::len) * geometry.cols;
+        let mut halves = Shifted::new(count, skip);
+        let mut floats = vec![0f32; count];
+        for (out, out_is_bf16) in [(halves.pointer().cast(), 1), (floats.as_mut_ptr().cast(), 0)] {
+            let weight = self.weight(out_is_bf16 == 1);
+            let pointer = indices.map_or(std::ptr::null(), <[i64]>::as_ptr);
+            let parameters = Unpack { weight, indices: pointer, out, out_is_bf16 };
+            emulate(launch::unpack(self.kind(), parameters, indices.map(|indices| indices.len() as u32)));
+        }
+        (halves.get(count), floats)
     }
 }
 
@@ -67,15 +108,6 @@ impl Shifted {
         Self { words: vec![0; (count + skip).div_ceil(8) + 1], skip }
     }
 
-    fn of(values: &[bf16], skip: usize) -> Self {
-        let mut shifted = Self::new(values.len(), skip);
-        for (index, value) in values.iter().enumerate() {
-            // SAFETY: room for as many values behind the ones that are skipped.
-            unsafe { *shifted.pointer().add(index) = value.to_bits() };
-        }
-        shifted
-    }
-
     fn pointer(&mut self) -> *mut u16 {
         self.words.as_mut_ptr().cast::<u16>().wrapping_add(self.skip)
     }
@@ -86,21 +118,46 @@ impl Shifted {
     }
 }
 
+/// Values after which there is no memory: what reads beyond them ends the test.
+struct Guarded {
+    start: *mut libc::c_void,
+    bytes: usize,
+    pages: usize,
+}
+
+impl Guarded {
+    const PAGE: usize = 4096;
+
+    fn new(values: &[bf16]) -> Self {
+        let bytes = size_of_val(values);
+        let pages = bytes.next_multiple_of(Self::PAGE);
+        // SAFETY: new memory, the last page of which is taken away; the values fit before it.
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            let start = libc::mmap(std::ptr::null_mut(), pages + Self::PAGE, access, flags, -1, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            assert_eq!(libc::mprotect(start.byte_add(pages), Self::PAGE, libc::PROT_NONE), 0);
+            std::ptr::copy_nonoverlapping(values.as_ptr().cast(), start.byte_add(pages - bytes), bytes);
+            start
+        };
+        Self { start, bytes, pages }
+    }
+
+    fn pointer(&self) -> *const u16 {
+        self.start.cast::<u8>().wrapping_add(self.pages - self.bytes).cast()
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        // SAFETY: what `new` mapped.
+        unsafe { libc::munmap(self.start, self.pages + Self::PAGE) };
+    }
+}
+
 fn bits(values: &[bf16]) -> Vec<u16> {
     values.iter().map(|value| value.to_bits()).collect()
-}
-
-fn window_of(values: &[bf16], rows: usize, cols: usize) -> (Packed, Vec<u8>, Vec<u8>) {
-    let packed = pack_lossless(Weights::Bf16(values), rows, cols, &Serial).unwrap();
-    let (payload, tables) = to_window(&open(&packed), &Serial).unwrap();
-    (packed, payload, tables)
-}
-
-fn unpacked(payload: &[u8], rows: usize, cols: usize, skip: usize) -> Vec<bf16> {
-    let device = Device::new(payload, rows, cols);
-    let mut out = Shifted::new(rows * cols, skip);
-    emulate(launch::unpack(WindowUnpack { weight: device.weight(), out: out.pointer() }));
-    out.get(rows * cols)
 }
 
 /// Every bfloat16, and 63 times as many of the sixteen exponents from `base` on.
@@ -115,28 +172,22 @@ fn parameters_lie_where_the_kernels_expect_them() {
     let mut sizes = [0; 5];
     // SAFETY: five sizes.
     unsafe { infold_parameter_sizes(&mut sizes) };
-    let own = [
-        size_of::<Escape>(),
-        size_of::<WindowWeight>(),
-        size_of::<WindowLinear>(),
-        size_of::<WindowUnpack>(),
-        size_of::<WindowEmbedding>(),
-    ];
+    let own = [size_of::<Escape>(), size_of::<Head>(), size_of::<Weight>(), size_of::<Linear>(), size_of::<Unpack>()];
     assert_eq!(own, sizes);
-    let (mut linear, mut unpack, mut embedding) = (MaybeUninit::uninit(), MaybeUninit::uninit(), MaybeUninit::uninit());
+    let (mut linear, mut unpack) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     // SAFETY: every field is written.
-    let (linear, unpack, embedding) = unsafe {
-        infold_parameter_fields(linear.as_mut_ptr(), unpack.as_mut_ptr(), embedding.as_mut_ptr());
-        (linear.assume_init(), unpack.assume_init(), embedding.assume_init())
+    let (linear, unpack) = unsafe {
+        infold_parameter_fields(linear.as_mut_ptr(), unpack.as_mut_ptr());
+        (linear.assume_init(), unpack.assume_init())
     };
-    let weight = |w: &WindowWeight| {
-        let pointers = [w.base as usize, w.tiles as usize, w.escape_starts as usize, w.escapes as usize];
-        (pointers, w.rows, w.cols)
-    };
-    let expected = ([1, 2, 3, 4], 5, 6);
-    assert_eq!([weight(&linear.weight), weight(&unpack.weight), weight(&embedding.weight)], [expected; 3]);
-    assert_eq!([linear.x as usize, linear.bias as usize, linear.y as usize, linear.batch as usize], [7, 8, 9, 10]);
-    assert_eq!([unpack.out as usize, embedding.indices as usize, embedding.out as usize], [7, 7, 8]);
+    for w in [linear.weight, unpack.weight] {
+        let pointers = [w.head as usize, w.values as usize, w.tiles as usize, w.escape_starts as usize];
+        assert_eq!(pointers, [1, 2, 3, 4]);
+        assert_eq!([w.escapes as usize, w.scales as usize], [5, 6]);
+        assert_eq!([w.scales_are_bf16, w.scale_stride, w.rows, w.cols], [7, 8, 9, 10]);
+    }
+    assert_eq!([linear.x as usize, linear.bias as usize, linear.y as usize, linear.batch as usize], [11, 12, 13, 14]);
+    assert_eq!([unpack.indices as usize, unpack.out as usize, unpack.out_is_bf16 as usize], [11, 12, 13]);
 }
 
 #[test]
@@ -144,10 +195,10 @@ fn every_bf16_comes_back() {
     for base in [0, 1, 112, 239, 240] {
         let values = all_bits(base);
         let (rows, cols) = (1024, values.len() / 1024);
-        let (packed, payload, tables) = window_of(&values, rows, cols);
-        assert!(bits(&unpacked(&payload, rows, cols, 0)) == bits(&values), "base {base}");
-        let back = from_window(&payload, header(&tables).unwrap().unwrap(), &Threads(2)).unwrap();
-        assert!(back == packed, "base {base}");
+        let packed = pack_lossless(Weights::Bf16(&values), rows, cols, &Serial).unwrap();
+        let device = Device::new(&packed).unwrap();
+        assert!(bits(&device.unpack(None, 0).0) == bits(&values), "base {base}");
+        assert!(device.back().unwrap() == packed, "base {base}");
     }
 }
 
@@ -155,40 +206,154 @@ fn every_bf16_comes_back() {
 fn other_weights_are_refused() {
     let mut random = Random(7);
     let values = random.normals(64 * 64, 0.05);
-    let ecsq = pack_ecsq(Weights::F32(&values), 64, 64, EcsqTarget::Bits(4.0), &Serial).unwrap();
     let float = pack_lossless(Weights::F32(&values), 64, 64, &Serial).unwrap();
     let zeros: Vec<bf16> = (0..4096).map(|i| bf16::from_f32(if i % 8 == 0 { 0.0 } else { 1.0 })).collect();
     let pruned = pack_lossless(Weights::Bf16(&zeros), 64, 64, &Serial).unwrap();
-    for (packed, expected) in [(ecsq, "lossless bfloat16"), (float, "lossless bfloat16"), (pruned, "sixteen exponents")]
+    for (packed, expected) in [(float, "lossless bfloat16, ecsq, int8 or int4"), (pruned, "outside sixteen exponents")]
     {
-        let error = to_window(&open(&packed), &Serial).unwrap_err().to_string();
+        let error = Device::new(&packed).err().unwrap().to_string();
         assert!(error.contains(expected), "{error}");
     }
+}
+
+/// A weight in each format, most of which have rows and columns that no tile fills.
+fn quantised(format: usize, values: &[f32], rows: usize, cols: usize) -> Packed {
+    let weights = Weights::F32(values);
+    match format {
+        0 => pack_ecsq(weights, rows, cols, EcsqTarget::Bits(3.0), &Serial),
+        1 => pack_ecsq(weights, rows, cols, EcsqTarget::Bits(4.0), &Serial),
+        2 => pack_ecsq(weights, rows, cols, EcsqTarget::Bits(6.0), &Serial),
+        3 => pack_int8(weights, rows, cols, &Serial),
+        _ => pack_int4(weights, rows, cols, 64, &Serial),
+    }
+    .unwrap()
+}
+
+#[test]
+fn every_width_of_codes_is_met() {
+    let mut random = Random(9);
+    let values = random.normals(64 * 256, 0.05);
+    let kinds = [0, 1, 2, 3, 4].map(|format| Device::new(&quantised(format, &values, 64, 256)).unwrap().kind());
+    assert_eq!(kinds, [Kind::Codes4, Kind::Codes5, Kind::Codes8, Kind::Codes8, Kind::Codes4]);
 }
 
 #[test]
 fn damage_is_an_error_or_other_numbers() {
     let mut random = Random(8);
-    let values = to_bf16(&random.normals(40 * 100, 0.05));
-    let (_, payload, tables) = window_of(&values, 40, 100);
-    let header = || header(&tables).unwrap().unwrap();
-    for cut in (0..payload.len()).step_by(61) {
-        assert!(from_window(&payload[..cut], header(), &Serial).is_err(), "{cut}");
+    let values = random.normals(40 * 100, 0.05);
+    let lossless = pack_lossless(Weights::Bf16(&to_bf16(&values)), 40, 100, &Serial).unwrap();
+    for packed in [lossless, quantised(1, &values, 40, 100), quantised(4, &values, 40, 100)] {
+        let (payload, tables) = to_device(&open(&packed), &Serial).unwrap();
+        let parsed = Tables::parse(&tables).unwrap().unwrap();
+        for cut in (0..payload.len()).step_by(61) {
+            assert!(from_device(&payload[..cut], &parsed, &Serial).is_err(), "{cut}");
+        }
+        for bit in (0..8 * payload.len()).step_by(101) {
+            let mut payload = payload.clone();
+            payload[bit / 8] ^= 1 << (bit % 8);
+            let _ = from_device(&payload, &parsed, &Serial);
+        }
+        for bit in 0..8 * tables.len() {
+            let mut tables = tables.clone();
+            tables[bit / 8] ^= 1 << (bit % 8);
+            if let Some(Ok(tables)) = Tables::parse(&tables) {
+                let _ = from_device(&payload, &tables, &Serial);
+            }
+        }
     }
-    for bit in (0..8 * payload.len()).step_by(101) {
-        let mut payload = payload.clone();
-        payload[bit / 8] ^= 1 << (bit % 8);
-        let _ = from_window(&payload, header(), &Serial);
+}
+
+/// x (batch by columns) times a dense weight transposed, and the sums of the terms' magnitudes.
+fn products(x: &[bf16], weight: &[f64], batch: usize, rows: usize, cols: usize) -> Vec<(f64, f64)> {
+    let term = |n: usize, row: usize, k: usize| weight[row * cols + k] * x[n * cols + k].to_f64();
+    let sums = |n: usize, row: usize| {
+        (0..cols).map(|k| term(n, row, k)).fold((0.0, 0.0), |(sum, scale), term| (sum + term, scale + term.abs()))
+    };
+    (0..batch * rows).map(|index| sums(index / rows, index % rows)).collect()
+}
+
+/// The values of levels before their scales, or the floats of a lossless weight.
+fn unscaled(packed: &Packed) -> Vec<f32> {
+    let mut out = vec![0f32; packed.header.geometry.elements()];
+    let ones = vec![1f32; packed.scales.len()];
+    open(packed).unpack(Scales::Real(&ones), &mut out, &Serial).unwrap();
+    out
+}
+
+/// Compares the fused product with float64.
+fn check_product(
+    device: &Device,
+    packed: &Packed,
+    batch: usize,
+    with_bias: bool,
+    half_scales: bool,
+    random: &mut Random,
+) -> Result<(), proptest::test_runner::TestCaseError> {
+    let Geometry { rows, cols, .. } = packed.header.geometry;
+    let x = to_bf16(&random.normals(batch * cols, 1.0));
+    let bias = to_bf16(&random.normals(rows, 1.0));
+    let (guarded, mut y) = (Guarded::new(&x), Shifted::new(batch * rows, 0));
+    let parameters = Linear {
+        weight: device.weight(half_scales),
+        x: guarded.pointer(),
+        bias: if with_bias { bias.as_ptr().cast() } else { std::ptr::null() },
+        y: y.pointer(),
+        batch: batch as i32,
+    };
+    let mut launched = launch::linear(device.kind(), parameters);
+    // As where there are more stripes than blocks.
+    launched.blocks = launched.blocks.min(3);
+    emulate(launched);
+    let points = unscaled(packed);
+    let dense: Vec<f64> = unpack::<f32>(packed)
+        .iter()
+        .zip(&points)
+        .map(|(&value, &point)| {
+            // In the product a level's value is rounded to bfloat16 before its scale; one that has no code is not.
+            let codes = device.tables.lo..device.tables.lo + device.kind().values() as i32;
+            let is_code = device.kind() != Kind::Window && codes.contains(&(point.round() as i32));
+            let rounded = if is_code { bf16::from_f32(point).to_f32() } else { point };
+            if point == 0.0 { 0.0 } else { f64::from(value) / f64::from(point) * f64::from(rounded) }
+        })
+        .collect();
+    let sums = products(&x, &dense, batch, rows, cols);
+    for (index, (y, (mut sum, mut scale))) in y.get(batch * rows).into_iter().zip(sums).enumerate() {
+        if with_bias {
+            sum += bias[index % rows].to_f64();
+            scale += bias[index % rows].to_f64().abs();
+        }
+        // Sums in float32, rounded to bfloat16 once.
+        let limit = scale * f64::from(f32::EPSILON) * 16.0 + sum.abs() / 256.0 + 1e-30;
+        proptest::prop_assert!((y.to_f64() - sum).abs() <= limit, "{} {} {}", index, y, sum);
+    }
+    Ok(())
+}
+
+#[test]
+fn wide_weights_take_each_warp_several_times() {
+    let mut random = Random(10);
+    let (rows, cols) = (40, 64 * 37 + 13);
+    let values = random.normals(rows * cols, 0.05);
+    for format in 0..=5 {
+        let packed = match format {
+            5 => pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap(),
+            _ => quantised(format, &values, rows, cols),
+        };
+        let device = Device::new(&packed).unwrap();
+        for batch in [3, 8, 9, 16] {
+            check_product(&device, &packed, batch, true, false, &mut random).unwrap();
+        }
     }
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(48))]
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
 
-    /// From any layout of the codec to the device and back; and the product there.
+    /// From any layout of the codec to the device and back; and unpacking, embedding and the product there.
     #[test]
     fn the_codecs_weight_and_its_product(
         seed: u64,
+        format in 0usize..8,
         rows in 1usize..100,
         cols in 1usize..300,
         batch in 1usize..=MAX_FUSED_ROWS,
@@ -197,53 +362,36 @@ proptest::proptest! {
         fast: bool,
     ) {
         let mut random = Random(seed);
-        let mut values = to_bf16(&random.normals(rows * cols, 0.05));
-        if rows * cols >= 256 {
-            values[0] = bf16::from_bits(0x8000);
-            values[rows * cols / 2] = bf16::from_f32(-1e20);
+        let mut values = random.normals(rows * cols, 0.05);
+        if rows * cols >= 1024 {
+            values[1] = -0.0;
+            values[rows * cols / 2] = if format >= 5 { -1e20 } else { 1.5 };
         }
-        let compact = pack_lossless(Weights::Bf16(&values), rows, cols, &Serial).unwrap();
+        let compact = if format < 5 {
+            quantised(format, &values, rows, cols)
+        } else {
+            pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap()
+        };
         let packed = if fast { in_layout(&compact, Layout::Fast) } else { compact.clone() };
-        // So few weights may have more exponents than the window.
-        let Ok((payload, tables)) = to_window(&open(&packed), &Serial) else {
-            proptest::prop_assert!(rows * cols < 1000);
+        // So few weights may have more exponents than the window, or be stored as float32.
+        let Ok(device) = Device::new(&packed) else {
+            proptest::prop_assert!(rows * cols < 1024);
             return Ok(());
         };
-        let back = from_window(&payload, header(&tables).unwrap().unwrap(), &Serial).unwrap();
-        proptest::prop_assert_eq!(&back, &compact);
-        proptest::prop_assert_eq!(bits(&unpacked(&payload, rows, cols, skip)), bits(&values));
+        proptest::prop_assert_eq!(&device.back().unwrap(), &compact);
 
-        let device = Device::new(&payload, rows, cols);
+        let (expected_halves, expected) = (unpack::<bf16>(&compact), unpack::<f32>(&compact));
+        let (halves, floats) = device.unpack(None, skip);
+        proptest::prop_assert_eq!(bits(&halves), bits(&expected_halves));
+        proptest::prop_assert_eq!(&floats, &expected);
         let indices: Vec<i64> = (0..7).map(|i| (seed.wrapping_mul(31 + i) % rows as u64) as i64).collect();
-        let mut out = Shifted::new(indices.len() * cols, skip);
-        let parameters = WindowEmbedding { weight: device.weight(), indices: indices.as_ptr(), out: out.pointer() };
-        emulate(launch::embedding(parameters, indices.len() as u32));
-        let expected: Vec<bf16> =
-            indices.iter().flat_map(|&i| values[i as usize * cols..(i as usize + 1) * cols].to_vec()).collect();
-        proptest::prop_assert_eq!(bits(&out.get(indices.len() * cols)), bits(&expected));
+        let rows_of = |i: &i64| *i as usize * cols..(*i as usize + 1) * cols;
+        let (halves, floats) = device.unpack(Some(&indices), skip);
+        let picked: Vec<bf16> = indices.iter().flat_map(|i| expected_halves[rows_of(i)].to_vec()).collect();
+        proptest::prop_assert_eq!(bits(&halves), bits(&picked));
+        let picked: Vec<f32> = indices.iter().flat_map(|i| expected[rows_of(i)].to_vec()).collect();
+        proptest::prop_assert_eq!(floats, picked);
 
-        let x = to_bf16(&random.normals(batch * cols, 1.0));
-        let bias = to_bf16(&random.normals(rows, 1.0));
-        let (mut shifted, mut y) = (Shifted::of(&x, skip), Shifted::new(batch * rows, skip));
-        let parameters = WindowLinear {
-            weight: device.weight(),
-            x: shifted.pointer(),
-            bias: if with_bias { bias.as_ptr().cast() } else { std::ptr::null() },
-            y: y.pointer(),
-            batch: batch as i32,
-        };
-        emulate(launch::linear(parameters));
-        for (index, y) in y.get(batch * rows).into_iter().enumerate() {
-            let (n, row) = (index / rows, index % rows);
-            let terms = (0..cols).map(|k| values[row * cols + k].to_f64() * x[n * cols + k].to_f64());
-            let (mut expected, mut scale) = terms.fold((0.0, 0.0), |(sum, scale), term| (sum + term, scale + term.abs()));
-            if with_bias {
-                expected += bias[row].to_f64();
-                scale += bias[row].to_f64().abs();
-            }
-            // Sums in float32, rounded to bfloat16 once.
-            let limit = scale * f64::from(f32::EPSILON) * 16.0 + expected.abs() / 256.0 + 1e-30;
-            proptest::prop_assert!((y.to_f64() - expected).abs() <= limit, "{} {} {}", index, y, expected);
-        }
+        check_product(&device, &compact, batch, with_bias, fast, &mut random)?;
     }
 }

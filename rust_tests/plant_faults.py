@@ -15,18 +15,38 @@ ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "faults"
 PARTS = ("src", "cuda", "rust_tests", "benchmarks", "build.rs", "Cargo.toml", "Cargo.lock")
 
-WINDOW, TILE = "cuda/window.cuh", "cuda/window_tile.cuh"
-LINEAR, UNPACK = "cuda/linear_window.cu", "cuda/unpack_window.cu"
+WINDOW, CODES, LAYOUTS = "cuda/window.cuh", "cuda/codes.cuh", "cuda/layouts.cuh"
+LINEAR, UNPACK = "cuda/linear.cu", "cuda/unpack.cu"
 LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
+LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
 #: (what, file, code, code with the fault).
 FAULTS = (
-    ("word order of a tile", TILE, "word_index(lane, 4 * quad)", "word_index(lane ^ 1, 4 * quad)"),
-    ("a step's words", TILE, "word(2 * step + 1), word(kRestWords", "word(2 * step), word(kRestWords"),
+    ("word order of a window's tile", LAYOUTS, "word_index(lane, 4 * quad)", "word_index(lane ^ 1, 4 * quad)"),
+    ("a window's words", LAYOUTS, "tile.word(2 * step + 1), tile", "tile.word(2 * step), tile"),
     ("mask of signs and mantissas", WINDOW, "kRestMask = 0x807f807f", "kRestMask = 0x807f803f"),
     ("exponent of the second register", WINDOW, "exponents << 3 & kExponentMask", "exponents << 4 & kExponentMask"),
     ("exponent of the fourth register", WINDOW, "exponents >> 5 & kExponentMask", "exponents >> 5 & 0x07800700"),
     ("base in the upper half", WINDOW, "base * 0x00800080u", "base * 0x00000080u"),
     ("end of the window", WINDOW, "if (exponent >= kWindow)", "if (exponent > kWindow)"),
+    ("filler of the window", LAYOUTS, "return from_bf16(base & 0xffff)", "return from_bf16(base & 0x7fff) * 2"),
+    ("word order of codes", LAYOUTS, LOAD_CODES, LOAD_CODES.replace("(lane,", "(lane ^ 1,")),
+    ("the fifths' word", LAYOUTS, "kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0", "0"),
+    (
+        "pair of fifths",
+        CODES,
+        "(fifths >> high_shift(step, reg, 0) & 3) << 8",
+        "(fifths >> high_shift(step, reg, 0) & 1) << 8",
+    ),
+    ("half of a pair", CODES, "(pair >> (8 + half) & 1) << 4", "(pair >> 8 & 1) << 4"),
+    (
+        "halves of eight bits",
+        LAYOUTS,
+        "(first & 0xffff) | (second & 0xffff0000)",
+        "(second & 0xffff) | (first & 0xffff0000)",
+    ),
+    ("copies of the table", LAYOUTS, "shared + threadIdx.x % kCopies", "shared + threadIdx.x % kCopies * 2"),
+    ("entries of the table", LAYOUTS, "const uint32_t entry = i / kCopies;", "const uint32_t entry = i % kEntries;"),
+    ("the barrier after the table", LAYOUTS, "__syncthreads();\n  }", "}"),
     ("order of columns", LINEAR, "lane % 4 * 16);", "lane % 4 * 8);"),
     ("pair of x in a step", LINEAR, "x[group].pairs[2 * step + 1]);", "x[group].pairs[2 * step]);"),
     ("rows of x beyond the batch", LINEAR, "if (row >= p.batch || col >= cols)", "if (row > p.batch || col >= cols)"),
@@ -45,26 +65,40 @@ FAULTS = (
         "const int next = tile + kAhead * kWarps;",
         "const int next = tile + kWarps;",
     ),
-    ("place of a sum", LINEAR, "parts[warp][row + i / 2 * 8]", "parts[warp][row + i / 2 * 4]"),
-    ("one warp's part", LINEAR, "for (int part = 0; part < kWarps", "for (int part = 1; part < kWarps"),
-    ("the barrier before the sum", LINEAR, "__syncthreads();\n  const int out_row", "const int out_row"),
-    ("what stands in for an escape", LINEAR, "(from_bf16(escape.bits) - filler_value)", "from_bf16(escape.bits)"),
-    ("escapes of the stripe", LINEAR, "if (escape.row == row) sum +=", "if (escape.row >= row) sum +="),
-    ("the bias", LINEAR, "from_bf16(p.bias[global_row])", "from_bf16(p.bias[out_row])"),
-    ("rows beyond the weight", LINEAR, "global_row >= w.rows ||", ""),
-    ("half of a run", UNPACK, "2 * half + (lower ? 1 : 0)", "2 * half + (lower ? 0 : 1)"),
-    ("last columns of a run", UNPACK, "col + kRun <= cols", "col + kRun - 1 <= cols"),
     (
-        "stripes' escapes when unpacked",
+        "rows' scales",
+        LINEAR,
+        "const int row = stripe * kRows + lane / 4 + i / 2 * 8;",
+        "const int row = stripe * kRows + lane / 4;",
+    ),
+    ("groups' scales", LINEAR, "scale_of(w, row, tile * kCols)", "scale_of(w, row, 0)"),
+    ("sums of the next group", LINEAR, "            sums[group][i] = 0;\n", ""),
+    ("place of a sum", LINEAR, "parts[warp][lane / 4 + i / 2 * 8]", "parts[warp][lane / 4 + i / 2 * 4]"),
+    ("one warp's part", LINEAR, "for (int part = 0; part < kWarps", "for (int part = 1; part < kWarps"),
+    ("the barrier before the sum", LINEAR, "__syncthreads();\n    const int out_row", "const int out_row"),
+    ("the barrier after the sum", LINEAR, "    __syncthreads();\n  }\n}", "  }\n}"),
+    ("what stands in for an escape", LINEAR, "(escape.value - filler)", "escape.value"),
+    ("an escape's scale", LINEAR, "scale_of(w, row, escape.col)", "scale_of(w, row, 0)"),
+    ("the bias", LINEAR, "from_bf16(p.bias[row])", "from_bf16(p.bias[out_row])"),
+    ("rows beyond the weight", LINEAR, "out_row < kRows && row < w.rows && batch", "out_row < kRows && batch"),
+    ("half of a run", UNPACK, "2 * pair + (lower ? 1 : 0)", "2 * pair + (lower ? 0 : 1)"),
+    ("last columns of a run", UNPACK, "col + kRun <= w.cols", "col + kRun - 1 <= w.cols"),
+    (
+        "rows' escapes when unpacked",
         UNPACK,
-        "(first_row + escape.row) * w.cols",
-        "(first_row + escape.row + 1) * w.cols",
+        "put_apart<Layout>(p, static_cast<int>(row)",
+        "put_apart<Layout>(p, static_cast<int>(first_row)",
     ),
     ("lane of an embedding's row", UNPACK, "row % 8 * 4 + part % 4)", "row % 8 * 4 + part % 2)"),
-    ("an embedding's escapes", UNPACK, "if (escape.row == row) out", "if (escape.row != row) out"),
+    (
+        "an embedding's escapes",
+        UNPACK,
+        "put_apart<Layout>(p, static_cast<int>(index), out)",
+        "put_apart<Layout>(p, row, out)",
+    ),
     ("blocks of a launch", LAUNCH, "div_ceil(STRIPE as u32)", "div_ceil(2 * STRIPE as u32)"),
-    ("kernel for a batch", LAUNCH, "batch <= 8", "batch <= 9"),
-    ("where escapes begin", WEIGHT, "self.starts().end.next_multiple_of(HEAD_BYTES)", "self.starts().end"),
+    ("kernel for a batch", LAUNCH, "parameters.batch <= 8", "parameters.batch <= 9"),
+    ("order of escapes", WEIGHT, "start - escapes.len() as u32", "start"),
 )
 
 

@@ -125,8 +125,24 @@ impl<'a> PackedWeight<'a> {
         results.into_iter().collect()
     }
 
+    /// The codes of tile `tile`, row-major.
+    pub(crate) fn tile_codes(&self, tile: usize) -> Result<Vec<u32>> {
+        let (rows, cols) = (self.geometry().rows_of(tile), self.geometry().cols);
+        let mut out = vec![0; rows.len() * cols];
+        let mut decoder = self.tile(tile)?;
+        let mut codes = Aligned([0; BLOCK]);
+        while let Some(shape) = decoder.next_block() {
+            decoder.codes(&mut codes);
+            for lane in 0..shape.lanes {
+                let at = (shape.row - rows.start + lane) * cols + shape.col;
+                fill(&mut out[at..at + shape.cols], &codes[lane..], |code| code);
+            }
+        }
+        Ok(out)
+    }
+
     /// The rows of tile `tile`, as [`PackedWeight::unpack`] gives them.
-    pub(crate) fn unpack_tile<S: Real, O: Scalar>(&self, tile: usize, scales: Scales<S>, out: &mut [O]) -> Result<()> {
+    fn unpack_tile<S: Real, O: Scalar>(&self, tile: usize, scales: Scales<S>, out: &mut [O]) -> Result<()> {
         let geometry = self.geometry();
         let first_row = geometry.rows_of(tile).start;
         let mut decoder = self.tile(tile)?;

@@ -35,5 +35,6 @@ pub(crate) use encode::{Codes, encode_as};
 pub use encode::{Packed, lay_out, pack_lossless};
 pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer, ScaleGrid};
 pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES, MAX_TILE_ROWS};
+pub(crate) use points::Assembly;
 pub use predict::Predictor;
 pub use quantize::{EcsqTarget, pack_ecsq, pack_int4, pack_int8};

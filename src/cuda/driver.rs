@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // the driver's functions
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::sync::Mutex;
 
@@ -35,17 +36,19 @@ fn module(name: &'static str) -> Result<sys::CUmodule> {
     let context = result::ctx::get_current().map_err(failed("the current context"))?;
     let context = context.ok_or_else(|| Error::Cuda("no context is current".into()))? as usize;
     let mut modules = MODULES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let modules = modules.get_or_insert_default();
-    if !modules.contains_key(&context) {
+    let load_all = || {
         let load = |bytes: &'static [u8]| {
             // SAFETY: a whole fatbin, which lives as long as the library.
             let module = unsafe { result::module::load_data(bytes.as_ptr().cast()) };
             module.map(|module| module as usize).map_err(failed("loading the kernels"))
         };
-        let loaded = fatbins().iter().map(|fatbin| load(fatbin.bytes)).collect::<Result<Vec<_>>>()?;
-        modules.insert(context, loaded);
-    }
-    Ok(modules[&context][index] as sys::CUmodule)
+        fatbins().iter().map(|fatbin| load(fatbin.bytes)).collect::<Result<Vec<_>>>()
+    };
+    let loaded = match modules.get_or_insert_default().entry(context) {
+        Entry::Occupied(loaded) => loaded.into_mut(),
+        Entry::Vacant(place) => place.insert(load_all()?),
+    };
+    Ok(loaded[index] as sys::CUmodule)
 }
 
 /// Launches on a stream of the current context, and returns at once.

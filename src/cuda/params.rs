@@ -1,24 +1,39 @@
 //! What kernels are launched with: the structures of `cuda/params.h`, compared with them by the tests.
 
-/// A weight that the window does not hold.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+use std::ffi::c_void;
+
+/// A weight that its layout has no code for.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C)]
 pub struct Escape {
-    /// In its stripe of 16 rows.
-    pub row: u16,
-    /// Of the bfloat16.
-    pub bits: u16,
     pub col: u32,
+    /// Before its scale.
+    pub value: f32,
 }
 
-/// A weight in the window layout, on the device.
+/// What a payload begins with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Head {
+    /// Of the window, or 0.
+    pub base: u32,
+    /// Columns under one scale.
+    pub group_cols: u32,
+    pub unused: [u32; 2],
+}
+
+/// A weight on the device.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct WindowWeight {
-    pub base: *const u32,
+pub struct Weight {
+    pub head: *const Head,
+    pub values: *const f32,
     pub tiles: *const u32,
     pub escape_starts: *const u32,
     pub escapes: *const Escape,
+    pub scales: *const c_void,
+    pub scales_are_bf16: i32,
+    pub scale_stride: i32,
     pub rows: i32,
     pub cols: i32,
 }
@@ -26,27 +41,20 @@ pub struct WindowWeight {
 /// y = x·Wᵀ + bias.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct WindowLinear {
-    pub weight: WindowWeight,
+pub struct Linear {
+    pub weight: Weight,
     pub x: *const u16,
     pub bias: *const u16,
     pub y: *mut u16,
     pub batch: i32,
 }
 
-/// The dense weight.
+/// Rows of the dense weight: those that `indices` name, or all of them if it is null.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct WindowUnpack {
-    pub weight: WindowWeight,
-    pub out: *mut u16,
-}
-
-/// Some rows of it.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct WindowEmbedding {
-    pub weight: WindowWeight,
+pub struct Unpack {
+    pub weight: Weight,
     pub indices: *const i64,
-    pub out: *mut u16,
+    pub out: *mut c_void,
+    pub out_is_bf16: i32,
 }

@@ -1,60 +1,99 @@
-//! A packed weight's form on the GPU: the window layout of `cuda/window.cuh`, made of the canonical form and turned back
-//! into it, exactly.
+//! A packed weight's form on the GPU: a layout of `cuda/window.cuh` or `cuda/codes.cuh`, made of the canonical form and turned
+//! back into it, exactly.
 //!
 //! ```text
-//! payload: base of the window, as four words of which three are zero
-//!          tiles of 16 by 64, 1,536 bytes each, those of a stripe of rows side by side
-//!          where each stripe's escapes begin and the last's end, padded to 16 bytes
-//!          escapes: row in the stripe, bits, column
-//! tables:  magic, then the header of the canonical form
+//! payload: head (base of the window or 0, columns under one scale, two zeros), a word each
+//!          the value of each code, as f32; none in the window
+//!          tiles of 16 by 64 weights, those of a stripe of rows side by side
+//!          where each row's escapes begin and the last's end, padded to 16 bytes
+//!          escapes: column, value before its scale as f32; by row and column
+//! tables:  magic, the layout's number and the level of code 0 or the base (a word each), then the header of the canonical form
 //! ```
-#![allow(unsafe_code)] // the layout is written once, in C++, for the host and the device
+#![allow(unsafe_code)] // the layouts are written once, in C++, for the host and the device
 
 use std::ops::Range;
 
-use half::bf16;
-
-use super::params::{Escape, WindowWeight};
-use crate::codec::{Codes, Dtype, Header, Layout, Packed, PackedWeight, Quantizer, Scales, encode_as};
+use super::params::{Escape, Head, Weight};
+use crate::codec::{Assembly, Codes, Dtype, Element, Header, Layout, Packed, PackedWeight, Quantizer, encode_as};
 use crate::parallel::{Pool, map};
 use crate::{Error, Result};
 
-/// The layout's number, after those of the codec.
-pub const LAYOUT: i64 = 2;
 /// Rows of a tile.
 pub const STRIPE: usize = 16;
 const TILE_COLS: usize = 64;
-const TILE_BYTES: usize = STRIPE * TILE_COLS * 12 / 8;
 const MAGIC: [u8; 4] = *b"INFG";
-const HEAD_BYTES: usize = 16;
+const TABLES_HEAD: usize = 12;
+/// Parts of a payload begin at multiples of a load.
+const ALIGN: usize = 16;
 /// Exponents in the window, of all.
 const WINDOW: usize = 16;
 const EXPONENTS: usize = 256;
-/// At least so many weights to one that is listed apart.
-const ESCAPE_LIMIT: usize = 64;
+/// Levels this far out are counted; farther ones have no code.
+const FARTHEST: i32 = 4096;
+/// At least so many weights to one that has no code, and where a wider code has a better share, so many.
+const LEAST_SHARE: u64 = 64;
+const GOOD_SHARE: u64 = 512;
 
 unsafe extern "C" {
     fn infold_window_encode(
-        weight: *const u16,
+        weights: *const u16,
         rows: i32,
         cols: i32,
         base: u32,
         tiles: *mut u32,
-        escapes: *mut Escape,
+        apart: *mut u32,
     ) -> usize;
-    fn infold_window_decode(tiles: *const u32, rows: i32, cols: i32, base: u32, weight: *mut u16);
+    fn infold_window_decode(tiles: *const u32, rows: i32, cols: i32, base: u32, weights: *mut u16);
+    fn infold_codes_encode(bits: i32, weights: *const u8, rows: i32, cols: i32, tiles: *mut u32) -> bool;
+    fn infold_codes_decode(bits: i32, tiles: *const u32, rows: i32, cols: i32, weights: *mut u8) -> bool;
+}
+
+/// A layout, by its number, which goes on from the codec's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// Lossless bfloat16: signs, mantissas, and four bits of exponent.
+    Window = 2,
+    /// Levels, in codes of so many bits.
+    Codes4 = 3,
+    Codes5 = 4,
+    Codes8 = 5,
+}
+
+impl Kind {
+    const CODES: [Self; 3] = [Self::Codes4, Self::Codes5, Self::Codes8];
+
+    pub fn from_number(number: i64) -> Option<Self> {
+        [Self::Window, Self::Codes4, Self::Codes5, Self::Codes8].into_iter().find(|&kind| kind as i64 == number)
+    }
+
+    /// Bits of a weight.
+    fn bits(self) -> usize {
+        match self {
+            Self::Window => 12,
+            Self::Codes4 => 4,
+            Self::Codes5 => 5,
+            Self::Codes8 => 8,
+        }
+    }
+
+    /// How many codes have a value in a table.
+    pub fn values(self) -> usize {
+        if self == Self::Window { 0 } else { 1 << self.bits() }
+    }
 }
 
 /// Where the parts of a payload lie, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Parts {
+    kind: Kind,
     rows: usize,
     cols: usize,
 }
 
 impl Parts {
-    pub fn new(rows: usize, cols: usize) -> Self {
-        Self { rows, cols }
+    pub fn new(kind: Kind, rows: usize, cols: usize) -> Self {
+        Self { kind, rows, cols }
     }
 
     fn stripes(self) -> usize {
@@ -62,21 +101,25 @@ impl Parts {
     }
 
     fn stripe_bytes(self) -> usize {
-        self.cols.div_ceil(TILE_COLS) * TILE_BYTES
+        self.cols.div_ceil(TILE_COLS) * STRIPE * TILE_COLS * self.kind.bits() / 8
+    }
+
+    fn values(self) -> Range<usize> {
+        size_of::<Head>()..size_of::<Head>() + self.kind.values() * size_of::<f32>()
     }
 
     fn tiles(self, stripe: usize) -> Range<usize> {
-        let start = HEAD_BYTES + stripe * self.stripe_bytes();
+        let start = self.values().end + stripe * self.stripe_bytes();
         start..start + self.stripe_bytes()
     }
 
-    fn starts(self) -> Range<usize> {
-        let start = HEAD_BYTES + self.stripes() * self.stripe_bytes();
-        start..start + 4 * (self.stripes() + 1)
+    /// Where a row's escapes begin.
+    fn start(self, row: usize) -> usize {
+        self.tiles(self.stripes()).start + row * size_of::<u32>()
     }
 
     fn escapes(self) -> usize {
-        self.starts().end.next_multiple_of(HEAD_BYTES)
+        self.start(self.rows + 1).next_multiple_of(ALIGN)
     }
 
     /// The least that a payload takes.
@@ -84,171 +127,283 @@ impl Parts {
         self.escapes()
     }
 
-    /// The kernels' view of a payload at `payload`, which has at least [`Parts::bytes`].
-    pub fn weight(self, payload: *const u8) -> WindowWeight {
+    /// The kernels' view of a payload at `payload`, which has at least [`Parts::bytes`], without scales.
+    pub fn weight(self, payload: *const u8) -> Weight {
         // Only the device reads through these.
         let at = |offset: usize| payload.wrapping_add(offset);
-        WindowWeight {
-            base: payload.cast(),
+        Weight {
+            head: payload.cast(),
+            values: at(self.values().start).cast(),
             tiles: at(self.tiles(0).start).cast(),
-            escape_starts: at(self.starts().start).cast(),
+            escape_starts: at(self.start(0)).cast(),
             escapes: at(self.escapes()).cast(),
+            scales: std::ptr::null(),
+            scales_are_bf16: 0,
+            scale_stride: 0,
             rows: self.rows as i32,
             cols: self.cols as i32,
         }
     }
 }
 
-/// The header of the canonical form, if these are the tables of a device's form.
-pub fn header(tables: &[u8]) -> Option<Result<Header>> {
-    tables.strip_prefix(&MAGIC).map(Header::parse)
+/// What the tables of a device's form say.
+#[derive(Debug, Clone)]
+pub struct Tables {
+    pub kind: Kind,
+    /// The level of code 0, or the window's base.
+    pub lo: i32,
+    /// Of the canonical form.
+    pub header: Header,
 }
 
-/// The rows of a weight's tile.
-fn rows_of(weight: &PackedWeight, tile: usize) -> Result<Vec<bf16>> {
-    let mut rows = vec![bf16::ZERO; weight.geometry().rows_of(tile).len() * weight.geometry().cols];
-    weight.unpack_tile(tile, Scales::Real::<f32>(&[]), &mut rows)?;
-    Ok(rows)
-}
-
-/// The first of the sixteen exponents that the most weights have, and how many have others.
-fn choose_base(counts: &[u64; EXPONENTS]) -> (usize, u64) {
-    let held = |base: usize| counts[base..base + WINDOW].iter().sum::<u64>();
-    // Of equals the highest, so that what stands in for zeros is small only where it must be.
-    let base = (0..=EXPONENTS - WINDOW).max_by_key(|&base| held(base)).unwrap_or(0);
-    (base, counts.iter().sum::<u64>() - held(base))
-}
-
-/// A lossless bfloat16 weight's payload and tables in the window layout. Any other, and one that the window holds too little
-/// of, is an error.
-pub fn to_window(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec<u8>)> {
-    let header = &weight.header;
-    if header.quantizer != Quantizer::Lossless || header.dtype != Dtype::Bf16 {
-        let got = format!("{:?} {:?}", header.quantizer, header.dtype);
-        return Err(Error::argument("layout window", "a lossless bfloat16 weight", got));
+impl Tables {
+    /// None if these are the tables of one of the codec's forms.
+    pub fn parse(bytes: &[u8]) -> Option<Result<Self>> {
+        bytes.starts_with(&MAGIC).then(|| {
+            if bytes.len() < TABLES_HEAD {
+                return Err(Error::corrupt("device tables", "a layout and a header", format!("{} bytes", bytes.len())));
+            }
+            let number = i64::from(word(bytes, 4));
+            let kind = Kind::from_number(number).ok_or_else(|| Error::corrupt("device layout", "2 to 5", number))?;
+            let header = Header::parse(&bytes[TABLES_HEAD..])?;
+            let is_window = header.quantizer == Quantizer::Lossless && header.dtype == Dtype::Bf16;
+            let is_level = matches!(header.element, Element::Level { .. });
+            if header.layout != Layout::Compact || (kind == Kind::Window) != is_window || (is_window == is_level) {
+                return Err(Error::corrupt("device layout", "one for the weight's format", number));
+            }
+            Ok(Self { kind, lo: word(bytes, 8) as i32, header })
+        })
     }
-    let geometry = weight.geometry();
-    let per_tile = map(pool, geometry.tiles(), |tile| -> Result<_> {
-        let mut counts = [0u64; EXPONENTS];
-        for value in rows_of(weight, tile)? {
-            counts[usize::from(value.to_bits() >> 7 & 0xff)] += 1;
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let words = [self.kind as u32, self.lo as u32].map(u32::to_le_bytes);
+        [&MAGIC[..], words.as_flattened(), &self.header.to_bytes()].concat()
+    }
+}
+
+/// The first of `width` neighbours in `counts` that together occur most, and how often others do.
+fn best_run(counts: &[u64], width: usize) -> (usize, u64) {
+    let held = |start: usize| counts[start..start + width].iter().sum::<u64>();
+    let start = (0..=counts.len() - width).max_by_key(|&start| held(start)).unwrap_or(0);
+    (start, counts.iter().sum::<u64>() - held(start))
+}
+
+/// How often each of `size` places that `place` gives codes occurs; codes without one are counted at the end.
+fn count(
+    weight: &PackedWeight,
+    size: usize,
+    pool: &dyn Pool,
+    place: impl Fn(u32) -> Option<usize> + Sync,
+) -> Result<(Vec<u64>, u64)> {
+    let per_tile = map(pool, weight.geometry().tiles(), |tile| -> Result<_> {
+        let mut counts = vec![0u64; size + 1];
+        for code in weight.tile_codes(tile)? {
+            counts[place(code).filter(|&place| place < size).unwrap_or(size)] += 1;
         }
         Ok(counts)
     });
-    let mut counts = [0; EXPONENTS];
-    for tile in per_tile {
-        counts.iter_mut().zip(tile?).for_each(|(total, count)| *total += count);
+    let mut total = vec![0; size + 1];
+    for counts in per_tile {
+        total.iter_mut().zip(counts?).for_each(|(total, count)| *total += count);
     }
-    let (base, outside) = choose_base(&counts);
-    if outside as usize > geometry.elements() / ESCAPE_LIMIT {
-        let got = format!("{outside} of {}", geometry.elements());
-        return Err(Error::argument("layout window", "at most one weight in 64 outside sixteen exponents", got));
-    }
-
-    let parts = Parts::new(geometry.rows, geometry.cols);
-    let encoded = map(pool, geometry.tiles(), |tile| -> Result<_> {
-        let rows = rows_of(weight, tile)?;
-        Ok(rows.chunks(STRIPE * geometry.cols).map(|stripe| encode_stripe(stripe, parts, base)).collect::<Vec<_>>())
-    });
-    let encoded: Vec<_> = encoded.into_iter().collect::<Result<_>>()?;
-    let mut payload = Vec::with_capacity(parts.bytes() + outside as usize * size_of::<Escape>());
-    payload.extend((base as u32).to_le_bytes());
-    payload.resize(HEAD_BYTES, 0);
-    let stripes = || encoded.iter().flatten();
-    stripes().for_each(|(tiles, _)| payload.extend(tiles.iter().flat_map(|word| word.to_le_bytes())));
-    let mut count = 0u32;
-    for (_, escapes) in stripes() {
-        payload.extend(count.to_le_bytes());
-        count += escapes.len() as u32;
-    }
-    payload.extend(count.to_le_bytes());
-    payload.resize(parts.escapes(), 0);
-    for escape in stripes().flat_map(|(_, escapes)| escapes) {
-        payload.extend(escape.row.to_le_bytes());
-        payload.extend(escape.bits.to_le_bytes());
-        payload.extend(escape.col.to_le_bytes());
-    }
-    let canonical = header.origin.as_deref().unwrap_or(header);
-    Ok((payload, [&MAGIC[..], &canonical.to_bytes()].concat()))
+    let outside = total.pop().unwrap_or(0);
+    Ok((total, outside))
 }
 
-fn encode_stripe(rows: &[bf16], parts: Parts, base: usize) -> (Vec<u32>, Vec<Escape>) {
-    let mut tiles = vec![0; parts.stripe_bytes() / size_of::<u32>()];
-    let mut escapes = vec![Escape::default(); rows.len()];
-    let height = rows.len() / parts.cols;
-    // SAFETY: a stripe's rows, room for its tiles, and for an escape each weight.
-    let count = unsafe {
-        infold_window_encode(
-            rows.as_ptr().cast(),
-            height as i32,
-            parts.cols as i32,
-            base as u32,
-            tiles.as_mut_ptr(),
-            escapes.as_mut_ptr(),
-        )
+/// The layout for a weight, and the base of its window or the level of its code 0.
+fn choose(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Kind, i32)> {
+    let (header, elements) = (&weight.header, weight.geometry().elements() as u64);
+    let refused = |outside: u64, codes: &str| {
+        let expected = format!("at most one weight in {LEAST_SHARE} outside {codes}");
+        Err(Error::argument("layout for CUDA", expected, format!("{outside} of {elements}")))
     };
-    escapes.truncate(count);
+    if matches!(header.element, Element::Level { .. }) {
+        let place = |code: u32| usize::try_from((code as i32).checked_add(FARTHEST)?).ok();
+        let (counts, outside) = count(weight, 2 * FARTHEST as usize + 1, pool, place)?;
+        let run = |kind: Kind| {
+            let (start, others) = best_run(&counts, kind.values());
+            (kind, start as i32 - FARTHEST, others + outside)
+        };
+        let runs = Kind::CODES.map(run);
+        let good = runs.iter().find(|(_, _, others)| *others <= elements / GOOD_SHARE);
+        let &(kind, lo, others) = good.unwrap_or(&runs[2]);
+        return if others > elements / LEAST_SHARE { refused(others, "256 levels") } else { Ok((kind, lo)) };
+    }
+    if header.quantizer != Quantizer::Lossless || header.dtype != Dtype::Bf16 {
+        let got = format!("lossless {:?}", header.dtype);
+        return Err(Error::argument("layout for CUDA", "lossless bfloat16, ecsq, int8 or int4", got));
+    }
+    let (counts, _) = count(weight, EXPONENTS, pool, |code| Some((code >> 7 & 0xff) as usize))?;
+    let (base, others) = best_run(&counts, WINDOW);
+    if others > elements / LEAST_SHARE { refused(others, "sixteen exponents") } else { Ok((Kind::Window, base as i32)) }
+}
+
+/// A weight's payload and tables for the device. One that has no layout there is an error.
+pub fn to_device(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec<u8>)> {
+    let (header, geometry) = (&weight.header, weight.geometry());
+    let (kind, lo) = choose(weight, pool)?;
+    let parts = Parts::new(kind, geometry.rows, geometry.cols);
+    let canonical = header.origin.as_deref().unwrap_or(header);
+    let assembly = Assembly::new(canonical);
+    let encoded = map(pool, geometry.tiles(), |tile| -> Result<_> {
+        let codes = weight.tile_codes(tile)?;
+        let stripes = codes.chunks(STRIPE * geometry.cols);
+        Ok(stripes.map(|stripe| encode_stripe(stripe, parts, lo, &assembly)).collect::<Vec<_>>())
+    });
+    let encoded: Vec<_> = encoded.into_iter().collect::<Result<_>>()?;
+    let stripes = || encoded.iter().flatten();
+
+    let mut payload = Vec::with_capacity(parts.bytes());
+    let base = if kind == Kind::Window { lo as u32 } else { 0 };
+    let group_cols = header.scale_grid.group_cols(geometry).max(1) as u32;
+    let mut write = |words: &mut dyn Iterator<Item = u32>| words.for_each(|word| payload.extend(word.to_le_bytes()));
+    write(&mut [base, group_cols, 0, 0].into_iter());
+    write(&mut (0..kind.values()).map(|code| assembly.point(lo.wrapping_add(code as i32) as u32).to_bits()));
+    write(&mut stripes().flat_map(|(tiles, _)| tiles.iter().copied()));
+    let rows = || stripes().flat_map(|(_, rows)| rows);
+    let mut start = 0;
+    write(&mut rows().map(|escapes| {
+        start += escapes.len() as u32;
+        start - escapes.len() as u32
+    }));
+    write(&mut std::iter::once(start));
+    payload.resize(parts.escapes(), 0);
+    for escape in rows().flatten() {
+        payload.extend(escape.col.to_le_bytes());
+        payload.extend(escape.value.to_bits().to_le_bytes());
+    }
+    Ok((payload, Tables { kind, lo, header: canonical.clone() }.to_bytes()))
+}
+
+/// The tiles of a stripe, and each row's escapes.
+fn encode_stripe(codes: &[u32], parts: Parts, lo: i32, assembly: &Assembly) -> (Vec<u32>, Vec<Vec<Escape>>) {
+    let Parts { kind, cols, .. } = parts;
+    let height = codes.len() / cols;
+    let mut tiles = vec![0; parts.stripe_bytes() / size_of::<u32>()];
+    let mut escapes = vec![Vec::new(); height];
+    let mut list = |row: usize, col: usize| {
+        let value = assembly.point(codes[row * cols + col]);
+        escapes[row].push(Escape { col: col as u32, value });
+    };
+    if kind == Kind::Window {
+        let bits: Vec<u16> = codes.iter().map(|&code| code as u16).collect();
+        let mut apart = vec![0u32; bits.len()];
+        // SAFETY: a stripe's rows, room for its tiles, and for a place each weight.
+        let count = unsafe {
+            let (rows, cols) = (height as i32, cols as i32);
+            infold_window_encode(bits.as_ptr(), rows, cols, lo as u32, tiles.as_mut_ptr(), apart.as_mut_ptr())
+        };
+        apart[..count].iter().for_each(|&place| list(place as usize % STRIPE, place as usize / STRIPE));
+    } else {
+        let code = |index: usize| {
+            let code = (codes[index] as i32).wrapping_sub(lo) as u32 as usize;
+            (code < kind.values()).then_some(code as u8)
+        };
+        let bytes: Vec<u8> = (0..codes.len())
+            .map(|index| {
+                code(index).unwrap_or_else(|| {
+                    list(index / cols, index % cols);
+                    0
+                })
+            })
+            .collect();
+        // SAFETY: as above.
+        unsafe {
+            infold_codes_encode(kind.bits() as i32, bytes.as_ptr(), height as i32, cols as i32, tiles.as_mut_ptr());
+        }
+    }
+    escapes.iter_mut().for_each(|row| row.sort_by_key(|escape| escape.col));
     (tiles, escapes)
 }
 
-/// A weight's rows from the window layout.
-struct Window<'a> {
+/// A device's payload, read on the host.
+struct Reader<'a> {
     payload: &'a [u8],
     parts: Parts,
-    base: u32,
+    tables: &'a Tables,
+    assembly: Assembly,
 }
 
-impl<'a> Window<'a> {
-    fn new(payload: &'a [u8], parts: Parts) -> Result<Self> {
-        let corrupt = |what: &str, got: usize| Error::corrupt("window payload", what.to_owned(), got);
+impl<'a> Reader<'a> {
+    fn new(payload: &'a [u8], tables: &'a Tables) -> Result<Self> {
+        let corrupt = |expected: String, got: usize| Err(Error::corrupt("device payload", expected, got));
+        let geometry = tables.header.geometry;
+        let parts = Parts::new(tables.kind, geometry.rows, geometry.cols);
         if payload.len() < parts.bytes() {
-            return Err(corrupt(&format!("at least {} bytes", parts.bytes()), payload.len()));
+            return corrupt(format!("at least {} bytes", parts.bytes()), payload.len());
         }
-        let window = Self { payload, parts, base: word(payload, 0) };
-        let count = window.start(parts.stripes());
-        if window.base as usize > EXPONENTS - WINDOW {
-            return Err(corrupt("a base of at most 240", window.base as usize));
+        let reader = Self { payload, parts, tables, assembly: Assembly::new(&tables.header) };
+        if tables.kind == Kind::Window && !(0..=(EXPONENTS - WINDOW) as i32).contains(&tables.lo) {
+            return corrupt("a base of at most 240".into(), tables.lo as usize);
         }
-        let ordered = (0..parts.stripes()).all(|stripe| window.start(stripe) <= window.start(stripe + 1));
-        if !ordered || payload.len() != parts.escapes() + count * size_of::<Escape>() {
-            return Err(corrupt("escapes as listed", payload.len()));
+        let ordered = (0..parts.rows).all(|row| reader.start(row) <= reader.start(row + 1));
+        let expected = parts.escapes() + reader.start(parts.rows) * size_of::<Escape>();
+        if !ordered || payload.len() != expected {
+            return corrupt(format!("{expected} bytes"), payload.len());
         }
-        Ok(window)
+        Ok(reader)
     }
 
-    fn start(&self, stripe: usize) -> usize {
-        word(self.payload, self.parts.starts().start + 4 * stripe) as usize
+    fn start(&self, row: usize) -> usize {
+        word(self.payload, self.parts.start(row)) as usize
     }
 
-    fn stripe(&self, stripe: usize) -> Vec<u16> {
-        let Parts { rows, cols } = self.parts;
-        let height = (rows - stripe * STRIPE).min(STRIPE);
+    /// The codes of a stripe's rows.
+    fn stripe(&self, stripe: usize) -> Vec<u32> {
+        let Parts { kind, rows, cols } = self.parts;
+        let lo = self.tables.lo;
+        let first = stripe * STRIPE;
+        let height = (rows - first).min(STRIPE);
         let tiles = self.payload[self.parts.tiles(stripe)].as_chunks::<4>().0;
         let tiles: Vec<u32> = tiles.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect();
-        let mut out = vec![0; height * cols];
-        // SAFETY: a stripe's tiles, and room for its rows.
-        unsafe { infold_window_decode(tiles.as_ptr(), height as i32, cols as i32, self.base, out.as_mut_ptr()) };
-        for index in self.start(stripe)..self.start(stripe + 1) {
-            let at = self.parts.escapes() + index * size_of::<Escape>();
-            let (head, col) = (word(self.payload, at), word(self.payload, at + 4) as usize);
-            let row = (head & 0xffff) as usize;
-            // Only a damaged payload lists others.
-            if row < height && col < cols {
-                out[row * cols + col] = (head >> 16) as u16;
+        let mut out: Vec<u32> = if kind == Kind::Window {
+            let mut bits = vec![0u16; height * cols];
+            // SAFETY: a stripe's tiles, and room for its rows.
+            unsafe {
+                infold_window_decode(tiles.as_ptr(), height as i32, cols as i32, lo as u32, bits.as_mut_ptr());
+            }
+            bits.into_iter().map(u32::from).collect()
+        } else {
+            let mut codes = vec![0u8; height * cols];
+            // SAFETY: as above.
+            unsafe {
+                let bits = kind.bits() as i32;
+                infold_codes_decode(bits, tiles.as_ptr(), height as i32, cols as i32, codes.as_mut_ptr());
+            }
+            codes.into_iter().map(|code| lo.wrapping_add(i32::from(code)) as u32).collect()
+        };
+        for row in 0..height {
+            for index in self.start(first + row)..self.start(first + row + 1) {
+                let at = self.parts.escapes() + index * size_of::<Escape>();
+                let (col, value) = (word(self.payload, at) as usize, word(self.payload, at + 4));
+                // Only a damaged payload lists others.
+                if col < cols {
+                    out[row * cols + col] = self.code(f32::from_bits(value));
+                }
             }
         }
         out
     }
+
+    /// The code of a value that is listed apart.
+    fn code(&self, value: f32) -> u32 {
+        if self.tables.kind == Kind::Window {
+            return value.to_bits() >> 16;
+        }
+        // A level's value is within half a step of it.
+        let near = value.round() as i32;
+        let levels = [near, near.saturating_sub(1), near.saturating_add(1)].map(|level| level as u32);
+        levels.into_iter().find(|&level| self.assembly.point(level) == value).unwrap_or(near as u32)
+    }
 }
 
-impl Codes for Window<'_> {
+impl Codes for Reader<'_> {
     fn rows(&self, rows: Range<usize>, out: &mut [u32]) {
         let cols = self.parts.cols;
         for stripe in rows.start / STRIPE..rows.end.div_ceil(STRIPE) {
             let first = stripe * STRIPE - rows.start;
-            let values = self.stripe(stripe);
-            let out = &mut out[first * cols..first * cols + values.len()];
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = u32::from(value));
+            let codes = self.stripe(stripe);
+            out[first * cols..first * cols + codes.len()].copy_from_slice(&codes);
         }
     }
 }
@@ -258,12 +413,8 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes)
 }
 
-/// The canonical form again.
-pub fn from_window(payload: &[u8], header: Header, pool: &dyn Pool) -> Result<Packed> {
-    let geometry = header.geometry;
-    if header.layout != Layout::Compact || header.dtype != Dtype::Bf16 || header.quantizer != Quantizer::Lossless {
-        return Err(Error::corrupt("window tables", "those of a compact, lossless bfloat16 weight", "others"));
-    }
-    let window = Window::new(payload, Parts::new(geometry.rows, geometry.cols))?;
-    encode_as(header, &window, Vec::new(), pool)
+/// The canonical form again, less its scales.
+pub fn from_device(payload: &[u8], tables: &Tables, pool: &dyn Pool) -> Result<Packed> {
+    let reader = Reader::new(payload, tables)?;
+    encode_as(tables.header.clone(), &reader, Vec::new(), pool)
 }

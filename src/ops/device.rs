@@ -1,20 +1,19 @@
 //! Operators on CUDA tensors: a bfloat16 product of few rows is fused, anything else runs on the unpacked weight. Nothing
-//! waits for the device, and only [`lay_out`] reads its memory.
+//! here waits for the device or reads its memory.
 #![allow(unsafe_code)] // launches
 
 use tch::{Device, Kind, Tensor};
 
 use super::Weight;
+use super::tensor::{of_bytes, slice};
 use crate::bridge::current_stream;
 use crate::codec::{Layout, PackedWeight};
 use crate::cuda::driver::{self, Stream};
 use crate::cuda::launch::{self, Launch, MAX_FUSED_ROWS};
-use crate::cuda::params::{WindowEmbedding, WindowLinear, WindowUnpack, WindowWeight};
-use crate::cuda::weight::{self, Parts};
+use crate::cuda::params::{self, Linear, Unpack};
+use crate::cuda::weight::{self, Kind as DeviceKind, Parts, Tables};
 use crate::parallel::Pool;
 use crate::{Error, Result};
-
-use super::tensor::{of_bytes, slice};
 
 /// Whether a tensor is on a GPU.
 pub fn is_cuda(tensor: &Tensor) -> bool {
@@ -30,14 +29,14 @@ fn pointer(tensor: &Tensor, what: &'static str, kind: Kind, device: Device) -> R
     Ok(tensor.data_ptr().cast())
 }
 
-/// The kernels' view of a weight.
-fn window(weight: &Weight) -> Result<WindowWeight> {
-    if weight.layout != weight::LAYOUT {
-        let expected = "2 (window) on CUDA: infold.prepare makes it of lossless bfloat16 weights";
-        return Err(Error::argument("layout", expected, weight.layout));
-    }
-    let parts = Parts::new(weight.out_features as usize, weight.in_features as usize);
-    let payload: *const u8 = pointer(&weight.payload, "payload", Kind::Uint8, weight.payload.device())?.cast();
+/// A weight's layout and the kernels' view of it. The scales are theirs as long as the second result lives.
+fn open(weight: &Weight) -> Result<(DeviceKind, params::Weight, Option<Tensor>)> {
+    let kind = DeviceKind::from_number(weight.layout);
+    let kind =
+        kind.ok_or_else(|| Error::argument("layout", "2 to 5 on CUDA, as infold.prepare makes it", weight.layout))?;
+    let device = weight.payload.device();
+    let parts = Parts::new(kind, weight.out_features as usize, weight.in_features as usize);
+    let payload: *const u8 = pointer(&weight.payload, "payload", Kind::Uint8, device)?.cast();
     if weight.payload.numel() < parts.bytes() {
         return Err(Error::corrupt("payload", format!("at least {} bytes", parts.bytes()), weight.payload.numel()));
     }
@@ -48,7 +47,24 @@ fn window(weight: &Weight) -> Result<WindowWeight> {
             "a view of other memory",
         ));
     }
-    Ok(parts.weight(payload))
+    let mut view = parts.weight(payload);
+    let Some(scales) = weight.scales.as_ref().filter(|scales| scales.numel() > 0) else {
+        return Ok((kind, view, None));
+    };
+    let half = scales.f_kind()? == Kind::BFloat16;
+    let scale_kind = if half { Kind::BFloat16 } else { Kind::Float };
+    let scales = scales.f_to_kind(scale_kind)?.f_contiguous()?;
+    let (rows, groups) = match scales.size()[..] {
+        [rows, groups] if rows == 1 || rows == weight.out_features => (rows, groups),
+        _ => {
+            let expected = format!("1 or {} rows", weight.out_features);
+            return Err(Error::argument("scales", expected, format!("shape {:?}", scales.size())));
+        }
+    };
+    view.scales = pointer(&scales, "scales", scale_kind, device)?.cast();
+    view.scales_are_bf16 = half.into();
+    view.scale_stride = if rows > 1 { groups as i32 } else { 0 };
+    Ok((kind, view, Some(scales)))
 }
 
 /// Launches on PyTorch's current stream of the weight's device.
@@ -73,68 +89,67 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, rows: usize, y
     if rows == 0 {
         return Ok(());
     }
-    let parameters = WindowLinear {
-        weight: window(weight)?,
+    let (layout, view, _scales) = open(weight)?;
+    let parameters = Linear {
+        weight: view,
         x: pointer(&x, "x", Kind::BFloat16, device)?,
         bias: bias.unwrap_or(std::ptr::null_mut()),
         y: pointer(y, "y", Kind::BFloat16, device)?,
         batch: rows as i32,
     };
-    run(weight, &launch::linear(parameters))
+    run(weight, &launch::linear(layout, parameters))
 }
 
-/// The dense weight in `out`'s dtype.
-pub fn unpack(weight: &Weight, out: &mut Tensor) -> Result<()> {
-    let device = weight.payload.device();
-    if out.kind() != Kind::BFloat16 {
-        let mut dense = Tensor::f_empty([weight.out_features, weight.in_features], (Kind::BFloat16, device))?;
-        unpack(weight, &mut dense)?;
-        out.f_copy_(&dense)?;
+/// Rows of the dense weight in `out`'s dtype: those that `indices` (int64) name, or all of them.
+pub fn unpack(weight: &Weight, indices: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+    let (device, kind) = (weight.payload.device(), out.kind());
+    if !matches!(kind, Kind::BFloat16 | Kind::Float) {
+        let mut floats = Tensor::f_empty(out.size(), (Kind::Float, device))?;
+        unpack(weight, indices, &mut floats)?;
+        out.f_copy_(&floats)?;
         return Ok(());
     }
-    let out = pointer(out, "out", Kind::BFloat16, device)?;
-    run(weight, &launch::unpack(WindowUnpack { weight: window(weight)?, out }))
-}
-
-/// W[indices] in `out`'s dtype; `indices` are int64.
-pub fn embedding(indices: &Tensor, weight: &Weight, out: &mut Tensor) -> Result<()> {
-    let device = weight.payload.device();
-    if out.kind() != Kind::BFloat16 {
-        let mut rows = Tensor::f_empty(out.size(), (Kind::BFloat16, device))?;
-        embedding(indices, weight, &mut rows)?;
-        out.f_copy_(&rows)?;
-        return Ok(());
-    }
-    let count =
-        u32::try_from(indices.numel()).map_err(|_| Error::argument("indices", "below 2^32", indices.numel()))?;
-    let parameters = WindowEmbedding {
-        weight: window(weight)?,
-        indices: pointer(indices, "indices", Kind::Int64, device)?.cast(),
-        out: pointer(out, "out", Kind::BFloat16, device)?,
+    let numel = indices.map(|indices| indices.numel());
+    let count = numel.map(|count| u32::try_from(count).map_err(|_| Error::argument("indices", "below 2^32", count)));
+    let indices = indices.map(|indices| pointer(indices, "indices", Kind::Int64, device)).transpose()?;
+    let (layout, view, _scales) = open(weight)?;
+    let parameters = Unpack {
+        weight: view,
+        indices: indices.map_or(std::ptr::null(), |indices| indices.cast_const().cast()),
+        out: pointer(out, "out", kind, device)?.cast(),
+        out_is_bf16: (kind == Kind::BFloat16).into(),
     };
-    run(weight, &launch::embedding(parameters, count))
+    run(weight, &launch::unpack(layout, parameters, count.transpose()?))
 }
 
-/// Lays a weight out for its device, or takes a device's form back; `tensors` (payload, directory, tables) and the results
-/// are on the CPU. None for any other change of layout.
+/// Refuses the gradient of scales on CUDA.
+pub fn refuse_scale_gradient(weight: &Weight) -> Result<()> {
+    if is_cuda(&weight.payload) {
+        return Err(Error::argument("weight", "one on the CPU, for scales do not train on CUDA", "one on CUDA"));
+    }
+    Ok(())
+}
+
+/// Lays a weight out for its device (any of the device's numbers), or takes a device's form back; `tensors` (payload,
+/// directory, tables) and the results are on the CPU. None for a change between the codec's layouts.
 pub fn lay_out(tensors: [&Tensor; 3], layout: i64, pool: &dyn Pool) -> Result<Option<Vec<Tensor>>> {
     let [payload, directory, tables] = tensors;
-    match (weight::header(slice(tables)?), layout == weight::LAYOUT) {
-        (Some(_), true) => Ok(Some(tensors.map(Tensor::shallow_clone).into())),
-        (None, true) => {
+    match (Tables::parse(slice(tables)?), DeviceKind::from_number(layout)) {
+        (Some(_), Some(_)) => Ok(Some(tensors.map(Tensor::shallow_clone).into())),
+        (None, Some(_)) => {
             let weight = PackedWeight::new(slice(payload)?, slice(directory)?, slice(tables)?)?;
-            let (payload, tables) = weight::to_window(&weight, pool)?;
+            let (payload, tables) = weight::to_device(&weight, pool)?;
             let directory = Tensor::f_empty([0], (Kind::Int, Device::Cpu))?;
             Ok(Some(vec![of_bytes(&payload, pool)?, directory, Tensor::f_from_slice(&tables)?]))
         }
-        (Some(header), false) => {
-            let compact = weight::from_window(slice(payload)?, header?, pool)?;
+        (Some(tables), None) => {
+            let compact = weight::from_device(slice(payload)?, &tables?, pool)?;
             if layout == Layout::Compact as i64 {
                 return Ok(Some(super::pack::without_scales(&compact, pool)?));
             }
             let weight = PackedWeight::new(&compact.payload, &compact.directory, &compact.tables)?;
             Ok(Some(super::pack::without_scales(&super::pack::in_layout(&weight, layout, pool)?, pool)?))
         }
-        (None, false) => Ok(None),
+        (None, None) => Ok(None),
     }
 }

@@ -28,7 +28,7 @@ pub fn forward(indices: &Tensor, weight: &Weight, dtype: i32, pool: &dyn Pool) -
     size.push(weight.in_features);
     let mut out = Tensor::f_empty(size, (kind, weight.payload.device()))?;
     if device::is_cuda(&weight.payload) {
-        device::embedding(&integers(indices)?.f_contiguous()?, weight, &mut out)?;
+        device::unpack(weight, Some(&integers(indices)?.f_contiguous()?), &mut out)?;
         return Ok(out);
     }
     let indices = as_int64(indices)?;
@@ -48,6 +48,7 @@ pub fn scale_gradient(
     shape: &[i64],
     pool: &dyn Pool,
 ) -> Result<Tensor> {
+    device::refuse_scale_gradient(weight)?;
     let compute = compute_kind(float_kind(gradient, "gradient")?);
     let rows = rows_of(gradient, "gradient", weight.in_features)?;
     if rows != indices.numel() {

@@ -85,6 +85,7 @@ pub fn scale_gradient(
     shape: &[i64],
     pool: &dyn Pool,
 ) -> Result<Tensor> {
+    device::refuse_scale_gradient(weight)?;
     let compute = compute_kind(float_kind(gradient, "gradient")?);
     float_kind(x, "x")?;
     let rows = rows_of(gradient, "gradient", weight.out_features)?;

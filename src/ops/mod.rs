@@ -12,7 +12,6 @@ use std::cell::RefCell;
 use tch::{Kind, Tensor};
 
 use crate::codec::{MAX_DIMENSION, PackedWeight, Real, Scales};
-use crate::cuda::weight::LAYOUT;
 use crate::parallel::Pool;
 use crate::{Error, Result};
 use tensor::{Element, contiguous, kind_of, slice, slice_mut};
@@ -92,8 +91,8 @@ impl Weight {
 
     /// Opens the weight and calls `body` with it. The header must agree with the integers.
     fn open_without_scales<R>(&self, body: impl FnOnce(&PackedWeight) -> Result<R>) -> Result<R> {
-        if self.layout == LAYOUT {
-            return Err(Error::argument("layout", "0 (compact) or 1 (fast) on the CPU", "2 (window)"));
+        if crate::cuda::weight::Kind::from_number(self.layout).is_some() {
+            return Err(Error::argument("layout", "0 (compact) or 1 (fast) on the CPU", self.layout));
         }
         let payload = contiguous(&self.payload, "payload", Kind::Uint8)?;
         let directory = contiguous(&self.directory, "directory", Kind::Int)?;
@@ -150,7 +149,7 @@ impl Weight {
     /// Fills `out` (out_features by in_features) with the dense weight.
     fn unpack_into(&self, out: &mut Tensor, pool: &dyn Pool) -> Result<()> {
         if device::is_cuda(&self.payload) {
-            return device::unpack(self, out);
+            return device::unpack(self, None, out);
         }
         let kind = out.kind();
         with_real!(kind, T => self.open::<T, _>(|weight, scales| {
@@ -164,7 +163,7 @@ impl Weight {
         if device::is_cuda(&self.payload) {
             // PyTorch's allocator keeps it, for each stream.
             let mut dense = Tensor::f_empty([self.out_features, self.in_features], (kind, self.payload.device()))?;
-            device::unpack(self, &mut dense)?;
+            device::unpack(self, None, &mut dense)?;
             return body(&dense);
         }
         let kept = SCRATCH.with(|scratch| scratch.borrow_mut().take());

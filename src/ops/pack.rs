@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::device;
 use super::tensor::{contiguous, of_bytes, slice};
 use crate::codec::{self, Codec, Dtype, EcsqTarget, Header, Layout, Packed, PackedWeight, Weights};
-use crate::cuda::weight;
+use crate::cuda::weight::Tables;
 use crate::parallel::Pool;
 use crate::{Error, Result};
 
@@ -85,7 +85,7 @@ pub fn lay_out(
 /// A weight in one of the codec's layouts.
 pub fn in_layout(weight: &PackedWeight, layout: i64, pool: &dyn Pool) -> Result<Packed> {
     let to = u8::try_from(layout).ok().and_then(Layout::from_byte);
-    let to = to.ok_or_else(|| Error::argument("layout", "0 (compact), 1 (fast) or 2 (window)", layout))?;
+    let to = to.ok_or_else(|| Error::argument("layout", "0 (compact), 1 (fast), or 2 to 5 for CUDA", layout))?;
     codec::lay_out(weight, to, pool)
 }
 
@@ -110,8 +110,8 @@ pub fn inspect(
     let payload = contiguous(payload, "payload", Kind::Uint8)?;
     let directory = contiguous(directory, "directory", Kind::Int)?;
     let tables = contiguous(tables, "tables", Kind::Uint8)?;
-    if let Some(header) = weight::header(slice(&tables)?) {
-        return Ok(fields(&header?, Codec::Raw as i64, weight::LAYOUT));
+    if let Some(device) = Tables::parse(slice(&tables)?).transpose()? {
+        return Ok(fields(&device.header, Codec::Raw as i64, device.kind as i64));
     }
     let weight = PackedWeight::new(slice(&payload)?, slice(&directory)?, slice(&tables)?)?;
     if verify {

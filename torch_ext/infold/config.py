@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 Format = Literal["lossless", "ecsq", "int8", "int4"]
-MemoryLayout = Literal["compact", "fast", "window"]
+MemoryLayout = Literal["compact", "fast", "window", "codes4", "codes5", "codes8"]
 Layout = Literal["auto", "compact", "fast"]
 Mode = Literal["fused", "exact"]
 

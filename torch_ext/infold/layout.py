@@ -48,15 +48,16 @@ def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = N
     layout: ``"compact"`` is the smallest form, that of files and state dicts; ``"fast"`` is plain codes, 1.1 to 1.3
         times as large for trained weights; ``"auto"`` measures both on this machine with one row of activations and
         takes the fast one where it is faster and at most 1.3 times the size.
-        On CUDA, ``"auto"`` is the one layout that the kernels there read, ``"window"``: 12 bits a weight, for lossless
-        bfloat16. A layer that was moved to another device is laid out for it at its next forward; call this before a
-        CUDA graph is recorded or a model is compiled.
-    budget: with ``"auto"``, bytes that all packed weights may take on the CPU: fast where it saves the most time a byte.
+        On CUDA, ``"auto"`` is the one that a weight has there: 12 bits a weight for lossless bfloat16 (``"window"``),
+        codes of 4, 5 or 8 bits for the quantised formats. A layer that was moved to another device is laid out for it
+        at its next forward; call this before a CUDA graph is recorded or a model is compiled.
+    budget: with ``"auto"``, bytes that all packed weights may take on the CPU: fast where it saves the most time a
+        byte.
 
     Layers that share a weight keep sharing it. Results do not depend on the layout. As with any change to a module's
     parameters, nobody may run the model meanwhile. Raises ValueError for another layout, for a budget with a layout
-    other than ``"auto"``, where even the compact form of all weights is over the budget, and on CUDA for any weight but
-    a lossless bfloat16 one.
+    other than ``"auto"``, where even the compact form of all weights is over the budget, and on CUDA for a
+    lossless weight that is not bfloat16.
     """
     if layout not in ("auto", "compact", "fast"):
         raise ValueError(f"layout: expected auto, compact or fast, got {layout!r}")
@@ -79,7 +80,7 @@ def prepare_modules(modules: Iterable[PackedModule], layout: Layout, budget: int
     if on_device and layout != "auto":
         raise ValueError(f"layout: expected auto on CUDA, got {layout!r}")
     for group in on_device.values():
-        relay(group, "window")
+        relay(group, "device")
     chosen: dict[int, MemoryLayout] = dict.fromkeys(by_weight, "compact" if layout == "auto" else layout)
     if layout == "auto":
         measured: dict[tuple[object, ...], dict[MemoryLayout, float]] = {}
@@ -97,7 +98,7 @@ def prepare_modules(modules: Iterable[PackedModule], layout: Layout, budget: int
         relay(group, chosen[key])
 
 
-def relay(sharing: list[PackedModule], layout: MemoryLayout) -> None:
+def relay(sharing: list[PackedModule], layout: str) -> None:
     """Lays out the weight that all these modules share."""
     sharing[0].lay_out(layout)
     for module in sharing[1:]:

@@ -12,7 +12,7 @@ from infold.config import FusedConfig, MemoryLayout
 
 QUANTIZERS = ("lossless", "ecsq", "int8", "int4")
 #: By number; those of the CPU first.
-LAYOUTS: tuple[MemoryLayout, ...] = ("compact", "fast", "window")
+LAYOUTS: tuple[MemoryLayout, ...] = ("compact", "fast", "window", "codes4", "codes5", "codes8")
 CPU_LAYOUTS: tuple[MemoryLayout, ...] = LAYOUTS[:2]
 PREDICTORS = ("none", "left", "top", "average", "planar")
 _DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
@@ -69,12 +69,15 @@ def pack(weight: Tensor, config: FusedConfig) -> Packed:
 
 @torch.inference_mode(False)
 def lay_out(packed: Packed, layout: str) -> Packed:
-    """The same weight in another of `LAYOUTS`, exactly, on its device; the scales are those that came.
+    """The same weight in layout ``"compact"``, ``"fast"`` or ``"device"`` (the one of those for CUDA that it has).
 
-    Raises ValueError where a weight has no such layout: ``"window"`` is for lossless bfloat16.
+    It is the same exactly, and stays on its device; the scales are those that came.
+
+    Raises ValueError where a weight has none for CUDA.
     """
     tensors = (tensor.detach() for tensor in packed[:3])
-    payload, directory, tables = ops.lay_out(*tensors, LAYOUTS.index(layout))
+    number = LAYOUTS.index("window" if layout == "device" else layout)
+    payload, directory, tables = ops.lay_out(*tensors, number)
     return Packed(payload, directory, tables, packed.scales)
 
 

@@ -12,7 +12,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from infold._library import ops
 from infold.config import FusedConfig, MemoryLayout, Mode
-from infold.packed import LAYOUTS, Packed, float_scales, frozen_scales, is_frozen, lay_out, pack, read_header
+from infold.packed import (
+    CPU_LAYOUTS,
+    LAYOUTS,
+    Packed,
+    float_scales,
+    frozen_scales,
+    is_frozen,
+    lay_out,
+    pack,
+    read_header,
+)
 
 _FIELDS = Packed._fields
 
@@ -81,9 +91,13 @@ class PackedModule(nn.Module):
         return LAYOUTS[self.header.layout]
 
     @torch.inference_mode(False)
-    def lay_out(self, layout: MemoryLayout) -> None:
-        """Lays the weight out in memory, in place and exactly. Whoever shares it has to `refresh_header`."""
-        if self.layout != layout:
+    def lay_out(self, layout: str) -> None:
+        """Lays the weight out in memory, in place and exactly: ``"compact"``, ``"fast"``, or ``"device"`` for CUDA.
+
+        Whoever shares it has to `refresh_header`.
+        """
+        own = self.layout if self.layout in CPU_LAYOUTS else "device"
+        if own != layout:
             laid_out = lay_out(self.packed, layout)
             for field in _FIELDS[:3]:
                 getattr(self, field).data = getattr(laid_out, field)
@@ -91,8 +105,8 @@ class PackedModule(nn.Module):
 
     def _settle(self) -> None:
         """Lays the weight out for its device, where ``.to(device)`` has moved it since."""
-        if self.payload.is_cuda != (self.layout == "window") and not torch.compiler.is_compiling():
-            self.lay_out("window" if self.payload.is_cuda else "fast")
+        if self.payload.is_cuda == (self.layout in CPU_LAYOUTS) and not torch.compiler.is_compiling():
+            self.lay_out("device" if self.payload.is_cuda else "fast")
 
     def canonical(self) -> Packed:
         """The packed weight in its compact form, the one that is stored."""
@@ -161,7 +175,8 @@ class PackedModule(nn.Module):
             if shape != expected:
                 error_msgs.append(f"size mismatch for {prefix}payload: a packed weight of {shape}, expected {expected}")
             else:
-                loaded = loaded if header.layout == self.header.layout else lay_out(loaded, self.layout)
+                wanted = self.layout if self.layout in CPU_LAYOUTS else "device"
+                loaded = loaded if header.layout == self.header.layout else lay_out(loaded, wanted)
                 self._take(loaded, assign=local_metadata.get("assign_to_params_buffers", False))
                 self.refresh_header()
         rest = {name: tensor for name, tensor in state_dict.items() if name not in {prefix + f for f in _FIELDS}}

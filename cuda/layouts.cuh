@@ -1,0 +1,147 @@
+// How kernels read each layout: a tile from memory, fragments and values from it.
+#pragma once
+
+#include <cstddef>
+
+#include "codes.cuh"
+#include "intrinsics.cuh"
+#include "params.h"
+#include "window.cuh"
+
+namespace infold {
+
+// Words of shared memory that a layout may ask for.
+constexpr int kTableWords = 8192;
+
+struct WindowLayout {
+  static constexpr int kTileWords = window::kTileWords;
+  static constexpr int kSharedWords = 1;
+  static constexpr int kQuads = window::kWords / 4;
+
+  struct Tile {
+    uint4 quads[kQuads];
+
+    __device__ uint32_t word(int index) const {
+      const uint4& quad = quads[index / 4];
+      return index % 4 == 0 ? quad.x : index % 4 == 1 ? quad.y : index % 4 == 2 ? quad.z : quad.w;
+    }
+  };
+
+  uint32_t base;
+
+  __device__ WindowLayout(const InfoldWeight& w, uint32_t*) : base(window::base_bits(w.head->base)) {}
+
+  __device__ static WindowLayout without_table(const InfoldWeight& w) { return {w, nullptr}; }
+
+  __device__ static Tile load(const uint32_t* tiles, size_t tile, int lane) {
+    Tile result;
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      result.quads[quad] = load_streaming(tiles + tile * kTileWords + word_index(lane, 4 * quad));
+    }
+    return result;
+  }
+
+  __device__ Fragment step(const Tile& tile, int step) const {
+    return window::decode(tile.word(2 * step), tile.word(2 * step + 1), tile.word(window::kRestWords + step), base);
+  }
+
+  // What stands where something is listed apart.
+  __device__ float filler() const { return from_bf16(base & 0xffff); }
+
+  // Two values of a row, before their scale, from a tile in hand.
+  __device__ void values(const Tile& tile, const InfoldWeight&, int step, int reg, float (&out)[2]) const {
+    const uint32_t bits = this->step(tile, step).registers[reg];
+    out[0] = from_bf16(bits & 0xffff);
+    out[1] = from_bf16(bits >> 16);
+  }
+
+  // Of a value from here: nothing is rounded, and a NaN keeps its bits.
+  __device__ static uint16_t to_bf16(float value) { return upper_half(value); }
+};
+
+template <int kBits>
+struct CodesLayout {
+  static constexpr int kTileWords = codes::kTileWords<kBits>;
+  static constexpr int kSharedWords = kTableWords;
+  static constexpr int kQuads = kBits / 4;
+  // The table of pairs of codes, or of eight bits' in both halves; and so many copies that lanes seldom meet in a bank.
+  static constexpr int kEntries = kBits == 5 ? 1024 : 256;
+  static constexpr int kCopies = kTableWords / kEntries;
+
+  struct Tile {
+    uint4 quads[kQuads];
+    uint32_t fifths;
+
+    __device__ uint32_t word(int index) const {
+      const uint4& quad = quads[index / 4];
+      return index % 4 == 0 ? quad.x : index % 4 == 1 ? quad.y : index % 4 == 2 ? quad.z : quad.w;
+    }
+  };
+
+  // This lane's copy.
+  const uint32_t* table = nullptr;
+
+  __device__ CodesLayout() {}
+
+  // For `values` alone.
+  __device__ static CodesLayout without_table(const InfoldWeight&) { return {}; }
+
+  // Fills the table; for all threads of a block.
+  __device__ CodesLayout(const InfoldWeight& w, uint32_t* shared) : table(shared + threadIdx.x % kCopies) {
+    for (int i = threadIdx.x; i < kTableWords; i += blockDim.x) {
+      const uint32_t entry = i / kCopies;
+      const uint32_t first = kBits == 8 ? entry : codes::half_of<kBits>(entry, 0);
+      const uint32_t second = kBits == 8 ? entry : codes::half_of<kBits>(entry, 1);
+      shared[i] = infold::to_bf16(w.values[first]) | static_cast<uint32_t>(infold::to_bf16(w.values[second])) << 16;
+    }
+    __syncthreads();
+  }
+
+  __device__ static Tile load(const uint32_t* tiles, size_t tile, int lane) {
+    const uint32_t* words = tiles + tile * kTileWords;
+    Tile result;
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      result.quads[quad] = load_streaming(words + codes::place<kBits>(lane, 4 * quad));
+    }
+    result.fifths = kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0;
+    return result;
+  }
+
+  __device__ Fragment step(const Tile& tile, int step) const {
+    Fragment result;
+#pragma unroll
+    for (int reg = 0; reg < kRegisters; ++reg) {
+      const uint32_t low = tile.word(codes::low_word<kBits>(step, reg));
+      if constexpr (kBits == 8) {
+        const uint32_t first = table[codes::code<kBits>(low, 0, step, reg, 0) * kCopies];
+        const uint32_t second = table[codes::code<kBits>(low, 0, step, reg, 1) * kCopies];
+        result.registers[reg] = (first & 0xffff) | (second & 0xffff0000);
+      } else {
+        result.registers[reg] = table[codes::pair<kBits>(low, tile.fifths, step, reg) * kCopies];
+      }
+    }
+    return result;
+  }
+
+  __device__ float filler() const { return from_bf16(table[0] & 0xffff); }
+
+  __device__ void values(const Tile& tile, const InfoldWeight& w, int step, int reg, float (&out)[2]) const {
+    const uint32_t low = tile.word(codes::low_word<kBits>(step, reg));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) out[half] = w.values[codes::code<kBits>(low, tile.fifths, step, reg, half)];
+  }
+
+  __device__ static uint16_t to_bf16(float value) { return infold::to_bf16(value); }
+};
+
+// The scale of a weight.
+__device__ inline float scale_of(const InfoldWeight& w, int row, int col) {
+  if (w.scales == nullptr) return 1;
+  const size_t index = static_cast<size_t>(row) * w.scale_stride + col / w.head->group_cols;
+  return w.scales_are_bf16 ? from_bf16(static_cast<const uint16_t*>(w.scales)[index])
+                           : static_cast<const float*>(w.scales)[index];
+}
+
+}  // namespace infold

@@ -1,0 +1,124 @@
+// The dense weight, or some rows of it: bound by writing it. A lane's registers of a tile are sixteen neighbours in
+// each of two rows, which it writes one beside the other.
+#include "layouts.cuh"
+
+namespace {
+
+using namespace infold;
+
+constexpr int kWarps = 8;
+// Columns that a lane holds of each of its rows.
+constexpr int kRun = kCols / 4;
+
+// Where a value goes: to a row of `out`.
+template <class Layout>
+__device__ void put(const InfoldUnpack& p, size_t at, float value) {
+  if (p.out_is_bf16) {
+    static_cast<uint16_t*>(p.out)[at] = Layout::to_bf16(value);
+  } else {
+    static_cast<float*>(p.out)[at] = value;
+  }
+}
+
+// Writes a lane's run of one of its two rows of a tile, of which the columns from `col` on may be there, to `out` from
+// `at` on.
+template <class Layout>
+__device__ void put_run(const InfoldUnpack& p, const Layout& layout, const typename Layout::Tile& tile, bool lower,
+                        int row, int col, size_t at) {
+  const InfoldWeight& w = p.weight;
+  if (col >= w.cols) return;
+  const float scale = scale_of(w, row, col);
+  float run[kRun];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      float values[2];
+      layout.values(tile, w, step, 2 * pair + (lower ? 1 : 0), values);
+      run[4 * step + 2 * pair] = w.scales == nullptr ? values[0] : values[0] * scale;
+      run[4 * step + 2 * pair + 1] = w.scales == nullptr ? values[1] : values[1] * scale;
+    }
+  }
+  uint16_t* halves = static_cast<uint16_t*>(p.out) + at;
+  if (p.out_is_bf16 && col + kRun <= w.cols && reinterpret_cast<uintptr_t>(halves) % 16 == 0) {
+    uint32_t words[kRun / 2];
+#pragma unroll
+    for (int i = 0; i < kRun / 2; ++i) {
+      words[i] = Layout::to_bf16(run[2 * i]) | static_cast<uint32_t>(Layout::to_bf16(run[2 * i + 1])) << 16;
+    }
+    reinterpret_cast<uint4*>(halves)[0] = {words[0], words[1], words[2], words[3]};
+    reinterpret_cast<uint4*>(halves)[1] = {words[4], words[5], words[6], words[7]};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (col + i < w.cols) put<Layout>(p, at + i, run[i]);
+  }
+}
+
+// Writes what is listed apart in a row, which begins at `at`, over what stands in its place.
+template <class Layout>
+__device__ void put_apart(const InfoldUnpack& p, int row, size_t at) {
+  const InfoldWeight& w = p.weight;
+  const uint32_t end = w.escape_starts[row + 1];
+  for (uint32_t i = w.escape_starts[row] + threadIdx.x; i < end; i += blockDim.x) {
+    const InfoldEscape escape = w.escapes[i];
+    const float scale = scale_of(w, row, escape.col);
+    put<Layout>(p, at + escape.col, w.scales == nullptr ? escape.value : escape.value * scale);
+  }
+}
+
+template <class Layout>
+__device__ void unpack(const InfoldUnpack& p) {
+  // No table: values come exact from memory, and are few.
+  const InfoldWeight& w = p.weight;
+  const Layout layout = Layout::without_table(w);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int across = (w.cols + kCols - 1) / kCols;
+  if (p.indices == nullptr) {
+    const int stripe = blockIdx.x;
+    const size_t first_row = static_cast<size_t>(stripe) * kRows;
+    for (int index = warp; index < across; index += kWarps) {
+      const typename Layout::Tile tile = Layout::load(w.tiles, static_cast<size_t>(stripe) * across + index, lane);
+      const int col = index * kCols + lane % 4 * kRun;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const size_t row = first_row + lane / 4 + 8 * half;
+        if (row >= static_cast<size_t>(w.rows)) continue;
+        put_run(p, layout, tile, half == 1, static_cast<int>(row), col, row * w.cols + col);
+      }
+    }
+    __syncthreads();
+    for (size_t row = first_row; row < first_row + kRows && row < static_cast<size_t>(w.rows); ++row) {
+      put_apart<Layout>(p, static_cast<int>(row), row * w.cols);
+    }
+    return;
+  }
+  const int64_t index = p.indices[blockIdx.x];
+  if (index < 0 || index >= w.rows) {
+    fail();
+    return;
+  }
+  const int stripe = static_cast<int>(index / kRows), row = static_cast<int>(index % kRows);
+  const size_t out = static_cast<size_t>(blockIdx.x) * w.cols;
+  for (int part = threadIdx.x; part < 4 * across; part += kWarps * kLanes) {
+    const size_t at = static_cast<size_t>(stripe) * across + part / 4;
+    const typename Layout::Tile tile = Layout::load(w.tiles, at, row % 8 * 4 + part % 4);
+    const int col = part / 4 * kCols + part % 4 * kRun;
+    put_run(p, layout, tile, row >= 8, static_cast<int>(index), col, out + col);
+  }
+  __syncthreads();
+  put_apart<Layout>(p, static_cast<int>(index), out);
+}
+
+}  // namespace
+
+#define INFOLD_KERNEL(name, layout)                                                                   \
+  extern "C" __global__ void __launch_bounds__(kWarps* kLanes) infold_unpack_##name(InfoldUnpack p) { \
+    unpack<layout>(p);                                                                                \
+  }
+INFOLD_KERNEL(window, WindowLayout)
+INFOLD_KERNEL(codes4, CodesLayout<4>)
+INFOLD_KERNEL(codes5, CodesLayout<5>)
+INFOLD_KERNEL(codes8, CodesLayout<8>)
+#undef INFOLD_KERNEL
