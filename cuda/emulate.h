@@ -78,17 +78,15 @@ inline bool release(unsigned begin, unsigned end, State state) {
   return any;
 }
 
-// Runs each thread until it waits or ends; returns how many ended so far.
-inline unsigned run_threads(unsigned threads) {
-  unsigned done = 0;
-  for (unsigned i = 0; i < threads; ++i) {
-    if (block.states[i] == State::kRuns) {
+// Runs a warp's threads until all of them wait for the block or have ended.
+inline void run_warp(unsigned begin, unsigned end) {
+  do {
+    for (unsigned i = begin; i < end; ++i) {
+      if (block.states[i] != State::kRuns) continue;
       threadIdx.x = i;
       swapcontext(&block.scheduler, &block.fibers[i]);
     }
-    done += block.states[i] == State::kDone;
-  }
-  return done;
+  } while (release(begin, end, State::kWaitsForWarp));
 }
 
 inline void run_block(unsigned threads, char* stacks) {
@@ -100,16 +98,21 @@ inline void run_block(unsigned threads, char* stacks) {
     block.fibers[i].uc_link = nullptr;
     makecontext(&block.fibers[i], enter, 0);
   }
-  while (run_threads(threads) < threads) {
-    bool goes_on = false;
-    for (unsigned warp = 0; warp < threads; warp += kWarp) {
-      const unsigned end = warp + kWarp < threads ? warp + kWarp : threads;
-      goes_on |= release(warp, end, State::kWaitsForWarp);
+  // A warp at a time, as far as it comes, now the first one first and now the last: where a barrier is missing, one
+  // warp overtakes another.
+  const unsigned warps = (threads + kWarp - 1) / kWarp;
+  for (unsigned round = 0;; ++round) {
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned begin = (round % 2 == 0 ? i : warps - 1 - i) * kWarp;
+      run_warp(begin, begin + kWarp < threads ? begin + kWarp : threads);
     }
-    if (!goes_on && !release(0, threads, State::kWaitsForBlock)) {
+    if (release(0, threads, State::kWaitsForBlock)) continue;
+    for (unsigned i = 0; i < threads; ++i) {
+      if (block.states[i] == State::kDone) continue;
       std::fprintf(stderr, "a kernel's threads wait for one another\n");
       std::abort();
     }
+    return;
   }
 }
 

@@ -69,7 +69,10 @@ fn open(weight: &Weight) -> Result<(DeviceKind, params::Weight, Option<Tensor>)>
 
 /// Launches on PyTorch's current stream of the weight's device.
 fn run<P>(weight: &Weight, launch: &Launch<P>) -> Result<()> {
-    let stream = Stream(current_stream(&weight.payload));
+    let Device::Cuda(device) = weight.payload.device() else {
+        return Err(Error::argument("payload", "a CUDA tensor", "another"));
+    };
+    let stream = Stream { handle: current_stream(&weight.payload), device };
     // SAFETY: tensors of the sizes that the parameters say, on this device; PyTorch keeps memory that is freed on its stream
     // until what was launched there before has run.
     unsafe { driver::launch(launch, stream) }
