@@ -330,6 +330,18 @@ fn check_product(
 }
 
 #[test]
+fn what_stands_in_for_an_escape_is_taken_off() {
+    let mut random = Random(11);
+    let (rows, cols) = (48, 256);
+    // Of exponents that all hold as much the window begins at the highest: what stands in is as large as any weight.
+    let value = |index: usize, uniform: f64| if index.is_multiple_of(97) { 0.0 } else { 1.0 + uniform as f32 };
+    let values: Vec<f32> = (0..rows * cols).map(|index| value(index, random.uniform())).collect();
+    let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap();
+    let device = Device::new(&packed).unwrap();
+    check_product(&device, &packed, 5, false, false, &mut random).unwrap();
+}
+
+#[test]
 fn wide_weights_take_each_warp_several_times() {
     let mut random = Random(10);
     let (rows, cols) = (40, 64 * 37 + 13);
