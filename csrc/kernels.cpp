@@ -121,6 +121,8 @@ Packed int4(const Tensor& weight, int64_t group_size) {
 
 std::tuple<Tensor, Tensor, Tensor> laid_out(const Tensor& payload, const Tensor& directory, const Tensor& tables,
                                             int64_t layout) {
+  c10::OptionalDeviceGuard device;
+  if (!payload.is_cpu()) device.reset_device(payload.device());
   Outputs outputs;
   check(lay_out(payload, directory, tables, layout, outputs));
   return {outputs.at(0), outputs.at(1), outputs.at(2)};

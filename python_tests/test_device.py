@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import infold
 import pytest
@@ -24,6 +25,16 @@ QUANTISED = {
     "codes4 in groups": FusedConfig("int4", group_size=64),
 }
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def sums_in_float32() -> Iterator[None]:
+    """The library's own products shall not add halves of a sum in half precision."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = False
+    yield
+    settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = before
 
 
 def weight_of(rows: int, cols: int) -> torch.Tensor:
@@ -133,7 +144,7 @@ def test_linear_on_cuda(rows: int, cols: int, batch: int) -> None:
         assert (y.dtype, y.shape, packed.layout) == (dtype, (batch, rows), "window")
         weight, exact = linear.weight.detach().double(), x.detach().double().cpu()
         assert linear.bias is not None
-        bias = linear.bias.detach().double()
+        bias = linear.bias.detach().cpu().double()
         close(y, F.linear(exact, weight, bias), F.linear(exact.abs(), weight.abs(), bias.abs()))
         if batch and dtype == torch.bfloat16:
             gradient = torch.randn_like(y)
@@ -208,6 +219,33 @@ def test_graphs_streams_and_repeats_on_cuda() -> None:
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, packed(x))
+
+
+@cuda
+def test_a_graph_right_after_prepare() -> None:
+    """No kernel has run before the graph is recorded."""
+    packed = FusedDecompressLinear.from_linear(linear_of(512, 512), QUANTISED["codes5"]).cuda()
+    infold.prepare(nn.Sequential(packed))
+    for batch in (4, 16):
+        x = torch.randn(batch, 512, dtype=torch.bfloat16).cuda()
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            y = packed(x)
+        graph.replay()
+        assert torch.equal(y, packed(x))
+
+
+@cuda
+def test_tied_weights_are_laid_out_once() -> None:
+    first = FusedDecompressLinear.from_linear(linear_of(64, 64), LOSSLESS)
+    second = FusedDecompressLinear(first.packed._replace(payload=first.payload, tables=first.tables))
+    assert second.payload is first.payload
+    nn.ModuleList([first, second]).cuda()
+    x = torch.randn(2, 64, dtype=torch.bfloat16).cuda()
+    first(x)
+    address = first.payload.data_ptr()
+    second(x)
+    assert second.payload.data_ptr() == address
 
 
 @cuda

@@ -191,6 +191,15 @@ fn parameters_lie_where_the_kernels_expect_them() {
 }
 
 #[test]
+fn every_kernel_that_is_loaded_is_emulated() {
+    for (_, name) in launch::KERNELS {
+        let kernel = CString::new(name).unwrap();
+        // SAFETY: without a block nothing is read.
+        assert!(unsafe { infold_emulate(kernel.as_ptr(), 0, 256, std::ptr::null()) }, "{name}");
+    }
+}
+
+#[test]
 fn every_bf16_comes_back() {
     for base in [0, 1, 112, 239, 240] {
         let values = all_bits(base);

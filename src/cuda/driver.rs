@@ -10,7 +10,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::fatbins;
-use super::launch::Launch;
+use super::launch::{KERNELS, Launch};
 use crate::{Error, Result};
 
 /// A stream, as the driver names it, and the number of its device.
@@ -20,15 +20,11 @@ pub struct Stream {
     pub device: usize,
 }
 
-/// What is loaded in a context: the modules, in the order of [`fatbins`], and kernels that were launched, by address.
-#[derive(Default)]
-struct Loaded {
-    modules: Vec<usize>,
-    kernels: HashMap<&'static str, usize>,
-}
+/// The kernels that are loaded in a context, by name: their addresses.
+type Kernels = HashMap<&'static str, usize>;
 
 /// By the context's address.
-static LOADED: Mutex<Option<HashMap<usize, Loaded>>> = Mutex::new(None);
+static LOADED: Mutex<Option<HashMap<usize, Kernels>>> = Mutex::new(None);
 
 fn failed(what: &str) -> impl Fn(DriverError) -> Error + '_ {
     move |error| Error::Cuda(format!("{what}: {error}"))
@@ -52,42 +48,43 @@ fn context(device: usize) -> Result<usize> {
     Ok(context as usize)
 }
 
-impl Loaded {
-    /// Loads every module: a CUDA graph, which may be recorded later, must not.
-    fn new() -> Result<Self> {
-        let load = |bytes: &'static [u8]| {
-            // SAFETY: a whole fatbin, which lives as long as the library.
-            let module = unsafe { result::module::load_data(bytes.as_ptr().cast()) };
-            module.map(|module| module as usize).map_err(failed("loading the kernels"))
-        };
-        let modules = fatbins().iter().map(|fatbin| load(fatbin.bytes)).collect::<Result<_>>()?;
-        Ok(Self { modules, kernels: HashMap::new() })
+/// Loads every kernel, its code included: while a CUDA graph is recorded, which may come next, nothing can be loaded.
+fn load_all() -> Result<Kernels> {
+    let mut modules = HashMap::new();
+    for fatbin in fatbins() {
+        // SAFETY: a whole fatbin, which lives as long as the library.
+        let module = unsafe { result::module::load_data(fatbin.bytes.as_ptr().cast()) };
+        modules.insert(fatbin.name, module.map_err(failed("loading the kernels"))?);
     }
-
-    fn kernel(&mut self, file: &'static str, name: &'static str) -> Result<usize> {
-        if let Some(&kernel) = self.kernels.get(name) {
-            return Ok(kernel);
-        }
-        let index = fatbins().iter().position(|fatbin| fatbin.name == file);
-        let index =
-            index.ok_or_else(|| Error::Cuda(format!("this library was built without nvcc, and has no {name}")))?;
+    let load = |&(file, name): &(&str, &'static str)| {
+        let module = modules.get(file);
+        let module = module.ok_or_else(|| Error::Cuda(format!("this library was built without nvcc: no {name}")))?;
         let text = CString::new(name).map_err(|error| Error::Cuda(error.to_string()))?;
-        // SAFETY: a module that was loaded and is never unloaded.
-        let kernel = unsafe { result::module::get_function(self.modules[index] as sys::CUmodule, text) };
-        let kernel = kernel.map_err(failed(name))? as usize;
-        self.kernels.insert(name, kernel);
-        Ok(kernel)
-    }
+        // SAFETY: a module that was loaded and is never unloaded; asking for a kernel's registers loads its code.
+        let kernel = unsafe {
+            result::module::get_function(*module, text).and_then(|kernel| {
+                let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_NUM_REGS;
+                result::function::get_function_attribute(kernel, attribute).map(|_| kernel)
+            })
+        };
+        Ok((name, kernel.map_err(failed(name))? as usize))
+    };
+    KERNELS.iter().map(load).collect()
 }
 
-fn kernel(file: &'static str, name: &'static str, device: usize) -> Result<usize> {
+fn kernel(name: &'static str, device: usize) -> Result<usize> {
     let context = context(device)?;
     let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let loaded = match loaded.get_or_insert_default().entry(context) {
-        Entry::Occupied(loaded) => loaded.into_mut(),
-        Entry::Vacant(place) => place.insert(Loaded::new()?),
+    let kernels = match loaded.get_or_insert_default().entry(context) {
+        Entry::Occupied(kernels) => kernels.into_mut(),
+        Entry::Vacant(place) => place.insert(load_all()?),
     };
-    loaded.kernel(file, name)
+    kernels.get(name).copied().ok_or_else(|| Error::Cuda(format!("no kernel {name}")))
+}
+
+/// Loads the kernels on a device, if they are not there yet.
+pub fn load(device: usize) -> Result<()> {
+    kernel(KERNELS[0].1, device).map(|_| ())
 }
 
 /// Launches on a stream of the current context, and returns at once.
@@ -95,11 +92,11 @@ fn kernel(file: &'static str, name: &'static str, device: usize) -> Result<usize
 /// # Safety
 /// What the parameters point to is in this context's memory, of the sizes that they say, until the kernel has run.
 pub unsafe fn launch<P>(launch: &Launch<P>, stream: Stream) -> Result<()> {
-    let Launch { module: file, kernel: name, blocks, threads, parameters } = launch;
+    let Launch { kernel: name, blocks, threads, parameters } = launch;
     if *blocks == 0 {
         return Ok(());
     }
-    let kernel = kernel(file, name, stream.device)? as sys::CUfunction;
+    let kernel = kernel(name, stream.device)? as sys::CUfunction;
     let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
     let (blocks, threads) = ((*blocks, 1, 1), (*threads, 1, 1));
     // SAFETY: the kernel takes one structure, and the driver copies it; the caller vouches for what it points to.

@@ -10,11 +10,26 @@ const THREADS: u32 = 256;
 /// Where a block fills a table first, about so many blocks share the stripes: two for each of an H200's multiprocessors.
 const TABLE_BLOCKS: u32 = 264;
 
+/// Every kernel: its file and its name there.
+pub const KERNELS: [(&str, &str); 12] = [
+    ("linear", "infold_linear_window_8"),
+    ("linear", "infold_linear_window_16"),
+    ("linear", "infold_linear_codes4_8"),
+    ("linear", "infold_linear_codes4_16"),
+    ("linear", "infold_linear_codes5_8"),
+    ("linear", "infold_linear_codes5_16"),
+    ("linear", "infold_linear_codes8_8"),
+    ("linear", "infold_linear_codes8_16"),
+    ("unpack", "infold_unpack_window"),
+    ("unpack", "infold_unpack_codes4"),
+    ("unpack", "infold_unpack_codes5"),
+    ("unpack", "infold_unpack_codes8"),
+];
+
 /// A kernel's launch.
 #[derive(Debug, Clone, Copy)]
 pub struct Launch<P> {
-    /// The kernel's file and its name there.
-    pub module: &'static str,
+    /// One of [`KERNELS`].
     pub kernel: &'static str,
     pub blocks: u32,
     pub threads: u32,
@@ -38,7 +53,7 @@ pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
         (Kind::Codes8, false) => ("infold_linear_codes8_16", TABLE_BLOCKS),
     };
     let blocks = stripes(&parameters.weight).min(most);
-    Launch { module: "linear", kernel, blocks, threads: THREADS, parameters }
+    Launch { kernel, blocks, threads: THREADS, parameters }
 }
 
 /// The dense weight, or `indices` of its rows.
@@ -50,5 +65,5 @@ pub fn unpack(kind: Kind, parameters: Unpack, indices: Option<u32>) -> Launch<Un
         Kind::Codes8 => "infold_unpack_codes8",
     };
     let blocks = indices.unwrap_or(stripes(&parameters.weight));
-    Launch { module: "unpack", kernel, blocks, threads: THREADS, parameters }
+    Launch { kernel, blocks, threads: THREADS, parameters }
 }

@@ -78,6 +78,14 @@ fn run<P>(weight: &Weight, launch: &Launch<P>) -> Result<()> {
     unsafe { driver::launch(launch, stream) }
 }
 
+/// Loads the kernels on a weight's device.
+pub fn load(device: Device) -> Result<()> {
+    match device {
+        Device::Cuda(device) => driver::load(device),
+        _ => Ok(()),
+    }
+}
+
 /// Whether the fused product is for `rows` rows of x of this kind.
 pub fn fuses(kind: Kind, rows: usize) -> bool {
     kind == Kind::BFloat16 && rows <= MAX_FUSED_ROWS

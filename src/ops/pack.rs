@@ -67,7 +67,7 @@ pub fn lay_out(
     layout: i64,
     pool: &dyn Pool,
 ) -> Result<Vec<Tensor>> {
-    let device = payload.device();
+    let place = payload.device();
     let on_cpu = |tensor: &Tensor, what, kind| contiguous(&tensor.f_to_device(Device::Cpu)?, what, kind);
     let payload = on_cpu(payload, "payload", Kind::Uint8)?;
     let directory = on_cpu(directory, "directory", Kind::Int)?;
@@ -79,7 +79,9 @@ pub fn lay_out(
             without_scales(&in_layout(&weight, layout, pool)?, pool)?
         }
     };
-    laid_out.iter().map(|tensor| Ok(tensor.f_to_device(device)?)).collect()
+    // Now rather than at the first forward, which may be recorded.
+    device::load(place)?;
+    laid_out.iter().map(|tensor| Ok(tensor.f_to_device(place)?)).collect()
 }
 
 /// A weight in one of the codec's layouts.

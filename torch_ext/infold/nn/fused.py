@@ -105,8 +105,14 @@ class PackedModule(nn.Module):
 
     def _settle(self) -> None:
         """Lays the weight out for its device, where ``.to(device)`` has moved it since."""
-        if self.payload.is_cuda == (self.layout in CPU_LAYOUTS) and not torch.compiler.is_compiling():
-            self.lay_out("device" if self.payload.is_cuda else "fast")
+        if self._is_misplaced() and not torch.compiler.is_compiling():
+            # Another module that shares the weight may have laid it out.
+            self.refresh_header()
+            if self._is_misplaced():
+                self.lay_out("device" if self.payload.is_cuda else "fast")
+
+    def _is_misplaced(self) -> bool:
+        return self.payload.is_cuda == (self.layout in CPU_LAYOUTS)
 
     def canonical(self) -> Packed:
         """The packed weight in its compact form, the one that is stored."""
