@@ -25,11 +25,15 @@ const Tensor& or_undefined(const OptionalTensor& tensor) {
 
 int32_t number(ScalarType dtype) { return static_cast<int32_t>(dtype); }
 
+/// The device that has to be current for a tensor's operators.
+std::optional<at::Device> gpu_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? std::nullopt : std::optional(tensor.device());
+}
+
 /// Calls Rust with a place for results, rethrows its error, returns its one result.
 template <class Call>
 Tensor run(const Tensor& payload, Call&& rust) {
-  c10::OptionalDeviceGuard device;
-  if (!payload.is_cpu()) device.reset_device(payload.device());
+  const c10::OptionalDeviceGuard device(gpu_of(payload));
   // Autocast has had its say; the library's own products (exact mode) must not ask it again.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Outputs outputs;
@@ -121,8 +125,7 @@ Packed int4(const Tensor& weight, int64_t group_size) {
 
 std::tuple<Tensor, Tensor, Tensor> laid_out(const Tensor& payload, const Tensor& directory, const Tensor& tables,
                                             int64_t layout) {
-  c10::OptionalDeviceGuard device;
-  if (!payload.is_cpu()) device.reset_device(payload.device());
+  const c10::OptionalDeviceGuard device(gpu_of(payload));
   Outputs outputs;
   check(lay_out(payload, directory, tables, layout, outputs));
   return {outputs.at(0), outputs.at(1), outputs.at(2)};

@@ -13,19 +13,23 @@ namespace infold {
 // Words of shared memory that a layout may ask for.
 constexpr int kTableWords = 8192;
 
+// Words of a lane, in the loads that they come by.
+template <int kCount>
+struct Quads {
+  uint4 quads[kCount];
+
+  __device__ uint32_t word(int index) const {
+    const uint4& quad = quads[index / 4];
+    return index % 4 == 0 ? quad.x : index % 4 == 1 ? quad.y : index % 4 == 2 ? quad.z : quad.w;
+  }
+};
+
 struct WindowLayout {
   static constexpr int kTileWords = window::kTileWords;
   static constexpr int kSharedWords = 1;
   static constexpr int kQuads = window::kWords / 4;
 
-  struct Tile {
-    uint4 quads[kQuads];
-
-    __device__ uint32_t word(int index) const {
-      const uint4& quad = quads[index / 4];
-      return index % 4 == 0 ? quad.x : index % 4 == 1 ? quad.y : index % 4 == 2 ? quad.z : quad.w;
-    }
-  };
+  using Tile = Quads<kQuads>;
 
   uint32_t base;
 
@@ -69,14 +73,8 @@ struct CodesLayout {
   static constexpr int kEntries = kBits == 5 ? 1024 : 256;
   static constexpr int kCopies = kTableWords / kEntries;
 
-  struct Tile {
-    uint4 quads[kQuads];
+  struct Tile : Quads<kQuads> {
     uint32_t fifths;
-
-    __device__ uint32_t word(int index) const {
-      const uint4& quad = quads[index / 4];
-      return index % 4 == 0 ? quad.x : index % 4 == 1 ? quad.y : index % 4 == 2 ? quad.z : quad.w;
-    }
   };
 
   // This lane's copy.

@@ -120,7 +120,16 @@ impl<'a> PackedWeight<'a> {
             // SAFETY: tiles own disjoint rows, and each tile is visited once.
             #[allow(unsafe_code)]
             let out = unsafe { out.range_mut(elements) };
-            self.unpack_tile(tile, scales, out)
+            let mut decoder = self.tile(tile)?;
+            let mut block = DenseBlock::new(self, scales);
+            while let Some(shape) = decoder.next_block() {
+                block.read(&decoder);
+                for row in shape.row..shape.row + shape.lanes {
+                    let at = (row - rows.start) * geometry.cols + shape.col;
+                    block.write_row(shape, row, &mut out[at..at + shape.cols]);
+                }
+            }
+            Ok(())
         });
         results.into_iter().collect()
     }
@@ -139,22 +148,6 @@ impl<'a> PackedWeight<'a> {
             }
         }
         Ok(out)
-    }
-
-    /// The rows of tile `tile`, as [`PackedWeight::unpack`] gives them.
-    fn unpack_tile<S: Real, O: Scalar>(&self, tile: usize, scales: Scales<S>, out: &mut [O]) -> Result<()> {
-        let geometry = self.geometry();
-        let first_row = geometry.rows_of(tile).start;
-        let mut decoder = self.tile(tile)?;
-        let mut block = DenseBlock::new(self, scales);
-        while let Some(shape) = decoder.next_block() {
-            block.read(&decoder);
-            for row in shape.row..shape.row + shape.lanes {
-                let at = (row - first_row) * geometry.cols + shape.col;
-                block.write_row(shape, row, &mut out[at..at + shape.cols]);
-            }
-        }
-        Ok(())
     }
 }
 

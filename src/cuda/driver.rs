@@ -10,7 +10,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::fatbins;
-use super::launch::{KERNELS, Launch};
+use super::launch::{Launch, kernels};
 use crate::{Error, Result};
 
 /// A stream, as the driver names it, and the number of its device.
@@ -56,7 +56,7 @@ fn load_all() -> Result<Kernels> {
         let module = unsafe { result::module::load_data(fatbin.bytes.as_ptr().cast()) };
         modules.insert(fatbin.name, module.map_err(failed("loading the kernels"))?);
     }
-    let load = |&(file, name): &(&str, &'static str)| {
+    let load = |(file, name): (&str, &'static str)| {
         let module = modules.get(file);
         let module = module.ok_or_else(|| Error::Cuda(format!("this library was built without nvcc: no {name}")))?;
         let text = CString::new(name).map_err(|error| Error::Cuda(error.to_string()))?;
@@ -69,22 +69,22 @@ fn load_all() -> Result<Kernels> {
         };
         Ok((name, kernel.map_err(failed(name))? as usize))
     };
-    KERNELS.iter().map(load).collect()
+    kernels().map(load).collect()
 }
 
-fn kernel(name: &'static str, device: usize) -> Result<usize> {
+/// Calls `body` with the kernels of the current context, which are loaded if they are not there yet.
+fn with_kernels<R>(device: usize, body: impl FnOnce(&Kernels) -> Result<R>) -> Result<R> {
     let context = context(device)?;
     let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let kernels = match loaded.get_or_insert_default().entry(context) {
+    body(match loaded.get_or_insert_default().entry(context) {
         Entry::Occupied(kernels) => kernels.into_mut(),
         Entry::Vacant(place) => place.insert(load_all()?),
-    };
-    kernels.get(name).copied().ok_or_else(|| Error::Cuda(format!("no kernel {name}")))
+    })
 }
 
 /// Loads the kernels on a device, if they are not there yet.
 pub fn load(device: usize) -> Result<()> {
-    kernel(KERNELS[0].1, device).map(|_| ())
+    with_kernels(device, |_| Ok(()))
 }
 
 /// Launches on a stream of the current context, and returns at once.
@@ -96,7 +96,8 @@ pub unsafe fn launch<P>(launch: &Launch<P>, stream: Stream) -> Result<()> {
     if *blocks == 0 {
         return Ok(());
     }
-    let kernel = kernel(name, stream.device)? as sys::CUfunction;
+    let find = |kernels: &Kernels| kernels.get(name).copied().ok_or_else(|| Error::Cuda(format!("no kernel {name}")));
+    let kernel = with_kernels(stream.device, find)? as sys::CUfunction;
     let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
     let (blocks, threads) = ((*blocks, 1, 1), (*threads, 1, 1));
     // SAFETY: the kernel takes one structure, and the driver copies it; the caller vouches for what it points to.

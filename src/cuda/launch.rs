@@ -10,26 +10,31 @@ const THREADS: u32 = 256;
 /// Where a block fills a table first, about so many blocks share the stripes: two for each of an H200's multiprocessors.
 const TABLE_BLOCKS: u32 = 264;
 
-/// Every kernel: its file and its name there.
-pub const KERNELS: [(&str, &str); 12] = [
-    ("linear", "infold_linear_window_8"),
-    ("linear", "infold_linear_window_16"),
-    ("linear", "infold_linear_codes4_8"),
-    ("linear", "infold_linear_codes4_16"),
-    ("linear", "infold_linear_codes5_8"),
-    ("linear", "infold_linear_codes5_16"),
-    ("linear", "infold_linear_codes8_8"),
-    ("linear", "infold_linear_codes8_16"),
-    ("unpack", "infold_unpack_window"),
-    ("unpack", "infold_unpack_codes4"),
-    ("unpack", "infold_unpack_codes5"),
-    ("unpack", "infold_unpack_codes8"),
+/// The fused products by [`Kind`], for at most 8 and 16 rows of x.
+const LINEAR: [[&str; 2]; 4] = [
+    ["infold_linear_window_8", "infold_linear_window_16"],
+    ["infold_linear_codes4_8", "infold_linear_codes4_16"],
+    ["infold_linear_codes5_8", "infold_linear_codes5_16"],
+    ["infold_linear_codes8_8", "infold_linear_codes8_16"],
 ];
+const UNPACK: [&str; 4] =
+    ["infold_unpack_window", "infold_unpack_codes4", "infold_unpack_codes5", "infold_unpack_codes8"];
+
+/// Every kernel: its file and its name there.
+pub fn kernels() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let linear = LINEAR.into_iter().flatten().map(|name| ("linear", name));
+    linear.chain(UNPACK.map(|name| ("unpack", name)))
+}
+
+/// A kind's place in the lists of kernels.
+fn place(kind: Kind) -> usize {
+    kind as usize - Kind::Window as usize
+}
 
 /// A kernel's launch.
 #[derive(Debug, Clone, Copy)]
 pub struct Launch<P> {
-    /// One of [`KERNELS`].
+    /// One of [`kernels`].
     pub kernel: &'static str,
     pub blocks: u32,
     pub threads: u32,
@@ -42,28 +47,15 @@ fn stripes(weight: &Weight) -> u32 {
 
 /// y = x·Wᵀ + bias for at most [`MAX_FUSED_ROWS`] rows of x.
 pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
-    let (kernel, most) = match (kind, parameters.batch <= 8) {
-        (Kind::Window, true) => ("infold_linear_window_8", u32::MAX),
-        (Kind::Window, false) => ("infold_linear_window_16", u32::MAX),
-        (Kind::Codes4, true) => ("infold_linear_codes4_8", TABLE_BLOCKS),
-        (Kind::Codes4, false) => ("infold_linear_codes4_16", TABLE_BLOCKS),
-        (Kind::Codes5, true) => ("infold_linear_codes5_8", TABLE_BLOCKS),
-        (Kind::Codes5, false) => ("infold_linear_codes5_16", TABLE_BLOCKS),
-        (Kind::Codes8, true) => ("infold_linear_codes8_8", TABLE_BLOCKS),
-        (Kind::Codes8, false) => ("infold_linear_codes8_16", TABLE_BLOCKS),
-    };
+    let [eight, sixteen] = LINEAR[place(kind)];
+    let kernel = if parameters.batch <= 8 { eight } else { sixteen };
+    let most = if kind == Kind::Window { u32::MAX } else { TABLE_BLOCKS };
     let blocks = stripes(&parameters.weight).min(most);
     Launch { kernel, blocks, threads: THREADS, parameters }
 }
 
 /// The dense weight, or `indices` of its rows.
 pub fn unpack(kind: Kind, parameters: Unpack, indices: Option<u32>) -> Launch<Unpack> {
-    let kernel = match kind {
-        Kind::Window => "infold_unpack_window",
-        Kind::Codes4 => "infold_unpack_codes4",
-        Kind::Codes5 => "infold_unpack_codes5",
-        Kind::Codes8 => "infold_unpack_codes8",
-    };
     let blocks = indices.unwrap_or(stripes(&parameters.weight));
-    Launch { kernel, blocks, threads: THREADS, parameters }
+    Launch { kernel: UNPACK[place(kind)], blocks, threads: THREADS, parameters }
 }

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infold._library import CorruptWeightError
-from infold.config import MemoryLayout, Mode
+from infold.config import Mode
 from infold.layers import dense_kind, dense_weight, packed_kind, packed_like, weight_of, would_lose
 from infold.layout import relay
 from infold.nn import FusedDecompressConv, PackedModule
@@ -190,9 +190,9 @@ def _target(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Modul
 
 def _lay_out(replacements: Mapping[str, PackedModule], modules: Mapping[str, Mapping[str, Any]]) -> None:
     """Lays the weights out as they were when the file was written; files hold the compact form."""
-    by_weight: dict[int, tuple[MemoryLayout, list[PackedModule]]] = {}
+    by_weight: dict[int, tuple[str, list[PackedModule]]] = {}
     for name, module in replacements.items():
-        layout: MemoryLayout = "fast" if modules[name].get("layout") == "fast" else "compact"
+        layout = "fast" if modules[name].get("layout") == "fast" else "compact"
         by_weight.setdefault(id(module.payload), (layout, []))[1].append(module)
     for layout, sharing in by_weight.values():
         relay(sharing, layout)

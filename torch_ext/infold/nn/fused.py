@@ -96,8 +96,7 @@ class PackedModule(nn.Module):
 
         Whoever shares it has to `refresh_header`.
         """
-        own = self.layout if self.layout in CPU_LAYOUTS else "device"
-        if own != layout:
+        if self._form != layout:
             laid_out = lay_out(self.packed, layout)
             for field in _FIELDS[:3]:
                 getattr(self, field).data = getattr(laid_out, field)
@@ -112,7 +111,12 @@ class PackedModule(nn.Module):
                 self.lay_out("device" if self.payload.is_cuda else "fast")
 
     def _is_misplaced(self) -> bool:
-        return self.payload.is_cuda == (self.layout in CPU_LAYOUTS)
+        return self.payload.is_cuda != (self._form == "device")
+
+    @property
+    def _form(self) -> str:
+        """What `lay_out` is asked for to give this layout."""
+        return self.layout if self.layout in CPU_LAYOUTS else "device"
 
     def canonical(self) -> Packed:
         """The packed weight in its compact form, the one that is stored."""
@@ -181,8 +185,7 @@ class PackedModule(nn.Module):
             if shape != expected:
                 error_msgs.append(f"size mismatch for {prefix}payload: a packed weight of {shape}, expected {expected}")
             else:
-                wanted = self.layout if self.layout in CPU_LAYOUTS else "device"
-                loaded = loaded if header.layout == self.header.layout else lay_out(loaded, wanted)
+                loaded = loaded if header.layout == self.header.layout else lay_out(loaded, self._form)
                 self._take(loaded, assign=local_metadata.get("assign_to_params_buffers", False))
                 self.refresh_header()
         rest = {name: tensor for name, tensor in state_dict.items() if name not in {prefix + f for f in _FIELDS}}
