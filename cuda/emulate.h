@@ -135,6 +135,12 @@ void launch(unsigned blocks, unsigned threads, const void* parameters) {
 
 }  // namespace emulation
 
+// As much as any device has.
+inline unsigned char* dynamic_shared() {
+  alignas(1024) static unsigned char bytes[227 << 10];
+  return bytes;
+}
+
 inline uint4 load_streaming(const uint32_t* words) { return {words[0], words[1], words[2], words[3]}; }
 
 inline uint4 load_quad(const void* words) {

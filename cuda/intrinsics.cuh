@@ -9,6 +9,12 @@
 
 namespace infold {
 
+// The shared memory that a launch asks for, at a multiple of 1,024 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char bytes[];
+  return bytes;
+}
+
 // Four words that nobody reads again: they shall not push other data out of the cache.
 __device__ __forceinline__ uint4 load_streaming(const uint32_t* words) {
   return __ldcs(reinterpret_cast<const uint4*>(words));

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use half::bf16;
 use infold::codec::*;
-use infold::cuda::launch::{self, Launch, MAX_FUSED_ROWS};
+use infold::cuda::launch::{self, Kernel, Launch, MAX_FUSED_ROWS};
 use infold::cuda::params::{Escape, Head, Linear, Unpack, Weight};
 use infold::cuda::weight::{Kind, Parts, Tables, from_device, to_device};
 use infold::parallel::{Serial, Threads};
@@ -192,7 +192,7 @@ fn parameters_lie_where_the_kernels_expect_them() {
 
 #[test]
 fn every_kernel_that_is_loaded_is_emulated() {
-    for (_, name) in launch::kernels() {
+    for Kernel { name, .. } in launch::kernels() {
         let kernel = CString::new(name).unwrap();
         // SAFETY: without a block nothing is read.
         assert!(unsafe { infold_emulate(kernel.as_ptr(), 0, 256, std::ptr::null()) }, "{name}");

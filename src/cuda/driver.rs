@@ -10,7 +10,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::fatbins;
-use super::launch::{Launch, kernels};
+use super::launch::{Kernel, Launch, kernels};
 use crate::{Error, Result};
 
 /// A stream, as the driver names it, and the number of its device.
@@ -56,15 +56,17 @@ fn load_all() -> Result<Kernels> {
         let module = unsafe { result::module::load_data(fatbin.bytes.as_ptr().cast()) };
         modules.insert(fatbin.name, module.map_err(failed("loading the kernels"))?);
     }
-    let load = |(file, name): (&str, &'static str)| {
+    let load = |Kernel { file, name, shared }: Kernel| {
         let module = modules.get(file);
         let module = module.ok_or_else(|| Error::Cuda(format!("this library was built without nvcc: no {name}")))?;
         let text = CString::new(name).map_err(|error| Error::Cuda(error.to_string()))?;
+        use sys::CUfunction_attribute_enum as Attribute;
         // SAFETY: a module that was loaded and is never unloaded; asking for a kernel's registers loads its code.
         let kernel = unsafe {
             result::module::get_function(*module, text).and_then(|kernel| {
-                let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_NUM_REGS;
-                result::function::get_function_attribute(kernel, attribute).map(|_| kernel)
+                result::function::get_function_attribute(kernel, Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?;
+                let most_shared = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                result::function::set_function_attribute(kernel, most_shared, shared as i32).map(|()| kernel)
             })
         };
         Ok((name, kernel.map_err(failed(name))? as usize))
@@ -92,7 +94,7 @@ pub fn load(device: usize) -> Result<()> {
 /// # Safety
 /// What the parameters point to is in this context's memory, of the sizes that they say, until the kernel has run.
 pub unsafe fn launch<P>(launch: &Launch<P>, stream: Stream) -> Result<()> {
-    let Launch { kernel: name, blocks, threads, parameters } = launch;
+    let Launch { kernel: name, blocks, threads, shared, parameters } = launch;
     if *blocks == 0 {
         return Ok(());
     }
@@ -101,7 +103,8 @@ pub unsafe fn launch<P>(launch: &Launch<P>, stream: Stream) -> Result<()> {
     let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
     let (blocks, threads) = ((*blocks, 1, 1), (*threads, 1, 1));
     // SAFETY: the kernel takes one structure, and the driver copies it; the caller vouches for what it points to.
-    let launched =
-        unsafe { result::launch_kernel(kernel, blocks, threads, 0, stream.handle as sys::CUstream, &mut arguments) };
+    let launched = unsafe {
+        result::launch_kernel(kernel, blocks, threads, *shared, stream.handle as sys::CUstream, &mut arguments)
+    };
     launched.map_err(failed(name))
 }

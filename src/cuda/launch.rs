@@ -20,10 +20,18 @@ const LINEAR: [[&str; 2]; 4] = [
 const UNPACK: [&str; 4] =
     ["infold_unpack_window", "infold_unpack_codes4", "infold_unpack_codes5", "infold_unpack_codes8"];
 
-/// Every kernel: its file and its name there.
-pub fn kernels() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let linear = LINEAR.into_iter().flatten().map(|name| ("linear", name));
-    linear.chain(UNPACK.map(|name| ("unpack", name)))
+/// Where a kernel is: its file and its name there, and the dynamic shared memory in bytes that a launch may ask for.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel {
+    pub file: &'static str,
+    pub name: &'static str,
+    pub shared: u32,
+}
+
+/// Every kernel.
+pub fn kernels() -> impl Iterator<Item = Kernel> {
+    let linear = LINEAR.into_iter().flatten().map(|name| Kernel { file: "linear", name, shared: 0 });
+    linear.chain(UNPACK.map(|name| Kernel { file: "unpack", name, shared: 0 }))
 }
 
 /// A kind's place in the lists of kernels.
@@ -38,6 +46,8 @@ pub struct Launch<P> {
     pub kernel: &'static str,
     pub blocks: u32,
     pub threads: u32,
+    /// Bytes of dynamic shared memory, at most the kernel's.
+    pub shared: u32,
     pub parameters: P,
 }
 
@@ -51,11 +61,11 @@ pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
     let kernel = if parameters.batch <= 8 { eight } else { sixteen };
     let most = if kind == Kind::Window { u32::MAX } else { TABLE_BLOCKS };
     let blocks = stripes(&parameters.weight).min(most);
-    Launch { kernel, blocks, threads: THREADS, parameters }
+    Launch { kernel, blocks, threads: THREADS, shared: 0, parameters }
 }
 
 /// The dense weight, or `indices` of its rows.
 pub fn unpack(kind: Kind, parameters: Unpack, indices: Option<u32>) -> Launch<Unpack> {
     let blocks = indices.unwrap_or(stripes(&parameters.weight));
-    Launch { kernel: UNPACK[place(kind)], blocks, threads: THREADS, parameters }
+    Launch { kernel: UNPACK[place(kind)], blocks, threads: THREADS, shared: 0, parameters }
 }
