@@ -138,13 +138,15 @@ fn compile_kernel(nvcc: &Path, source: &Path, architectures: &[&str], out: &Path
     let run = command.output().with_context(|| format!("cannot run {}", nvcc.display()))?;
     let log = String::from_utf8_lossy(&run.stderr);
     ensure!(run.status.success(), "nvcc failed on {}:\n{log}", source.display());
-    check_registers(&log).with_context(|| format!("{}:\n{log}", source.display()))?;
+    check_code(&log).with_context(|| format!("{}:\n{log}", source.display()))?;
     fs::write(fatbin.with_extension("log"), log.as_bytes())?;
     Ok(fatbin)
 }
 
-/// No kernel may keep registers in memory: ptxas says what each has on the stack and what it spills.
-fn check_registers(log: &str) -> Result<()> {
+/// No kernel may keep registers in memory (ptxas says what each has on the stack and what it spills), nor wait for each of
+/// its asynchronous products.
+fn check_code(log: &str) -> Result<()> {
+    ensure!(!log.contains("are serialized"), "a kernel's products do not overlap");
     for line in log.lines().filter(|line| line.contains("bytes stack frame")) {
         let mut numbers = line.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
         ensure!(numbers.all(|number| number == "0"), "a kernel spills: {}", line.trim());

@@ -13,6 +13,14 @@ namespace infold {
 // Words of shared memory that a layout may ask for.
 constexpr int kTableWords = 8192;
 
+// How words of a weight are read: from memory, once, or from a block's own.
+struct FromMemory {
+  __device__ static uint4 load(const uint32_t* words) { return load_streaming(words); }
+};
+struct FromShared {
+  __device__ static uint4 load(const uint32_t* words) { return *reinterpret_cast<const uint4*>(words); }
+};
+
 // Words of a lane, in the loads that they come by.
 template <int kCount>
 struct Quads {
@@ -37,13 +45,15 @@ struct WindowLayout {
 
   __device__ static WindowLayout without_table(const InfoldWeight& w) { return {w, nullptr}; }
 
-  __device__ static Tile load(const uint32_t* tiles, size_t tile, int lane) {
+  template <class From>
+  __device__ static Tile read(const uint32_t* words, int lane) {
     Tile result;
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      result.quads[quad] = load_streaming(tiles + tile * kTileWords + word_index(lane, 4 * quad));
-    }
+    for (int quad = 0; quad < kQuads; ++quad) result.quads[quad] = From::load(words + word_index(lane, 4 * quad));
     return result;
+  }
+  __device__ static Tile load(const uint32_t* tiles, size_t tile, int lane) {
+    return read<FromMemory>(tiles + tile * kTileWords, lane);
   }
 
   __device__ Fragment step(const Tile& tile, int step) const {
@@ -51,7 +61,7 @@ struct WindowLayout {
   }
 
   // What stands where something is listed apart.
-  __device__ float filler() const { return from_bf16(base & 0xffff); }
+  __device__ static float filler(const InfoldWeight& w) { return from_bf16(window::filler(w.head->base)); }
 
   // Two values of a row, before their scale, from a tile in hand.
   __device__ void values(const Tile& tile, const InfoldWeight&, int step, int reg, float (&out)[2]) const {
@@ -96,15 +106,18 @@ struct CodesLayout {
     __syncthreads();
   }
 
-  __device__ static Tile load(const uint32_t* tiles, size_t tile, int lane) {
-    const uint32_t* words = tiles + tile * kTileWords;
+  template <class From>
+  __device__ static Tile read(const uint32_t* words, int lane) {
     Tile result;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      result.quads[quad] = load_streaming(words + codes::place<kBits>(lane, 4 * quad));
+      result.quads[quad] = From::load(words + codes::place<kBits>(lane, 4 * quad));
     }
     result.fifths = kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0;
     return result;
+  }
+  __device__ static Tile load(const uint32_t* tiles, size_t tile, int lane) {
+    return read<FromMemory>(tiles + tile * kTileWords, lane);
   }
 
   __device__ Fragment step(const Tile& tile, int step) const {
@@ -123,7 +136,7 @@ struct CodesLayout {
     return result;
   }
 
-  __device__ float filler() const { return from_bf16(table[0] & 0xffff); }
+  __device__ static float filler(const InfoldWeight& w) { return from_bf16(infold::to_bf16(w.values[0])); }
 
   __device__ void values(const Tile& tile, const InfoldWeight& w, int step, int reg, float (&out)[2]) const {
     const uint32_t low = tile.word(codes::low_word<kBits>(step, reg));

@@ -1,29 +1,30 @@
-// y = x Wᵀ + b for at most sixteen rows of x: bound by reading W once. A block takes stripes of sixteen rows of W and
-// divides a stripe's tiles among its warps; each decodes to the registers of an mma, whose eight columns are rows of x.
+// y = x Wᵀ + b for few columns (rows of x, or parts of them): bound by reading W once. A block takes stripes of sixteen
+// rows of W and divides a stripe's tiles among its warps; each decodes to the registers of mmas of eight columns each.
 // The partial sums are added in the order of the warps, so results do not change from run to run.
 #include "layouts.cuh"
+#include "values.cuh"
 
 namespace {
 
 using namespace infold;
 
 constexpr int kWarps = 8;
-// Rows of x that an mma takes.
+// Columns that an mma takes.
 constexpr int kGroup = 8;
 // Tiles of a warp that are on their way from memory while one is decoded.
 constexpr int kAhead = 2;
 
-// Sixteen neighbours in a row of x, in pairs: operand B of a tile's steps.
+// Sixteen neighbours in a column's x, in pairs: operand B of a tile's steps.
 struct Inputs {
   uint32_t pairs[8];
 };
 
 // Of what is beyond x, zero.
-__device__ Inputs load_inputs(const InfoldLinear& p, int row, int col) {
+__device__ Inputs load_inputs(const InfoldLinear& p, int column, int col) {
   Inputs result = {};
   const int cols = p.weight.cols;
-  if (row >= p.batch || col >= cols) return result;
-  const uint16_t* x = p.x + static_cast<size_t>(row) * cols + col;
+  if (column >= p.batch * p.parts || col >= cols) return result;
+  const uint16_t* x = p.x + static_cast<size_t>(column) * cols + col;
   if (col + 16 <= cols && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     const uint4 low = load_quad(x), high = load_quad(x + 8);
     return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
@@ -35,10 +36,10 @@ __device__ Inputs load_inputs(const InfoldLinear& p, int row, int col) {
   return result;
 }
 
-// What the sum of one row of W and one of x lacks because of values that have no code.
-__device__ float listed_apart(const InfoldLinear& p, float filler, int row, int batch_row) {
+// What the sum of one row of W and one column lacks because of values that have no code.
+__device__ float listed_apart(const InfoldLinear& p, float filler, int row, int column) {
   const InfoldWeight& w = p.weight;
-  const uint16_t* x = p.x + static_cast<size_t>(batch_row) * w.cols;
+  const uint16_t* x = p.x + static_cast<size_t>(column) * w.cols;
   float sum = 0;
   for (uint32_t i = w.escape_starts[row]; i < w.escape_starts[row + 1]; ++i) {
     const InfoldEscape escape = w.escapes[i];
@@ -47,7 +48,7 @@ __device__ float listed_apart(const InfoldLinear& p, float filler, int row, int 
   return sum;
 }
 
-// A stripe's sums of kGroups groups of rows of x, of which `mine` are a lane's.
+// A stripe's sums of kGroups groups of columns, of which `mine` are a lane's.
 template <class Layout, int kGroups>
 __device__ void multiply(const InfoldLinear& p, const Layout& layout, int stripe, float (&mine)[kGroups][4]) {
   const InfoldWeight& w = p.weight;
@@ -65,23 +66,29 @@ __device__ void multiply(const InfoldLinear& p, const Layout& layout, int stripe
   float sums[kGroups][4] = {};
   for (int start = warp; start < across; start += kAhead * kWarps) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int tile = start + i * kWarps;
+    for (int ahead_by = 0; ahead_by < kAhead; ++ahead_by) {
+      const int tile = start + ahead_by * kWarps;
       if (tile >= across) break;
-      const typename Layout::Tile current = ahead[i];
+      const typename Layout::Tile current = ahead[ahead_by];
       const int next = tile + kAhead * kWarps;
-      if (next < across) ahead[i] = Layout::load(w.tiles, first + next, lane);
-      Inputs x[kGroups];
+      if (next < across) ahead[ahead_by] = Layout::load(w.tiles, first + next, lane);
+      // All inputs of a tile are on their way at once where registers hold them; many groups' come one after another.
+      constexpr int kTogether = kGroups < 2 ? 1 : 2;
+      Fragment a[kSteps];
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        x[group] = load_inputs(p, group * kGroup + lane / 4, tile * kCols + lane % 4 * 16);
-      }
+      for (int part = 0; part < kGroups; part += kTogether) {
+        Inputs x[kTogether];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const Fragment a = layout.step(current, step);
+        for (int i = 0; i < kTogether; ++i) {
+          x[i] = load_inputs(p, (part + i) * kGroup + lane / 4, tile * kCols + lane % 4 * 16);
+        }
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          multiply_add(sums[group], a.registers, x[group].pairs[2 * step], x[group].pairs[2 * step + 1]);
+        for (int step = 0; step < kSteps; ++step) {
+          if (part == 0) a[step] = layout.step(current, step);
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) {
+            multiply_add(sums[part + i], a[step].registers, x[i].pairs[2 * step], x[i].pairs[2 * step + 1]);
+          }
         }
       }
       if (!grouped) continue;
@@ -114,8 +121,11 @@ __device__ void multiply(const InfoldLinear& p, const Layout& layout, int stripe
 
 template <class Layout, int kGroups>
 __device__ void linear(const InfoldLinear& p) {
+  // Groups whose sums the warps exchange at a time.
+  constexpr int kTogether = kGroups < 2 ? 1 : 2;
+  constexpr int kColumns = kTogether * kGroup;
   __shared__ uint32_t table[Layout::kSharedWords];
-  __shared__ float parts[kWarps][kRows][kGroups * kGroup];
+  __shared__ float shares[kWarps][kRows][kColumns];
   const InfoldWeight& w = p.weight;
   const Layout layout(w, table);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -123,39 +133,49 @@ __device__ void linear(const InfoldLinear& p) {
     float sums[kGroups][4] = {};
     multiply<Layout, kGroups>(p, layout, stripe, sums);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int first = 0; first < kGroups; first += kTogether) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        parts[warp][lane / 4 + i / 2 * 8][group * kGroup + lane % 4 * 2 + i % 2] = sums[group][i];
+      for (int group = 0; group < kTogether; ++group) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          shares[warp][lane / 4 + i / 2 * 8][group * kGroup + lane % 4 * 2 + i % 2] = sums[first + group][i];
+        }
       }
+      __syncthreads();
+      // A row of x has several parts only where there are at most sixteen columns.
+      const int out_row = threadIdx.x / kColumns, out = threadIdx.x % kColumns;
+      const int row = stripe * kRows + out_row, batch_row = first * kGroup + out;
+      if (out_row < kRows && row < w.rows && batch_row < p.batch) {
+        float sum = 0;
+        for (int part = 0; part < p.parts; ++part) {
+          const int column = out * p.parts + part;
+          for (int share = 0; share < kWarps; ++share) sum += shares[share][out_row][column];
+          sum += listed_apart(p, Layout::filler(w), row, first * kGroup + column);
+        }
+        if (p.bias != nullptr) sum += load_value(p.bias, row, p.dtype);
+        store_value(p.y, static_cast<size_t>(batch_row) * w.rows + row, p.dtype, sum);
+      }
+      // Before the next shares.
+      __syncthreads();
     }
-    __syncthreads();
-    const int out_row = threadIdx.x / (kGroups * kGroup), batch_row = threadIdx.x % (kGroups * kGroup);
-    const int row = stripe * kRows + out_row;
-    if (out_row < kRows && row < w.rows && batch_row < p.batch) {
-      float sum = 0;
-      for (int part = 0; part < kWarps; ++part) sum += parts[part][out_row][batch_row];
-      sum += listed_apart(p, layout.filler(), row, batch_row);
-      if (p.bias != nullptr) sum += from_bf16(p.bias[row]);
-      p.y[static_cast<size_t>(batch_row) * w.rows + row] = to_bf16(sum);
-    }
-    // Before the next stripe's parts.
-    __syncthreads();
   }
 }
 
 }  // namespace
 
-#define INFOLD_KERNEL(name, layout, groups)                                                           \
-  extern "C" __global__ void __launch_bounds__(kWarps* kLanes) infold_linear_##name(InfoldLinear p) { \
-    linear<layout, groups>(p);                                                                        \
+#define INFOLD_KERNEL(name, layout, groups)                                        \
+  extern "C" __global__ void __launch_bounds__(kWarps* kLanes, groups > 4 ? 1 : 2) \
+      infold_linear_##name(InfoldLinear p) {                                       \
+    linear<layout, groups>(p);                                                     \
   }
-INFOLD_KERNEL(window_8, WindowLayout, 1)
-INFOLD_KERNEL(window_16, WindowLayout, 2)
-INFOLD_KERNEL(codes4_8, CodesLayout<4>, 1)
-INFOLD_KERNEL(codes4_16, CodesLayout<4>, 2)
-INFOLD_KERNEL(codes5_8, CodesLayout<5>, 1)
-INFOLD_KERNEL(codes5_16, CodesLayout<5>, 2)
-INFOLD_KERNEL(codes8_8, CodesLayout<8>, 1)
-INFOLD_KERNEL(codes8_16, CodesLayout<8>, 2)
+#define INFOLD_KERNELS(name, layout)  \
+  INFOLD_KERNEL(name##_8, layout, 1)  \
+  INFOLD_KERNEL(name##_16, layout, 2) \
+  INFOLD_KERNEL(name##_32, layout, 4) \
+  INFOLD_KERNEL(name##_64, layout, 8)
+INFOLD_KERNELS(window, WindowLayout)
+INFOLD_KERNELS(codes4, CodesLayout<4>)
+INFOLD_KERNELS(codes5, CodesLayout<5>)
+INFOLD_KERNELS(codes8, CodesLayout<8>)
+#undef INFOLD_KERNELS
 #undef INFOLD_KERNEL

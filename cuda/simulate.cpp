@@ -4,52 +4,71 @@
 #include <cstring>
 #include <type_traits>
 
+#include "inputs.cuh"
 #include "layouts.cuh"
+#include "values.cuh"
 
-namespace linear {
+namespace in_inputs {
+#include "inputs.cu"
+}
+namespace in_linear {
 #include "linear.cu"
 }
-namespace unpack {
+namespace in_unpack {
 #include "unpack.cu"
+}
+namespace in_wide {
+#include "wide.cu"
 }
 
 // Launches a kernel by its name; false where there is none.
-extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned threads, const void* parameters) {
+extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned threads, unsigned shared,
+                               const void* parameters) {
   using infold::emulation::launch;
+#define INFOLD_KERNEL(file, parameters, name) {#name, launch<parameters, in_##file::name>}
+#define INFOLD_KERNELS(layout)                                          \
+  INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_8),      \
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_16), \
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_32), \
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_64), \
+      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_64),       \
+      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_128),      \
+      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_256),      \
+      INFOLD_KERNEL(wide, InfoldWide, infold_finish_##layout),          \
+      INFOLD_KERNEL(unpack, InfoldUnpack, infold_unpack_##layout)
   constexpr struct {
     const char* name;
-    void (*launch)(unsigned, unsigned, const void*);
+    void (*launch)(unsigned, unsigned, unsigned, const void*);
   } kKernels[] = {
-      {"infold_linear_window_8", launch<InfoldLinear, linear::infold_linear_window_8>},
-      {"infold_linear_window_16", launch<InfoldLinear, linear::infold_linear_window_16>},
-      {"infold_linear_codes4_8", launch<InfoldLinear, linear::infold_linear_codes4_8>},
-      {"infold_linear_codes4_16", launch<InfoldLinear, linear::infold_linear_codes4_16>},
-      {"infold_linear_codes5_8", launch<InfoldLinear, linear::infold_linear_codes5_8>},
-      {"infold_linear_codes5_16", launch<InfoldLinear, linear::infold_linear_codes5_16>},
-      {"infold_linear_codes8_8", launch<InfoldLinear, linear::infold_linear_codes8_8>},
-      {"infold_linear_codes8_16", launch<InfoldLinear, linear::infold_linear_codes8_16>},
-      {"infold_unpack_window", launch<InfoldUnpack, unpack::infold_unpack_window>},
-      {"infold_unpack_codes4", launch<InfoldUnpack, unpack::infold_unpack_codes4>},
-      {"infold_unpack_codes5", launch<InfoldUnpack, unpack::infold_unpack_codes5>},
-      {"infold_unpack_codes8", launch<InfoldUnpack, unpack::infold_unpack_codes8>},
+      INFOLD_KERNEL(inputs, InfoldInputs, infold_inputs_rows),
+      INFOLD_KERNEL(inputs, InfoldInputs, infold_inputs_tiles),
+      INFOLD_KERNELS(window),
+      INFOLD_KERNELS(codes4),
+      INFOLD_KERNELS(codes5),
+      INFOLD_KERNELS(codes8),
   };
+#undef INFOLD_KERNELS
+#undef INFOLD_KERNEL
   for (const auto& entry : kKernels) {
-    if (std::strcmp(kernel, entry.name) == 0) return entry.launch(blocks, threads, parameters), true;
+    if (std::strcmp(kernel, entry.name) == 0) return entry.launch(blocks, threads, shared, parameters), true;
   }
   return false;
 }
 
 // Sizes of the parameters, and of what they are made of.
-extern "C" void infold_parameter_sizes(size_t (&sizes)[5]) {
+extern "C" void infold_parameter_sizes(size_t (&sizes)[7]) {
   sizes[0] = sizeof(InfoldEscape);
   sizes[1] = sizeof(InfoldHead);
   sizes[2] = sizeof(InfoldWeight);
   sizes[3] = sizeof(InfoldLinear);
   sizes[4] = sizeof(InfoldUnpack);
+  sizes[5] = sizeof(InfoldInputs);
+  sizes[6] = sizeof(InfoldWide);
 }
 
 // Fills parameters with a number for each field, so that fields that change places are seen.
-extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpack) {
+extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpack, InfoldInputs* inputs,
+                                        InfoldWide* wide) {
   const auto pointer = [](auto& field, uintptr_t number) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
   };
@@ -67,9 +86,30 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
   pointer(linear->x, 11);
   pointer(linear->bias, 12);
   pointer(linear->y, 13);
+  linear->dtype = INFOLD_F16;
   linear->batch = 14;
+  linear->parts = 15;
   unpack->weight = w;
   pointer(unpack->indices, 11);
   pointer(unpack->out, 12);
-  unpack->out_is_bf16 = 13;
+  unpack->dtype = INFOLD_F32;
+  pointer(inputs->x, 11);
+  pointer(inputs->out, 12);
+  inputs->dtype = INFOLD_F32;
+  inputs->batch = 13;
+  inputs->cols = 14;
+  inputs->parts = 15;
+  inputs->columns = 16;
+  wide->weight = w;
+  pointer(wide->x, 11);
+  pointer(wide->sums, 12);
+  pointer(wide->bias, 13);
+  pointer(wide->y, 14);
+  wide->dtype = INFOLD_F32;
+  wide->batch = 15;
+  wide->parts = 16;
+  wide->columns = 17;
+  wide->splits = 18;
+  wide->first_row = 19;
+  wide->row_count = 20;
 }

@@ -1,6 +1,7 @@
 // The dense weight, or some rows of it: bound by writing it. A lane's registers of a tile are sixteen neighbours in
 // each of two rows, which it writes one beside the other.
 #include "layouts.cuh"
+#include "values.cuh"
 
 namespace {
 
@@ -13,10 +14,10 @@ constexpr int kRun = kCols / 4;
 // Where a value goes: to a row of `out`.
 template <class Layout>
 __device__ void put(const InfoldUnpack& p, size_t at, float value) {
-  if (p.out_is_bf16) {
+  if (p.dtype == INFOLD_BF16) {
     static_cast<uint16_t*>(p.out)[at] = Layout::to_bf16(value);
   } else {
-    static_cast<float*>(p.out)[at] = value;
+    store_value(p.out, at, p.dtype, value);
   }
 }
 
@@ -40,7 +41,7 @@ __device__ void put_run(const InfoldUnpack& p, const Layout& layout, const typen
     }
   }
   uint16_t* halves = static_cast<uint16_t*>(p.out) + at;
-  if (p.out_is_bf16 && col + kRun <= w.cols && reinterpret_cast<uintptr_t>(halves) % 16 == 0) {
+  if (p.dtype == INFOLD_BF16 && col + kRun <= w.cols && reinterpret_cast<uintptr_t>(halves) % 16 == 0) {
     uint32_t words[kRun / 2];
 #pragma unroll
     for (int i = 0; i < kRun / 2; ++i) {
@@ -113,9 +114,9 @@ __device__ void unpack(const InfoldUnpack& p) {
 
 }  // namespace
 
-#define INFOLD_KERNEL(name, layout)                                                                   \
-  extern "C" __global__ void __launch_bounds__(kWarps* kLanes) infold_unpack_##name(InfoldUnpack p) { \
-    unpack<layout>(p);                                                                                \
+#define INFOLD_KERNEL(name, layout)                                                                      \
+  extern "C" __global__ void __launch_bounds__(kWarps* kLanes, 4) infold_unpack_##name(InfoldUnpack p) { \
+    unpack<layout>(p);                                                                                   \
   }
 INFOLD_KERNEL(window, WindowLayout)
 INFOLD_KERNEL(codes4, CodesLayout<4>)

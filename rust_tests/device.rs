@@ -3,35 +3,36 @@
 
 mod support;
 
-use std::ffi::CString;
+use std::ffi::{CString, c_char};
 use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
-use half::bf16;
+use half::{bf16, f16};
 use infold::codec::*;
-use infold::cuda::launch::{self, Kernel, Launch, MAX_FUSED_ROWS};
-use infold::cuda::params::{Escape, Head, Linear, Unpack, Weight};
+use infold::cuda::launch::{self, Kernel, Launch, Product, WidePlan};
+use infold::cuda::params::{Dtype, Escape, Head, Inputs, Linear, Unpack, Weight, Wide};
 use infold::cuda::weight::{Kind, Parts, Tables, from_device, to_device};
 use infold::parallel::{Serial, Threads};
 use support::*;
 
 unsafe extern "C" {
-    fn infold_emulate(kernel: *const std::ffi::c_char, blocks: u32, threads: u32, parameters: *const u8) -> bool;
-    fn infold_parameter_sizes(sizes: *mut [usize; 5]);
-    fn infold_parameter_fields(linear: *mut Linear, unpack: *mut Unpack);
+    fn infold_emulate(kernel: *const c_char, blocks: u32, threads: u32, shared: u32, parameters: *const u8) -> bool;
+    fn infold_parameter_sizes(sizes: *mut [usize; 7]);
+    fn infold_parameter_fields(linear: *mut Linear, unpack: *mut Unpack, inputs: *mut Inputs, wide: *mut Wide);
 }
 
 /// Runs a kernel as the driver would.
 fn emulate<P>(launch: Launch<P>) {
+    let Launch { kernel: name, blocks, threads, shared, parameters } = &launch;
+    let most = launch::kernels().find(|kernel| kernel.name == *name).map(|kernel| kernel.shared);
+    assert!(most.is_some_and(|most| *shared <= most), "{name}");
     // The emulator runs one kernel at a time.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let kernel = CString::new(launch.kernel).unwrap();
+    let kernel = CString::new(*name).unwrap();
+    let parameters = std::ptr::from_ref(parameters).cast();
     // SAFETY: the parameters point to memory that the tests own, of the sizes that they say.
-    let found = unsafe {
-        infold_emulate(kernel.as_ptr(), launch.blocks, launch.threads, std::ptr::from_ref(&launch.parameters).cast())
-    };
-    assert!(found, "no kernel {}", launch.kernel);
+    assert!(unsafe { infold_emulate(kernel.as_ptr(), *blocks, *threads, *shared, parameters) }, "no kernel {name}");
 }
 
 /// A weight where the device would have it: loads of four words have to be aligned.
@@ -86,12 +87,21 @@ impl Device {
         let geometry = self.tables.header.geometry;
         let count = indices.map_or(geometry.rows, <[i64]>::len) * geometry.cols;
         let mut halves = Shifted::new(count, skip);
+        let mut others = vec![0u16; count];
         let mut floats = vec![0f32; count];
-        for (out, out_is_bf16) in [(halves.pointer().cast(), 1), (floats.as_mut_ptr().cast(), 0)] {
-            let weight = self.weight(out_is_bf16 == 1);
+        for (out, dtype) in [
+            (halves.pointer().cast(), Dtype::Bf16),
+            (others.as_mut_ptr().cast(), Dtype::F16),
+            (floats.as_mut_ptr().cast(), Dtype::F32),
+        ] {
+            let weight = self.weight(dtype == Dtype::Bf16);
             let pointer = indices.map_or(std::ptr::null(), <[i64]>::as_ptr);
-            let parameters = Unpack { weight, indices: pointer, out, out_is_bf16 };
+            let parameters = Unpack { weight, indices: pointer, out, dtype };
             emulate(launch::unpack(self.kind(), parameters, indices.map(|indices| indices.len() as u32)));
+        }
+        for (&other, &float) in others.iter().zip(&floats) {
+            let (other, expected) = (f16::from_bits(other), f16::from_f32(float));
+            assert!(other.to_bits() == expected.to_bits() || float.is_nan() && other.is_nan(), "{float}");
         }
         (halves.get(count), floats)
     }
@@ -128,7 +138,7 @@ struct Guarded {
 impl Guarded {
     const PAGE: usize = 4096;
 
-    fn new(values: &[bf16]) -> Self {
+    fn new(values: &[u8]) -> Self {
         let bytes = size_of_val(values);
         let pages = bytes.next_multiple_of(Self::PAGE);
         // SAFETY: new memory, the last page of which is taken away; the values fit before it.
@@ -169,25 +179,34 @@ fn all_bits(base: u16) -> Vec<bf16> {
 
 #[test]
 fn parameters_lie_where_the_kernels_expect_them() {
-    let mut sizes = [0; 5];
-    // SAFETY: five sizes.
+    let mut sizes = [0; 7];
+    // SAFETY: seven sizes.
     unsafe { infold_parameter_sizes(&mut sizes) };
-    let own = [size_of::<Escape>(), size_of::<Head>(), size_of::<Weight>(), size_of::<Linear>(), size_of::<Unpack>()];
-    assert_eq!(own, sizes);
+    let parts = [size_of::<Escape>(), size_of::<Head>(), size_of::<Weight>()];
+    let own = [size_of::<Linear>(), size_of::<Unpack>(), size_of::<Inputs>(), size_of::<Wide>()];
+    assert_eq!([&parts[..], &own].concat(), sizes);
     let (mut linear, mut unpack) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    let (mut inputs, mut wide) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     // SAFETY: every field is written.
-    let (linear, unpack) = unsafe {
-        infold_parameter_fields(linear.as_mut_ptr(), unpack.as_mut_ptr());
-        (linear.assume_init(), unpack.assume_init())
+    let (linear, unpack, inputs, wide) = unsafe {
+        let (linear_at, unpack_at) = (linear.as_mut_ptr(), unpack.as_mut_ptr());
+        infold_parameter_fields(linear_at, unpack_at, inputs.as_mut_ptr(), wide.as_mut_ptr());
+        (linear.assume_init(), unpack.assume_init(), inputs.assume_init(), wide.assume_init())
     };
-    for w in [linear.weight, unpack.weight] {
+    for w in [linear.weight, unpack.weight, wide.weight] {
         let pointers = [w.head as usize, w.values as usize, w.tiles as usize, w.escape_starts as usize];
         assert_eq!(pointers, [1, 2, 3, 4]);
         assert_eq!([w.escapes as usize, w.scales as usize], [5, 6]);
         assert_eq!([w.scales_are_bf16, w.scale_stride, w.rows, w.cols], [7, 8, 9, 10]);
     }
-    assert_eq!([linear.x as usize, linear.bias as usize, linear.y as usize, linear.batch as usize], [11, 12, 13, 14]);
-    assert_eq!([unpack.indices as usize, unpack.out as usize, unpack.out_is_bf16 as usize], [11, 12, 13]);
+    assert_eq!([linear.x as usize, linear.bias as usize, linear.y as usize], [11, 12, 13]);
+    assert_eq!((linear.dtype, linear.batch, linear.parts), (Dtype::F16, 14, 15));
+    assert_eq!((unpack.indices as usize, unpack.out as usize, unpack.dtype), (11, 12, Dtype::F32));
+    assert_eq!((inputs.x as usize, inputs.out as usize, inputs.dtype), (11, 12, Dtype::F32));
+    assert_eq!([inputs.batch, inputs.cols, inputs.parts, inputs.columns], [13, 14, 15, 16]);
+    assert_eq!([wide.x as usize, wide.sums as usize, wide.bias as usize, wide.y as usize], [11, 12, 13, 14]);
+    assert_eq!((wide.dtype, wide.batch, wide.parts), (Dtype::F32, 15, 16));
+    assert_eq!([wide.columns, wide.splits, wide.first_row, wide.row_count], [17, 18, 19, 20]);
 }
 
 #[test]
@@ -195,7 +214,7 @@ fn every_kernel_that_is_loaded_is_emulated() {
     for Kernel { name, .. } in launch::kernels() {
         let kernel = CString::new(name).unwrap();
         // SAFETY: without a block nothing is read.
-        assert!(unsafe { infold_emulate(kernel.as_ptr(), 0, 256, std::ptr::null()) }, "{name}");
+        assert!(unsafe { infold_emulate(kernel.as_ptr(), 0, 256, 0, std::ptr::null()) }, "{name}");
     }
 }
 
@@ -273,8 +292,8 @@ fn damage_is_an_error_or_other_numbers() {
 }
 
 /// x (batch by columns) times a dense weight transposed, and the sums of the terms' magnitudes.
-fn products(x: &[bf16], weight: &[f64], batch: usize, rows: usize, cols: usize) -> Vec<(f64, f64)> {
-    let term = |n: usize, row: usize, k: usize| weight[row * cols + k] * x[n * cols + k].to_f64();
+fn products(x: &[f32], weight: &[f64], batch: usize, rows: usize, cols: usize) -> Vec<(f64, f64)> {
+    let term = |n: usize, row: usize, k: usize| weight[row * cols + k] * f64::from(x[n * cols + k]);
     let sums = |n: usize, row: usize| {
         (0..cols).map(|k| term(n, row, k)).fold((0.0, 0.0), |(sum, scale), term| (sum + term, scale + term.abs()))
     };
@@ -289,51 +308,141 @@ fn unscaled(packed: &Packed) -> Vec<f32> {
     out
 }
 
+/// Rounds values to a dtype, and gives their bytes.
+fn stored(values: &mut [f32], dtype: Dtype) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for value in values {
+        match dtype {
+            Dtype::Bf16 => {
+                let half = bf16::from_f32(*value);
+                *value = half.to_f32();
+                bytes.extend(half.to_le_bytes());
+            }
+            Dtype::F16 => {
+                let half = f16::from_f32(*value);
+                *value = half.to_f32();
+                bytes.extend(half.to_le_bytes());
+            }
+            Dtype::F32 => bytes.extend(value.to_le_bytes()),
+        }
+    }
+    bytes
+}
+
+/// Values of a dtype from their bytes, and how far one may be from what it is rounded from.
+fn loaded(bytes: &[u16], dtype: Dtype) -> Vec<f32> {
+    match dtype {
+        Dtype::Bf16 => bytes.iter().map(|&bits| bf16::from_bits(bits).to_f32()).collect(),
+        Dtype::F16 => bytes.iter().map(|&bits| f16::from_bits(bits).to_f32()).collect(),
+        Dtype::F32 => {
+            bytes.chunks(2).map(|pair| f32::from_bits(u32::from(pair[0]) | u32::from(pair[1]) << 16)).collect()
+        }
+    }
+}
+
+/// A product to be checked.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    batch: usize,
+    dtype: Dtype,
+    with_bias: bool,
+    half_scales: bool,
+    on_hopper: bool,
+}
+
+const PLAIN: Case = Case { batch: 1, dtype: Dtype::Bf16, with_bias: true, half_scales: false, on_hopper: false };
+
 /// Compares the fused product with float64.
 fn check_product(
     device: &Device,
     packed: &Packed,
-    batch: usize,
-    with_bias: bool,
-    half_scales: bool,
+    case: Case,
     random: &mut Random,
 ) -> Result<(), proptest::test_runner::TestCaseError> {
+    let Case { batch, dtype, with_bias, half_scales, on_hopper } = case;
     let Geometry { rows, cols, .. } = packed.header.geometry;
-    let x = to_bf16(&random.normals(batch * cols, 1.0));
-    let bias = to_bf16(&random.normals(rows, 1.0));
-    let (guarded, mut y) = (Guarded::new(&x), Shifted::new(batch * rows, 0));
-    let parameters = Linear {
-        weight: device.weight(half_scales),
-        x: guarded.pointer(),
-        bias: if with_bias { bias.as_ptr().cast() } else { std::ptr::null() },
-        y: y.pointer(),
-        batch: batch as i32,
+    let (mut x, mut bias) = (random.normals(batch * cols, 1.0), random.normals(rows, 1.0));
+    let (x_bytes, bias_bytes) = (stored(&mut x, dtype), stored(&mut bias, dtype));
+    let width = x_bytes.len() / x.len() / 2;
+    let (guarded, mut y) = (Guarded::new(&x_bytes), vec![0u16; batch * rows * width]);
+    let bias_at = if with_bias { bias_bytes.as_ptr().cast() } else { std::ptr::null() };
+    let (weight, parts, columns) = (device.weight(half_scales), dtype.parts(), batch * dtype.parts());
+    let product = Product::of(batch, parts, on_hopper);
+    let (batch_size, parts) = (batch as i32, parts as i32);
+    let inputs = |columns: usize, out: *mut u16| {
+        let (cols, columns) = (cols as i32, columns as i32);
+        Inputs { x: guarded.pointer().cast(), out, dtype, batch: batch_size, cols, parts, columns }
     };
-    let mut launched = launch::linear(device.kind(), parameters);
-    // As where there are more stripes than blocks.
-    launched.blocks = launched.blocks.min(3);
-    emulate(launched);
+    if product == Product::Narrow {
+        let mut split = Shifted::new(columns * cols, 0);
+        let mut x = guarded.pointer().cast();
+        if parts > 1 {
+            x = split.pointer().cast_const();
+            emulate(launch::input_rows(inputs(0, split.pointer())));
+        }
+        let y = y.as_mut_ptr().cast();
+        let mut launched =
+            launch::linear(device.kind(), Linear { weight, x, bias: bias_at, y, dtype, batch: batch_size, parts });
+        // As where there are more stripes than blocks.
+        launched.blocks = launched.blocks.min(3);
+        emulate(launched);
+    } else {
+        assert_eq!(product, Product::Wide);
+        let plan = WidePlan::new(rows, cols, columns);
+        // As where there are more rows than one launch takes, and two splits of few columns.
+        let plan =
+            WidePlan { rows: plan.rows.min(256), splits: if cols > 64 { plan.splits.max(2) } else { 1 }, ..plan };
+        let bytes = launch::input_tiles_bytes(cols, plan.columns);
+        let mut tiles = Shifted::new(bytes / 2, 0);
+        emulate(launch::input_tiles(inputs(plan.columns, tiles.pointer())));
+        let mut sums = vec![f32::NAN; plan.sums()];
+        let whole = Wide {
+            weight,
+            x: tiles.pointer(),
+            sums: sums.as_mut_ptr(),
+            bias: bias_at,
+            y: y.as_mut_ptr().cast(),
+            dtype,
+            batch: batch_size,
+            parts,
+            columns: 0,
+            splits: 0,
+            first_row: 0,
+            row_count: 0,
+        };
+        plan.launches(device.kind(), whole).flatten().for_each(emulate);
+    }
+    let grouped = product == Product::Wide && packed.header.scale_grid.group_cols(packed.header.geometry) < cols;
     let points = unscaled(packed);
     let dense: Vec<f64> = unpack::<f32>(packed)
         .iter()
         .zip(&points)
         .map(|(&value, &point)| {
-            // In the product a level's value is rounded to bfloat16 before its scale; one that has no code is not.
+            // In the product a level's value is rounded to bfloat16 before its scale, and again after one that changes
+            // with the columns; one that has no code is not.
             let codes = device.tables.lo..device.tables.lo + device.kind().values() as i32;
             let is_code = device.kind() != Kind::Window && codes.contains(&(point.round() as i32));
             let rounded = if is_code { bf16::from_f32(point).to_f32() } else { point };
-            if point == 0.0 { 0.0 } else { f64::from(value) / f64::from(point) * f64::from(rounded) }
+            let scaled = if point == 0.0 { 0.0 } else { f64::from(value) / f64::from(point) * f64::from(rounded) };
+            if is_code && grouped { bf16::from_f32(scaled as f32).to_f64() } else { scaled }
         })
         .collect();
     let sums = products(&x, &dense, batch, rows, cols);
-    for (index, (y, (mut sum, mut scale))) in y.get(batch * rows).into_iter().zip(sums).enumerate() {
+    // What a value is rounded to, relative and absolute.
+    let (relative, least, largest) = match dtype {
+        Dtype::Bf16 => (1.0 / 256.0, 1e-30, f64::MAX),
+        Dtype::F16 => (1.0 / 2048.0, 1e-7, 65536.0),
+        Dtype::F32 => (0.0, 1e-30, f64::MAX),
+    };
+    for (index, (y, (mut sum, mut scale))) in loaded(&y, dtype).into_iter().zip(sums).enumerate() {
         if with_bias {
-            sum += bias[index % rows].to_f64();
-            scale += bias[index % rows].to_f64().abs();
+            sum += f64::from(bias[index % rows]);
+            scale += f64::from(bias[index % rows]).abs();
         }
-        // Sums in float32, rounded to bfloat16 once.
-        let limit = scale * f64::from(f32::EPSILON) * 16.0 + sum.abs() / 256.0 + 1e-30;
-        proptest::prop_assert!((y.to_f64() - sum).abs() <= limit, "{} {} {}", index, y, sum);
+        // Sums in float32, rounded once.
+        let limit = scale * f64::from(f32::EPSILON) * 16.0 + sum.abs() * relative + least;
+        let (y, sum) = (f64::from(y).clamp(-largest, largest), sum.clamp(-largest, largest));
+        proptest::prop_assert!((y - sum).abs() <= limit, "{:?} {} {} {}", case, index, y, sum);
     }
     Ok(())
 }
@@ -347,7 +456,8 @@ fn what_stands_in_for_an_escape_is_taken_off() {
     let values: Vec<f32> = (0..rows * cols).map(|index| value(index, random.uniform())).collect();
     let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap();
     let device = Device::new(&packed).unwrap();
-    check_product(&device, &packed, 5, false, false, &mut random).unwrap();
+    check_product(&device, &packed, Case { batch: 5, with_bias: false, ..PLAIN }, &mut random).unwrap();
+    check_product(&device, &packed, Case { batch: 20, on_hopper: true, ..PLAIN }, &mut random).unwrap();
 }
 
 #[test]
@@ -361,8 +471,30 @@ fn wide_weights_take_each_warp_several_times() {
             _ => quantised(format, &values, rows, cols),
         };
         let device = Device::new(&packed).unwrap();
-        for batch in [3, 8, 9, 16] {
-            check_product(&device, &packed, batch, true, false, &mut random).unwrap();
+        for batch in [3, 8, 9, 16, 33] {
+            check_product(&device, &packed, Case { batch, ..PLAIN }, &mut random).unwrap();
+        }
+        for (batch, dtype) in [(1, Dtype::F32), (5, Dtype::F32), (8, Dtype::F16)] {
+            check_product(&device, &packed, Case { batch, dtype, ..PLAIN }, &mut random).unwrap();
+        }
+        for (batch, dtype) in [(17, Dtype::Bf16), (70, Dtype::F16), (30, Dtype::F32)] {
+            let case = Case { batch, dtype, on_hopper: true, ..PLAIN };
+            check_product(&device, &packed, case, &mut random).unwrap();
+        }
+    }
+}
+
+#[test]
+fn many_rows_and_columns_take_several_launches() {
+    let mut random = Random(12);
+    let (rows, cols) = (300, 64 * 13 + 5);
+    let mut values = random.normals(rows * cols, 0.05);
+    values.iter_mut().step_by(611).for_each(|value| *value = 1.5);
+    let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap();
+    for packed in [packed, quantised(1, &values, rows, cols), quantised(4, &values, rows, cols)] {
+        let device = Device::new(&packed).unwrap();
+        for batch in [40, 129] {
+            check_product(&device, &packed, Case { batch, on_hopper: true, ..PLAIN }, &mut random).unwrap();
         }
     }
 }
@@ -377,7 +509,9 @@ proptest::proptest! {
         format in 0usize..8,
         rows in 1usize..100,
         cols in 1usize..300,
-        batch in 1usize..=MAX_FUSED_ROWS,
+        batch in 1usize..=16,
+        dtype in 0usize..3,
+        on_hopper: bool,
         skip in 0usize..8,
         with_bias: bool,
         fast: bool,
@@ -413,6 +547,9 @@ proptest::proptest! {
         let picked: Vec<f32> = indices.iter().flat_map(|i| expected[rows_of(i)].to_vec()).collect();
         proptest::prop_assert_eq!(floats, picked);
 
-        check_product(&device, &compact, batch, with_bias, fast, &mut random)?;
+        let dtype = [Dtype::Bf16, Dtype::F16, Dtype::F32][dtype];
+        let batch = if Product::of(batch, dtype.parts(), on_hopper) == Product::Unpacked { 1 } else { batch };
+        let case = Case { batch, dtype, with_bias, half_scales: fast, on_hopper };
+        check_product(&device, &compact, case, &mut random)?;
     }
 }

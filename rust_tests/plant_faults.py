@@ -16,19 +16,25 @@ COPY = ROOT / "build" / "faults"
 PARTS = ("src", "cuda", "rust_tests", "benchmarks", "build.rs", "Cargo.toml", "Cargo.lock")
 
 WINDOW, CODES, LAYOUTS = "cuda/window.cuh", "cuda/codes.cuh", "cuda/layouts.cuh"
-LINEAR, UNPACK = "cuda/linear.cu", "cuda/unpack.cu"
+LINEAR, UNPACK, WIDE = "cuda/linear.cu", "cuda/unpack.cu", "cuda/wide.cu"
+INPUTS, INPUT_TILES, INTRINSICS = "cuda/inputs.cu", "cuda/inputs.cuh", "cuda/intrinsics.cuh"
 LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
 LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
 #: (what, file, code, code with the fault).
 FAULTS = (
-    ("word order of a window's tile", LAYOUTS, "word_index(lane, 4 * quad)", "word_index(lane ^ 1, 4 * quad)"),
+    (
+        "word order of a window's tile",
+        LAYOUTS,
+        "words + word_index(lane, 4 * quad)",
+        "words + word_index(lane ^ 1, 4 * quad)",
+    ),
     ("a window's words", LAYOUTS, "tile.word(2 * step + 1), tile", "tile.word(2 * step), tile"),
     ("mask of signs and mantissas", WINDOW, "kRestMask = 0x807f807f", "kRestMask = 0x807f803f"),
     ("exponent of the second register", WINDOW, "exponents << 3 & kExponentMask", "exponents << 4 & kExponentMask"),
     ("exponent of the fourth register", WINDOW, "exponents >> 5 & kExponentMask", "exponents >> 5 & 0x07800700"),
     ("base in the upper half", WINDOW, "base * 0x00800080u", "base * 0x00000080u"),
     ("end of the window", WINDOW, "if (exponent >= kWindow)", "if (exponent > kWindow)"),
-    ("filler of the window", LAYOUTS, "return from_bf16(base & 0xffff)", "return from_bf16(base & 0x7fff) * 2"),
+    ("filler of the window", LAYOUTS, "window::filler(w.head->base))", "window::filler(w.head->base)) * 2"),
     ("word order of codes", LAYOUTS, LOAD_CODES, LOAD_CODES.replace("(lane,", "(lane ^ 1,")),
     ("the fifths' word", LAYOUTS, "kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0", "0"),
     (
@@ -48,8 +54,8 @@ FAULTS = (
     ("entries of the table", LAYOUTS, "const uint32_t entry = i / kCopies;", "const uint32_t entry = i % kEntries;"),
     ("the barrier after the table", LAYOUTS, "__syncthreads();\n  }", "}"),
     ("order of columns", LINEAR, "lane % 4 * 16);", "lane % 4 * 8);"),
-    ("pair of x in a step", LINEAR, "x[group].pairs[2 * step + 1]);", "x[group].pairs[2 * step]);"),
-    ("rows of x beyond the batch", LINEAR, "if (row >= p.batch || col >= cols)", "if (row > p.batch || col >= cols)"),
+    ("pair of x in a step", LINEAR, "x[i].pairs[2 * step + 1]);", "x[i].pairs[2 * step]);"),
+    ("rows of x beyond the batch", LINEAR, "column >= p.batch * p.parts", "column > p.batch * p.parts"),
     ("columns beyond x", LINEAR, "if (col + i < cols) result.pairs", "if (col + i <= cols) result.pairs"),
     (
         "aligned loads of x",
@@ -57,7 +63,7 @@ FAULTS = (
         "reinterpret_cast<uintptr_t>(x) % 16 == 0",
         "reinterpret_cast<uintptr_t>(x) % 8 == 0",
     ),
-    ("second group's rows", LINEAR, "group * kGroup + lane / 4,", "group * 4 + lane / 4,"),
+    ("second group's rows", LINEAR, "(part + i) * kGroup + lane / 4,", "(part + i) * 4 + lane / 4,"),
     ("tiles of a warp", LINEAR, "start += kAhead * kWarps", "start += kWarps"),
     (
         "prefetch of the next tile",
@@ -73,14 +79,42 @@ FAULTS = (
     ),
     ("groups' scales", LINEAR, "scale_of(w, row, tile * kCols)", "scale_of(w, row, 0)"),
     ("sums of the next group", LINEAR, "            sums[group][i] = 0;\n", ""),
-    ("place of a sum", LINEAR, "parts[warp][lane / 4 + i / 2 * 8]", "parts[warp][lane / 4 + i / 2 * 4]"),
-    ("one warp's part", LINEAR, "for (int part = 0; part < kWarps", "for (int part = 1; part < kWarps"),
-    ("the barrier before the sum", LINEAR, "__syncthreads();\n    const int out_row", "const int out_row"),
-    ("the barrier after the sum", LINEAR, "    __syncthreads();\n  }\n}", "  }\n}"),
+    ("place of a sum", LINEAR, "shares[warp][lane / 4 + i / 2 * 8]", "shares[warp][lane / 4 + i / 2 * 4]"),
+    ("one warp's part", LINEAR, "for (int share = 0; share < kWarps", "for (int share = 1; share < kWarps"),
+    ("the barrier before the sum", LINEAR, "__syncthreads();\n      // A row", "// A row"),
+    ("the barrier after the sum", LINEAR, "      __syncthreads();\n    }\n  }", "    }\n  }"),
     ("what stands in for an escape", LINEAR, "(escape.value - filler)", "escape.value"),
     ("an escape's x", LINEAR, "from_bf16(x[escape.col])", "from_bf16(x[0])"),
-    ("the bias", LINEAR, "from_bf16(p.bias[row])", "from_bf16(p.bias[out_row])"),
+    ("the bias", LINEAR, "load_value(p.bias, row,", "load_value(p.bias, out_row,"),
     ("rows beyond the weight", LINEAR, "out_row < kRows && row < w.rows && batch", "out_row < kRows && batch"),
+    ("a value's parts in a row of x", LINEAR, "out * p.parts + part;", "out * p.parts;"),
+    ("a value's parts", INPUTS, "for (int i = 0; i < part; ++i) value", "for (int i = 1; i < part; ++i) value"),
+    ("a column's row of x", INPUTS, "const int row = column / p.parts;", "const int row = column;"),
+    ("x beyond the batch", INPUTS, "if (row >= p.batch ||", "if (row > p.batch ||"),
+    ("swizzle of x", INPUT_TILES, "chunk ^ column % 8", "chunk ^ column % 4"),
+    ("order of x in a step", INPUT_TILES, "2 * (chunk % 2), element", "chunk % 2, element"),
+    ("place of an escape's x", INPUT_TILES, "within / 16 * 2 + within % 2", "within / 16 * 2"),
+    ("stride of the descriptor", INTRINSICS, "kEightColumns = 1024", "kEightColumns = 512"),
+    ("address of the descriptor", INTRINSICS, "(address >> 4 & 0x3fff)", "(address >> 4 & 0xfff)"),
+    ("steps of the descriptor", WIDE, "step * kStepBytes;", "step * kStepBytes / 2;"),
+    ("groups of the descriptor", WIDE, "group * kGroup * kColumnBytes", "0 * kColumnBytes"),
+    ("wait for a tile in time", WIDE, "wait_for(full[stage], i / kStages);", "wait_for(full[stage], 0);"),
+    ("wait for a place in time", WIDE, "        wait_for(empty[left % kStages], left / kStages);\n", ""),
+    ("wait for products in time", WIDE, "      wait_for_products(sums);\n", ""),
+    ("bytes of tiles in time", WIDE, "present * sizeof to.tiles[0])", "kWarps * sizeof to.tiles[0])"),
+    ("a stripe's tiles in shared memory", WIDE, "stages[stage].tiles[warp]", "stages[stage].tiles[warp / 2]"),
+    ("scales of groups in many columns", WIDE, "(begin + i) * kCols);", "begin * kCols);"),
+    (
+        "scales of rows in many columns",
+        WIDE,
+        "grouped ? 1 : row_scales",
+        "grouped ? row_scales.scales[half] : row_scales",
+    ),
+    ("rows' escapes in many columns", WIDE, "p.first_row + row, column)", "row, column)"),
+    ("end of a split", WIDE, "(split + 1) * across / p.splits", "(split + 1) * across / p.splits - split"),
+    ("one split's sums", WIDE, "for (int split = 0; split < p.splits", "for (int split = 1; split < p.splits"),
+    ("a value's parts in many columns", WIDE, "batch_row * p.parts + part]", "batch_row * p.parts]"),
+    ("the barrier before results of many columns", WIDE, "__syncthreads();\n  for (int i", "for (int i"),
     ("half of a run", UNPACK, "2 * pair + (lower ? 1 : 0)", "2 * pair + (lower ? 0 : 1)"),
     ("last columns of a run", UNPACK, "col + kRun <= w.cols", "col + kRun - 1 <= w.cols"),
     (
@@ -97,7 +131,9 @@ FAULTS = (
         "put_apart<Layout>(p, row, out)",
     ),
     ("blocks of a launch", LAUNCH, "div_ceil(STRIPE as u32)", "div_ceil(2 * STRIPE as u32)"),
-    ("kernel for a batch", LAUNCH, "parameters.batch <= 8", "parameters.batch <= 9"),
+    ("kernel for a batch", LAUNCH, "size < columns", "size + 1 < columns"),
+    ("rows of one launch", LAUNCH, "first_row: first as i32", "first_row: 0"),
+    ("shared memory of many columns", LAUNCH, "(WIDE_STAGES * stage)", "(WIDE_STAGES * stage / 2)"),
     ("order of escapes", WEIGHT, "start - escapes.len() as u32", "start"),
 )
 

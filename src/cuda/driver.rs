@@ -9,8 +9,8 @@ use std::sync::{Mutex, OnceLock};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use super::fatbins;
 use super::launch::{Kernel, Launch, kernels};
+use super::{architectures, fatbins};
 use crate::{Error, Result};
 
 /// A stream, as the driver names it, and the number of its device.
@@ -82,6 +82,27 @@ fn with_kernels<R>(device: usize, body: impl FnOnce(&Kernels) -> Result<R>) -> R
         Entry::Occupied(kernels) => kernels.into_mut(),
         Entry::Vacant(place) => place.insert(load_all()?),
     })
+}
+
+/// Whether a device runs the kernels that are for Hopper alone, and the library has them.
+pub fn is_hopper(device: usize) -> Result<bool> {
+    static MAJORS: Mutex<Option<HashMap<usize, i32>>> = Mutex::new(None);
+    if !architectures().contains(&"sm_90a") {
+        return Ok(false);
+    }
+    let mut majors = MAJORS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let major = match majors.get_or_insert_default().entry(device) {
+        Entry::Occupied(major) => *major.get(),
+        Entry::Vacant(place) => {
+            context(device)?;
+            let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+            let found = result::device::get(device as i32);
+            // SAFETY: a device that a tensor is on.
+            let major = found.and_then(|device| unsafe { result::device::get_attribute(device, attribute) });
+            *place.insert(major.map_err(failed("the device's compute capability"))?)
+        }
+    };
+    Ok(major == 9)
 }
 
 /// Loads the kernels on a device, if they are not there yet.

@@ -1,24 +1,70 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
-use super::params::{Linear, Unpack, Weight};
-use super::weight::{Kind, STRIPE};
-
-/// Rows of x that the fused product takes; more are multiplied by the unpacked weight.
-pub const MAX_FUSED_ROWS: usize = 16;
+use super::params::{Inputs, Linear, Unpack, Weight, Wide};
+use super::weight::{Kind, STRIPE, TILE_COLS};
 
 const THREADS: u32 = 256;
 /// Where a block fills a table first, about so many blocks share the stripes: two for each of an H200's multiprocessors.
 const TABLE_BLOCKS: u32 = 264;
 
-/// The fused products by [`Kind`], for at most 8 and 16 rows of x.
-const LINEAR: [[&str; 2]; 4] = [
-    ["infold_linear_window_8", "infold_linear_window_16"],
-    ["infold_linear_codes4_8", "infold_linear_codes4_16"],
-    ["infold_linear_codes5_8", "infold_linear_codes5_16"],
-    ["infold_linear_codes8_8", "infold_linear_codes8_16"],
-];
-const UNPACK: [&str; 4] =
-    ["infold_unpack_window", "infold_unpack_codes4", "infold_unpack_codes5", "infold_unpack_codes8"];
+/// The products of few columns, by how many each takes at most.
+const NARROW: [usize; 4] = [8, 16, 32, 64];
+/// Those of many, on Hopper.
+const WIDE: [usize; 3] = [64, 128, 256];
+/// Beyond so many columns Hopper takes those.
+const NARROW_ON_HOPPER: usize = 16;
+
+/// As `cuda/wide.cu` has them: rows of a block, and tiles on their way.
+const WIDE_ROWS: usize = 128;
+const WIDE_STAGES: usize = 4;
+/// Blocks of the product of many columns that run at a time: one on each of an H200's multiprocessors.
+const WIDE_BLOCKS: usize = 132;
+/// At least so many tiles of a stripe to a block.
+const LEAST_TILES: usize = 8;
+/// Bytes of a column in a tile of x.
+const COLUMN_BYTES: usize = TILE_COLS * 2;
+
+/// A layout's kernels.
+struct Kernels {
+    linear: [&'static str; NARROW.len()],
+    wide: [&'static str; WIDE.len()],
+    finish: &'static str,
+    unpack: &'static str,
+}
+
+macro_rules! kernels_of {
+    ($layout:literal) => {
+        Kernels {
+            linear: [
+                concat!("infold_linear_", $layout, "_8"),
+                concat!("infold_linear_", $layout, "_16"),
+                concat!("infold_linear_", $layout, "_32"),
+                concat!("infold_linear_", $layout, "_64"),
+            ],
+            wide: [
+                concat!("infold_wide_", $layout, "_64"),
+                concat!("infold_wide_", $layout, "_128"),
+                concat!("infold_wide_", $layout, "_256"),
+            ],
+            finish: concat!("infold_finish_", $layout),
+            unpack: concat!("infold_unpack_", $layout),
+        }
+    };
+}
+
+impl Kind {
+    fn kernels(self) -> Kernels {
+        match self {
+            Self::Window => kernels_of!("window"),
+            Self::Codes4 => kernels_of!("codes4"),
+            Self::Codes5 => kernels_of!("codes5"),
+            Self::Codes8 => kernels_of!("codes8"),
+        }
+    }
+}
+
+const INPUTS_ROWS: &str = "infold_inputs_rows";
+const INPUTS_TILES: &str = "infold_inputs_tiles";
 
 /// Where a kernel is: its file and its name there, and the dynamic shared memory in bytes that a launch may ask for.
 #[derive(Debug, Clone, Copy)]
@@ -30,13 +76,22 @@ pub struct Kernel {
 
 /// Every kernel.
 pub fn kernels() -> impl Iterator<Item = Kernel> {
-    let linear = LINEAR.into_iter().flatten().map(|name| Kernel { file: "linear", name, shared: 0 });
-    linear.chain(UNPACK.map(|name| Kernel { file: "unpack", name, shared: 0 }))
+    let plain = |file, name| Kernel { file, name, shared: 0 };
+    let of_kind = move |kind: Kind| {
+        let Kernels { linear, wide, finish, unpack } = kind.kernels();
+        let wide = WIDE.into_iter().zip(wide);
+        let wide = wide.map(move |(columns, name)| Kernel { file: "wide", name, shared: wide_shared(kind, columns) });
+        let linear = linear.map(|name| plain("linear", name)).into_iter();
+        linear.chain(wide).chain([plain("wide", finish), plain("unpack", unpack)])
+    };
+    let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
+    inputs.into_iter().chain(Kind::ALL.into_iter().flat_map(of_kind))
 }
 
-/// A kind's place in the lists of kernels.
-fn place(kind: Kind) -> usize {
-    kind as usize - Kind::Window as usize
+/// Shared memory of the product of many columns: its tiles of x and of W.
+fn wide_shared(kind: Kind, columns: usize) -> u32 {
+    let stage = columns * COLUMN_BYTES + WIDE_ROWS / STRIPE * kind.tile_bytes();
+    (WIDE_STAGES * stage) as u32
 }
 
 /// A kernel's launch.
@@ -51,21 +106,120 @@ pub struct Launch<P> {
     pub parameters: P,
 }
 
+impl<P> Launch<P> {
+    fn new(kernel: &'static str, blocks: u32, parameters: P) -> Self {
+        Self { kernel, blocks, threads: THREADS, shared: 0, parameters }
+    }
+}
+
 fn stripes(weight: &Weight) -> u32 {
     (weight.rows as u32).div_ceil(STRIPE as u32)
 }
 
-/// y = x·Wᵀ + bias for at most [`MAX_FUSED_ROWS`] rows of x.
+/// Which of `sizes` is enough for so many columns.
+fn place(sizes: &[usize], columns: usize) -> usize {
+    sizes.partition_point(|&size| size < columns).min(sizes.len() - 1)
+}
+
+/// How a product is computed, by its columns: rows of x times the bfloat16s that each value is the sum of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Product {
+    /// One launch of [`linear`].
+    Narrow,
+    /// Those of [`WidePlan`].
+    Wide,
+    /// By the library, on the unpacked weight.
+    Unpacked,
+}
+
+impl Product {
+    /// No figure of a GPU has moved these bounds yet.
+    pub fn of(rows: usize, parts: usize, on_hopper: bool) -> Self {
+        let ([.., narrow], [.., wide]) = (NARROW, WIDE);
+        match rows * parts {
+            columns if columns <= NARROW_ON_HOPPER => Self::Narrow,
+            columns if on_hopper && columns <= wide => Self::Wide,
+            // The kernels of more columns take a value as one.
+            columns if !on_hopper && parts == 1 && columns <= narrow => Self::Narrow,
+            _ => Self::Unpacked,
+        }
+    }
+}
+
+/// y = x·Wᵀ + bias for what [`Product::Narrow`] is for.
 pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
-    let [eight, sixteen] = LINEAR[place(kind)];
-    let kernel = if parameters.batch <= 8 { eight } else { sixteen };
+    let kernel = kind.kernels().linear[place(&NARROW, (parameters.batch * parameters.parts) as usize)];
     let most = if kind == Kind::Window { u32::MAX } else { TABLE_BLOCKS };
-    let blocks = stripes(&parameters.weight).min(most);
-    Launch { kernel, blocks, threads: THREADS, shared: 0, parameters }
+    Launch::new(kernel, stripes(&parameters.weight).min(most), parameters)
+}
+
+/// x as rows of bfloat16s.
+pub fn input_rows(parameters: Inputs) -> Launch<Inputs> {
+    let elements = (parameters.batch * parameters.parts) as usize * parameters.cols as usize;
+    Launch::new(INPUTS_ROWS, elements.div_ceil(THREADS as usize) as u32, parameters)
+}
+
+/// x as the tiles that the product of many columns reads.
+pub fn input_tiles(parameters: Inputs) -> Launch<Inputs> {
+    let chunks = input_tiles_bytes(parameters.cols as usize, parameters.columns as usize) / size_of::<u128>();
+    Launch::new(INPUTS_TILES, chunks.div_ceil(THREADS as usize) as u32, parameters)
+}
+
+/// What x takes as tiles.
+pub fn input_tiles_bytes(cols: usize, columns: usize) -> usize {
+    cols.div_ceil(TILE_COLS) * columns * COLUMN_BYTES
+}
+
+/// How a product of many columns is cut up: so that every multiprocessor has a block, and so that the sums of one launch
+/// take at most 18 MB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WidePlan {
+    /// Those of the kernel, which are enough.
+    pub columns: usize,
+    /// Of W's columns.
+    pub splits: usize,
+    /// Of W, in one launch.
+    pub rows: usize,
+}
+
+impl WidePlan {
+    pub fn new(rows: usize, cols: usize, columns: usize) -> Self {
+        let columns = WIDE[place(&WIDE, columns)];
+        let [.., most] = WIDE;
+        let blocks = rows.div_ceil(WIDE_ROWS).max(1);
+        let splits = (WIDE_BLOCKS / blocks).min(cols.div_ceil(TILE_COLS) / LEAST_TILES).max(1);
+        Self { columns, splits, rows: (WIDE_BLOCKS * most / columns * WIDE_ROWS).min(rows) }
+    }
+
+    /// The sums of one launch, in float32.
+    pub fn sums(self) -> usize {
+        self.splits * self.rows * self.columns
+    }
+
+    /// The product of each part of the rows, then what makes results of it. `parameters` say nothing of the plan.
+    pub fn launches(self, kind: Kind, parameters: Wide) -> impl Iterator<Item = [Launch<Wide>; 2]> {
+        let Self { columns, splits, rows } = self;
+        let all = parameters.weight.rows as usize;
+        (0..all).step_by(rows.max(1)).map(move |first| {
+            let count = rows.min(all - first);
+            let parameters = Wide {
+                columns: columns as i32,
+                splits: splits as i32,
+                first_row: first as i32,
+                row_count: count as i32,
+                ..parameters
+            };
+            let Kernels { wide, finish, .. } = kind.kernels();
+            let blocks = (count.div_ceil(WIDE_ROWS) * splits) as u32;
+            let wide = Launch::new(wide[place(&WIDE, columns)], blocks, parameters);
+            let finish = Launch::new(finish, count.div_ceil(STRIPE) as u32, parameters);
+            [Launch { shared: wide_shared(kind, columns), ..wide }, finish]
+        })
+    }
 }
 
 /// The dense weight, or `indices` of its rows.
 pub fn unpack(kind: Kind, parameters: Unpack, indices: Option<u32>) -> Launch<Unpack> {
     let blocks = indices.unwrap_or(stripes(&parameters.weight));
-    Launch { kernel: UNPACK[place(kind)], blocks, threads: THREADS, shared: 0, parameters }
+    Launch::new(kind.kernels().unpack, blocks, parameters)
 }

@@ -38,15 +38,64 @@ pub struct Weight {
     pub cols: i32,
 }
 
+/// What x, y, a bias and a dense weight are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Dtype {
+    Bf16 = 0,
+    F16 = 1,
+    F32 = 2,
+}
+
+impl Dtype {
+    /// How many bfloat16s a value is the sum of.
+    pub fn parts(self) -> usize {
+        self as usize + 1
+    }
+}
+
+/// x as columns of bfloat16; in tiles where `columns` is not 0.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Inputs {
+    pub x: *const c_void,
+    pub out: *mut u16,
+    pub dtype: Dtype,
+    pub batch: i32,
+    pub cols: i32,
+    pub parts: i32,
+    pub columns: i32,
+}
+
 /// y = x·Wᵀ + bias.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Linear {
     pub weight: Weight,
     pub x: *const u16,
-    pub bias: *const u16,
-    pub y: *mut u16,
+    pub bias: *const c_void,
+    pub y: *mut c_void,
+    pub dtype: Dtype,
     pub batch: i32,
+    pub parts: i32,
+}
+
+/// The same of many columns, of `row_count` rows of W.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Wide {
+    pub weight: Weight,
+    pub x: *const u16,
+    pub sums: *mut f32,
+    pub bias: *const c_void,
+    pub y: *mut c_void,
+    pub dtype: Dtype,
+    pub batch: i32,
+    pub parts: i32,
+    pub columns: i32,
+    pub splits: i32,
+    pub first_row: i32,
+    pub row_count: i32,
 }
 
 /// Rows of the dense weight: those that `indices` name, or all of them if it is null.
@@ -56,5 +105,5 @@ pub struct Unpack {
     pub weight: Weight,
     pub indices: *const i64,
     pub out: *mut c_void,
-    pub out_is_bf16: i32,
+    pub dtype: Dtype,
 }

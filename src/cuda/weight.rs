@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 /// Rows of a tile.
 pub const STRIPE: usize = 16;
-const TILE_COLS: usize = 64;
+pub const TILE_COLS: usize = 64;
 const MAGIC: [u8; 4] = *b"INFG";
 const TABLES_HEAD: usize = 12;
 /// Parts of a payload begin at multiples of a load.
@@ -61,10 +61,11 @@ pub enum Kind {
 }
 
 impl Kind {
+    pub const ALL: [Self; 4] = [Self::Window, Self::Codes4, Self::Codes5, Self::Codes8];
     const CODES: [Self; 3] = [Self::Codes4, Self::Codes5, Self::Codes8];
 
     pub fn from_number(number: i64) -> Option<Self> {
-        [Self::Window, Self::Codes4, Self::Codes5, Self::Codes8].into_iter().find(|&kind| kind as i64 == number)
+        Self::ALL.into_iter().find(|&kind| kind as i64 == number)
     }
 
     /// Bits of a weight.
@@ -75,6 +76,11 @@ impl Kind {
             Self::Codes5 => 5,
             Self::Codes8 => 8,
         }
+    }
+
+    /// Of a tile.
+    pub fn tile_bytes(self) -> usize {
+        STRIPE * TILE_COLS * self.bits() / 8
     }
 
     /// How many codes have a value in a table.
@@ -101,7 +107,7 @@ impl Parts {
     }
 
     fn stripe_bytes(self) -> usize {
-        self.cols.div_ceil(TILE_COLS) * STRIPE * TILE_COLS * self.kind.bits() / 8
+        self.cols.div_ceil(TILE_COLS) * self.kind.tile_bytes()
     }
 
     fn values(self) -> Range<usize> {

@@ -1,5 +1,5 @@
-//! Operators on CUDA tensors: a bfloat16 product of few rows is fused, anything else runs on the unpacked weight. Nothing
-//! here waits for the device or reads its memory.
+//! Operators on CUDA tensors: a product of few enough rows is fused, anything else runs on the unpacked weight. Nothing here
+//! waits for the device or reads its memory.
 #![allow(unsafe_code)] // launches
 
 use tch::{Device, Kind, Tensor};
@@ -9,8 +9,8 @@ use super::tensor::{of_bytes, slice};
 use crate::bridge::current_stream;
 use crate::codec::{Layout, PackedWeight};
 use crate::cuda::driver::{self, Stream};
-use crate::cuda::launch::{self, Launch, MAX_FUSED_ROWS};
-use crate::cuda::params::{self, Linear, Unpack};
+use crate::cuda::launch::{self, Launch, Product, WidePlan};
+use crate::cuda::params::{self, Dtype, Inputs, Linear, Unpack, Wide};
 use crate::cuda::weight::{self, Kind as DeviceKind, Parts, Tables};
 use crate::parallel::Pool;
 use crate::{Error, Result};
@@ -86,40 +86,97 @@ pub fn load(device: Device) -> Result<()> {
     }
 }
 
-/// Whether the fused product is for `rows` rows of x of this kind.
-pub fn fuses(kind: Kind, rows: usize) -> bool {
-    kind == Kind::BFloat16 && rows <= MAX_FUSED_ROWS
+/// What kernels call a kind, if they know it.
+fn dtype_of(kind: Kind) -> Option<Dtype> {
+    match kind {
+        Kind::BFloat16 => Some(Dtype::Bf16),
+        Kind::Half => Some(Dtype::F16),
+        Kind::Float => Some(Dtype::F32),
+        _ => None,
+    }
 }
 
-/// y = x·Wᵀ + b into `y`, for what [`fuses`].
-pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, rows: usize, y: &Tensor) -> Result<()> {
-    let device = weight.payload.device();
-    let x = x.f_contiguous()?;
-    let bias = bias.map(|bias| bias.f_to_kind(Kind::BFloat16)?.f_contiguous()).transpose()?;
-    let bias = bias.as_ref().map(|bias| pointer(bias, "bias", Kind::BFloat16, device)).transpose()?;
-    if rows == 0 {
-        return Ok(());
-    }
-    let (layout, view, _scales) = open(weight)?;
-    let parameters = Linear {
-        weight: view,
-        x: pointer(&x, "x", Kind::BFloat16, device)?,
-        bias: bias.unwrap_or(std::ptr::null_mut()),
-        y: pointer(y, "y", Kind::BFloat16, device)?,
-        batch: rows as i32,
+/// y = x·Wᵀ + b of shape `size` in x's dtype where that is fused, and None where it is for the library.
+pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, rows: usize, size: &[i64]) -> Result<Option<Tensor>> {
+    let (kind, device) = (x.f_kind()?, weight.payload.device());
+    // The values of levels are rounded to bfloat16 there: too coarse for a float32 x.
+    let is_coarse = kind == Kind::Float && weight.layout != DeviceKind::Window as i64;
+    let (Some(dtype), Device::Cuda(index), false) = (dtype_of(kind), device, is_coarse) else {
+        return Ok(None);
     };
-    run(weight, &launch::linear(layout, parameters))
+    let product = Product::of(rows, dtype.parts(), driver::is_hopper(index)?);
+    if product == Product::Unpacked {
+        return Ok(None);
+    }
+    let x = x.f_contiguous()?;
+    let bias = bias.map(|bias| bias.f_to_kind(kind)?.f_contiguous()).transpose()?;
+    let bias = bias.as_ref().map(|bias| pointer(bias, "bias", kind, device)).transpose()?;
+    let bias = bias.map_or(std::ptr::null(), |bias| bias.cast_const().cast());
+    let (layout, view, _scales) = open(weight)?;
+    let out = Tensor::f_empty(size, (kind, device))?;
+    if rows == 0 {
+        return Ok(Some(out));
+    }
+    let y = pointer(&out, "y", kind, device)?.cast();
+    let (batch, parts, cols) = (rows as i32, dtype.parts() as i32, weight.in_features as usize);
+    let source = pointer(&x, "x", kind, device)?;
+    let scratch = |count: usize, kind| Tensor::f_empty([count as i64], (kind, device));
+    let inputs = |columns, out: &Tensor| -> Result<Inputs> {
+        let out = pointer(out, "x", Kind::BFloat16, device)?;
+        Ok(Inputs { x: source.cast(), out, dtype, batch, cols: cols as i32, parts, columns })
+    };
+    match product {
+        // A bfloat16 is its own and only part.
+        Product::Narrow if parts == 1 => {
+            run(weight, &launch::linear(layout, Linear { weight: view, x: source, bias, y, dtype, batch, parts }))?;
+        }
+        Product::Narrow => {
+            let split = scratch(rows * dtype.parts() * cols, Kind::BFloat16)?;
+            let inputs = inputs(0, &split)?;
+            run(weight, &launch::input_rows(inputs))?;
+            run(weight, &launch::linear(layout, Linear { weight: view, x: inputs.out, bias, y, dtype, batch, parts }))?;
+        }
+        _ => {
+            let plan = WidePlan::new(weight.out_features as usize, cols, rows * dtype.parts());
+            let tiles = launch::input_tiles_bytes(cols, plan.columns) / size_of::<u16>();
+            let (tiles, sums) = (scratch(tiles, Kind::BFloat16)?, scratch(plan.sums(), Kind::Float)?);
+            let inputs = inputs(plan.columns as i32, &tiles)?;
+            run(weight, &launch::input_tiles(inputs))?;
+            let sums = pointer(&sums, "sums", Kind::Float, device)?.cast();
+            // The plan fills in the rest.
+            let (columns, splits, first_row, row_count) = (0, 0, 0, 0);
+            let whole = Wide {
+                weight: view,
+                x: inputs.out,
+                sums,
+                bias,
+                y,
+                dtype,
+                batch,
+                parts,
+                columns,
+                splits,
+                first_row,
+                row_count,
+            };
+            for [wide, finish] in plan.launches(layout, whole) {
+                run(weight, &wide)?;
+                run(weight, &finish)?;
+            }
+        }
+    }
+    Ok(Some(out))
 }
 
 /// Rows of the dense weight in `out`'s dtype: those that `indices` (int64) name, or all of them.
 pub fn unpack(weight: &Weight, indices: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
     let (device, kind) = (weight.payload.device(), out.kind());
-    if !matches!(kind, Kind::BFloat16 | Kind::Float) {
+    let Some(dtype) = dtype_of(kind) else {
         let mut floats = Tensor::f_empty(out.size(), (Kind::Float, device))?;
         unpack(weight, indices, &mut floats)?;
         out.f_copy_(&floats)?;
         return Ok(());
-    }
+    };
     let numel = indices.map(|indices| indices.numel());
     let count = numel.map(|count| u32::try_from(count).map_err(|_| Error::argument("indices", "below 2^32", count)));
     let indices = indices.map(|indices| pointer(indices, "indices", Kind::Int64, device)).transpose()?;
@@ -128,7 +185,7 @@ pub fn unpack(weight: &Weight, indices: Option<&Tensor>, out: &mut Tensor) -> Re
         weight: view,
         indices: indices.map_or(std::ptr::null(), |indices| indices.cast_const().cast()),
         out: pointer(out, "out", kind, device)?.cast(),
-        out_is_bf16: (kind == Kind::BFloat16).into(),
+        dtype,
     };
     run(weight, &launch::unpack(layout, parameters, count.transpose()?))
 }

@@ -41,17 +41,20 @@ pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, exact: bool, 
     let kind = float_kind(x, "x")?;
     let rows = rows_of(x, "x", weight.in_features)?;
     check_bias(bias, weight)?;
+    let size = with_last(x, weight.out_features);
     let on_device = device::is_cuda(&weight.payload);
-    if exact || (on_device && !device::fuses(kind, rows)) {
+    if on_device
+        && !exact
+        && let Some(y) = device::linear(x, weight, bias, rows, &size)?
+    {
+        return Ok(y);
+    }
+    if exact || on_device {
         let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
         return weight.with_dense(kind, pool, |dense| Ok(x.f_linear(dense, bias.as_ref())?));
     }
-    let mut out = Tensor::f_empty(with_last(x, weight.out_features), (kind, x.device()))?;
+    let mut out = Tensor::f_empty(size, (kind, x.device()))?;
     let y = &mut out;
-    if on_device {
-        device::linear(x, weight, bias, rows, y)?;
-        return Ok(out);
-    }
     with_operand!(kind, weight, T, O, |packed, scales| {
         let x = contiguous(x, "x", T::KIND)?;
         let bias = bias.map(|bias| contiguous(bias, "bias", compute_kind(kind))).transpose()?;
