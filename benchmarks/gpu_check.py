@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -50,7 +51,7 @@ SHAPES = {
     "8B": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)),
     "70B": ((8192, 10240), (8192, 57344), (28672, 8192)),
 }
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 #: Copies of a weight take at least this together: several times the L2 cache.
 COPIES_BYTES = 400e6
 #: Times as fast as cuBLAS in bfloat16, geometric mean over the 8B shapes.
@@ -59,7 +60,7 @@ GOALS = {
     "ecsq 4 bits": {1: 2.1, 16: 1.8},
 }
 #: Of quantised formats, which differ from the lossless one where the product is fused.
-FUSED_BATCHES = (1, 4, 16)
+FUSED_BATCHES = (1, 4, 16, 64, 256)
 
 
 def correctness() -> None:
@@ -78,8 +79,8 @@ def small() -> None:
             linear = torch.nn.Linear(cols, rows, dtype=torch.bfloat16)
             linear.weight.data[0, 0] = 1.5
             packed = infold.nn.FusedDecompressLinear.from_linear(linear, config).cuda()
-            for batch in (1, 8, 9, 16, 17):
-                packed(torch.randn(batch, cols, dtype=torch.bfloat16, device="cuda"))
+            for batch, dtype in itertools.product((1, 8, 9, 16, 17, 65, 129), (torch.bfloat16, torch.float16)):
+                packed(torch.randn(batch, cols, dtype=dtype, device="cuda"))
             embedding = torch.nn.Embedding(rows, cols, dtype=torch.bfloat16)
             infold.nn.FusedDecompressEmbedding.from_embedding(embedding, config).cuda()(torch.arange(rows).cuda())
     torch.cuda.synchronize()
@@ -149,6 +150,41 @@ def interleaved(sides: dict[str, list[Callable[[], object]]], repeats: int = 30)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def int4_peer(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """PyTorch's own int4 product, in groups of 128."""
+    groups = weight.cuda().float().view(len(weight), -1, 128)
+    scales = groups.abs().amax(2).clamp(min=1e-6) / 7
+    codes = (groups / scales.unsqueeze(2)).round().clamp(-8, 7).add(8).flatten(1).to(torch.uint8)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    scales_and_zeros = torch.stack([scales, torch.zeros_like(scales)], 2).transpose(0, 1).contiguous().bfloat16()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales_and_zeros)
+
+
+def int8_peer(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The library's product of integers, for x that are quantised already; of more than 16 rows."""
+    codes = (weight.cuda().float() * (127 / weight.abs().max())).round().to(torch.int8)
+    return lambda x: torch._int_mm(x.to(torch.int8), codes.t())
+
+
+#: By the format that they are compared with.
+PEERS = {"int4 g128": ("torch int4", int4_peer), "int8": ("torch int8", int8_peer)}
+
+
+def peer_runs(name: str, weight: Tensor, x: Tensor) -> dict[str, list[Callable[[], object]]]:
+    """Another library's product of the same format, over copies of its weight, where there is one that works."""
+    if name not in PEERS:
+        return {}
+    label, peer = PEERS[name]
+    try:
+        runs = [peer(weight) for _ in range(int(COPIES_BYTES / weight.numel()) + 1)]
+        runs[0](x)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{label} of {len(x)} rows: {str(error).splitlines()[0]}")
+        return {}
+    return {label: [lambda run=run: run(x) for run in runs]}  # type: ignore[misc]
+
+
 def linear_rates(rows_out: list[dict[str, Any]]) -> None:
     """Each format, shape and batch against cuBLAS, and against unpacking before it."""
     ratios: dict[tuple[str, int], list[float]] = {}
@@ -176,6 +212,7 @@ def linear_rates(rows_out: list[dict[str, Any]]) -> None:
                             "ours": [lambda w=w: ours(w, False) for w in copies],  # type: ignore[misc]
                             "unpack, cuBLAS": [lambda w=w: ours(w, True) for w in copies[:8]],  # type: ignore[misc]
                             "cuBLAS": [lambda w=w, x=x: F.linear(x, w) for w in denses],  # type: ignore[misc]
+                            **peer_runs(name, weight, x),
                         }
                     )
                     ratio = medians["cuBLAS"] / medians["ours"]

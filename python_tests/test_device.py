@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 import infold
@@ -134,7 +135,7 @@ SHAPES = [(16, 64), (1, 1), (70, 200), (4096, 1000), (33, 4097), (6144, 4096)]
 
 @cuda
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-@pytest.mark.parametrize("batch", [0, 1, 2, 8, 9, 16, 17, 64, 300])
+@pytest.mark.parametrize("batch", [0, 1, 2, 5, 8, 9, 16, 17, 64, 100, 256, 300])
 def test_linear_on_cuda(rows: int, cols: int, batch: int) -> None:
     linear = linear_of(rows, cols)
     packed = FusedDecompressLinear.from_linear(linear, LOSSLESS).cuda()
@@ -163,7 +164,7 @@ def test_quantised_linear_on_cuda(name: str, rows: int, cols: int) -> None:
     assert packed.bias is not None
     bias = packed.bias.detach().double()
     packed.cuda()
-    for batch in (1, 8, 9, 16, 17):
+    for batch in (1, 8, 9, 16, 17, 65, 200):
         x = torch.randn(batch, cols).bfloat16()
         y = packed(x.cuda()).cpu()
         assert packed.layout == name.split()[0]
@@ -173,6 +174,26 @@ def test_quantised_linear_on_cuda(name: str, rows: int, cols: int) -> None:
         assert ((y.double() - exact).abs() <= limit).all()
     assert torch.equal(packed.unpack(torch.float32).cpu().double(), weight)
     assert torch.equal(packed.unpack(torch.bfloat16).cpu(), packed.cpu().unpack(torch.bfloat16))
+
+
+@cuda
+@pytest.mark.parametrize("name", QUANTISED)
+def test_scales_train_on_cuda(name: str) -> None:
+    config = dataclasses.replace(QUANTISED[name], trainable_scales=True)
+    linear = FusedDecompressLinear.from_linear(linear_of(130, 328).float(), config)
+    embedding = FusedDecompressEmbedding.from_embedding(nn.Embedding(130, 328), config)
+    indices = torch.randint(130, (50,))
+    x, gradient = torch.randn(20, 328), torch.randn(20, 130)
+    gradients = {}
+    for device in ("cpu", "cuda"):
+        for module in (linear.to(device), embedding.to(device)):
+            assert module.scales is not None
+            module.scales.grad = None
+        linear(x.to(device)).backward(gradient.to(device))
+        embedding(indices.to(device)).square().sum().backward()
+        gradients[device] = [module.scales.grad.cpu() for module in (linear, embedding)]  # type: ignore[union-attr]
+    for actual, expected in zip(gradients["cuda"], gradients["cpu"], strict=True):
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @cuda
@@ -213,12 +234,28 @@ def test_graphs_streams_and_repeats_on_cuda() -> None:
         with torch.cuda.stream(side):
             assert torch.equal(packed(x), expected)
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = packed(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.equal(y, packed(x))
+        for batch in (4, 100):
+            x = torch.randn(batch, 4096, dtype=torch.bfloat16).cuda()
+            packed(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = packed(x)
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert torch.equal(y, packed(x))
+
+
+@cuda
+def test_reduce_overhead_on_cuda() -> None:
+    """torch.compile with CUDA graphs."""
+    packed = FusedDecompressLinear.from_linear(linear_of(512, 512), LOSSLESS).cuda()
+    infold.prepare(nn.Sequential(packed))
+    compiled = torch.compile(packed, mode="reduce-overhead", fullgraph=True)
+    with torch.inference_mode():
+        for _ in range(4):
+            x = torch.randn(4, 512, dtype=torch.bfloat16).cuda()
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(compiled(x).clone(), packed(x))
 
 
 @cuda

@@ -11,7 +11,7 @@ use crate::codec::{Layout, PackedWeight};
 use crate::cuda::driver::{self, Stream};
 use crate::cuda::launch::{self, Launch, Product, WidePlan};
 use crate::cuda::params::{self, Dtype, Inputs, Linear, Unpack, Wide};
-use crate::cuda::weight::{self, Kind as DeviceKind, Parts, Tables};
+use crate::cuda::weight::{self, Kind as DeviceKind, Parts, TILE_COLS, Tables};
 use crate::parallel::Pool;
 use crate::{Error, Result};
 
@@ -190,12 +190,57 @@ pub fn unpack(weight: &Weight, indices: Option<&Tensor>, out: &mut Tensor) -> Re
     run(weight, &launch::unpack(layout, parameters, count.transpose()?))
 }
 
-/// Refuses the gradient of scales on CUDA.
-pub fn refuse_scale_gradient(weight: &Weight) -> Result<()> {
-    if is_cuda(&weight.payload) {
-        return Err(Error::argument("weight", "one on the CPU, for scales do not train on CUDA", "one on CUDA"));
+/// W before its scales, in `kind`; all rows or those that `indices` name.
+fn unscaled(weight: &Weight, indices: Option<&Tensor>, kind: Kind) -> Result<Tensor> {
+    let rows = indices.map_or(weight.out_features, |indices| indices.numel() as i64);
+    let mut out = Tensor::f_empty([rows, weight.in_features], (kind, weight.payload.device()))?;
+    unpack(weight, indices, &mut out)?;
+    Ok(out)
+}
+
+/// ds = Σ (gᵀx)·r(q) over the elements that share a scale, in `kind`; `weight` has no scales.
+pub fn scale_gradient(gradient: &Tensor, x: &Tensor, weight: &Weight, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    let rows = |tensor: &Tensor, width: i64| tensor.f_to_kind(kind)?.f_reshape([-1, width]);
+    let gradient = rows(gradient, weight.out_features)?.f_tr()?;
+    let terms = gradient.f_matmul(&rows(x, weight.in_features)?)?.f_mul(&unscaled(weight, None, kind)?)?;
+    by_scale(weight, &terms, shape)?.f_sum_to_size(shape).map_err(Error::from)
+}
+
+/// The same of rows looked up.
+pub fn embedding_scale_gradient(
+    gradient: &Tensor,
+    indices: &Tensor,
+    weight: &Weight,
+    shape: &[i64],
+    kind: Kind,
+) -> Result<Tensor> {
+    let indices = indices.f_flatten(0, -1)?.f_contiguous()?;
+    let gradient = gradient.f_to_kind(kind)?.f_reshape([-1, weight.in_features])?;
+    let terms = by_scale(weight, &gradient.f_mul(&unscaled(weight, Some(&indices), kind)?)?, shape)?;
+    let [_, groups] = terms.size()[..] else { return Err(Error::argument("gradient", "two dimensions", "others")) };
+    let each = Tensor::f_zeros([weight.out_features, groups], (kind, terms.device()))?;
+    // In the order of the rows, so that results do not change from run to run, as atomic additions' would.
+    each.f_index_put(&[Some(indices)], &terms, true)?.f_sum_to_size(shape).map_err(Error::from)
+}
+
+/// Sums of the terms of each row (rows by columns) that share a scale.
+fn by_scale(weight: &Weight, terms: &Tensor, shape: &[i64]) -> Result<Tensor> {
+    let (&[_, groups], [_, cols]) = (shape, &terms.size()[..]) else {
+        return Err(Error::argument("scale_shape", "two dimensions", format!("{shape:?}")));
+    };
+    if groups == 1 {
+        return Ok(terms.f_sum_dim_intlist(&[1i64][..], true, terms.kind())?);
     }
-    Ok(())
+    // A scale is for whole tiles; how many, only the device knows.
+    let tile = TILE_COLS as i64;
+    let tiles = terms.f_constant_pad_nd([0, -cols & (tile - 1)])?.f_unflatten(1, [-1, tile])?;
+    let tiles = tiles.f_sum_dim_intlist(&[2i64][..], false, terms.kind())?;
+    let group_cols = weight.payload.f_narrow(0, 4, 4)?.f_view_dtype(Kind::Int)?;
+    let options = (Kind::Int64, terms.device());
+    let first_cols = Tensor::f_arange(tiles.size()[1], options)?.f_mul_scalar(tile)?;
+    let group_of_tile = first_cols.f_divide_tensor_mode(&group_cols, "floor")?.f_unsqueeze(1)?;
+    let members = group_of_tile.f_eq_tensor(&Tensor::f_arange(groups, options)?)?.f_to_kind(terms.kind())?;
+    Ok(tiles.f_matmul(&members)?)
 }
 
 /// Lays a weight out for its device (any of the device's numbers), or takes a device's form back; `tensors` (payload,

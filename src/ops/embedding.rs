@@ -48,11 +48,13 @@ pub fn scale_gradient(
     shape: &[i64],
     pool: &dyn Pool,
 ) -> Result<Tensor> {
-    device::refuse_scale_gradient(weight)?;
     let compute = compute_kind(float_kind(gradient, "gradient")?);
     let rows = rows_of(gradient, "gradient", weight.in_features)?;
     if rows != indices.numel() {
         return Err(Error::argument("gradient", format!("{} rows", indices.numel()), rows));
+    }
+    if device::is_cuda(&weight.payload) {
+        return device::embedding_scale_gradient(gradient, &integers(indices)?, weight, shape, compute);
     }
     let (gradient, indices) = (contiguous(gradient, "gradient", compute)?, as_int64(indices)?);
     weight.open_for_scale_gradient(shape, compute, |packed, out| {

@@ -88,12 +88,14 @@ pub fn scale_gradient(
     shape: &[i64],
     pool: &dyn Pool,
 ) -> Result<Tensor> {
-    device::refuse_scale_gradient(weight)?;
     let compute = compute_kind(float_kind(gradient, "gradient")?);
     float_kind(x, "x")?;
     let rows = rows_of(gradient, "gradient", weight.out_features)?;
     if rows_of(x, "x", weight.in_features)? != rows {
         return Err(Error::argument("x", format!("{rows} rows, as in the gradient"), format!("shape {:?}", x.size())));
+    }
+    if device::is_cuda(&weight.payload) {
+        return device::scale_gradient(gradient, x, weight, shape, compute);
     }
     let (gradient, x) = (contiguous(gradient, "gradient", compute)?, contiguous(x, "x", compute)?);
     weight.open_for_scale_gradient(shape, compute, |packed, out| {
