@@ -6,6 +6,9 @@ LIBRARY := torch_ext/infold/libinfold.so
 SOURCES := $(shell find src csrc cuda -type f 2>/dev/null) build.rs Cargo.toml Cargo.lock setup.py pyproject.toml
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h cuda/*.cpp benchmarks/*.cu)
 
+# What a wheel's kernels are compiled for; a build of this folder, for those of build.rs.
+ARCHITECTURES := 80 89 90a 100 120
+
 # Runs commands and prints how long they took.
 step = @start=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
@@ -65,7 +68,7 @@ format: $(VENV)/.ready
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 wheel: $(VENV)/.ready
-	$(call step,wheel,$(PYTHON) -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist && ls -l dist)
+	$(call step,wheel,INFOLD_CUDA_ARCHS="$(ARCHITECTURES)" $(PYTHON) -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist && ls -l dist)
 
 # The wheel in an environment of its own that has neither this folder nor Rust in reach: the operators' and golden files' tests.
 wheel-test: wheel
