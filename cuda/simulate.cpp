@@ -4,8 +4,15 @@
 #include <cstring>
 #include <type_traits>
 
+#include "decode.cuh"
 #include "layouts.cuh"
 
+namespace decode {
+#include "decode.cu"
+}
+namespace lay_out {
+#include "lay_out.cu"
+}
 namespace linear {
 #include "linear.cu"
 }
@@ -32,6 +39,20 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       {"infold_unpack_codes4", launch<InfoldUnpack, unpack::infold_unpack_codes4>},
       {"infold_unpack_codes5", launch<InfoldUnpack, unpack::infold_unpack_codes5>},
       {"infold_unpack_codes8", launch<InfoldUnpack, unpack::infold_unpack_codes8>},
+      {"infold_decode_plain_bf16", launch<InfoldDecode, decode::infold_decode_plain_bf16>},
+      {"infold_decode_rans_bf16", launch<InfoldDecode, decode::infold_decode_rans_bf16>},
+      {"infold_decode_alias_bf16", launch<InfoldDecode, decode::infold_decode_alias_bf16>},
+      {"infold_decode_plain_levels", launch<InfoldDecode, decode::infold_decode_plain_levels>},
+      {"infold_decode_rans_levels", launch<InfoldDecode, decode::infold_decode_rans_levels>},
+      {"infold_decode_alias_levels", launch<InfoldDecode, decode::infold_decode_alias_levels>},
+      {"infold_histogram_bf16", launch<InfoldHistogram, lay_out::infold_histogram_bf16>},
+      {"infold_histogram_levels", launch<InfoldHistogram, lay_out::infold_histogram_levels>},
+      {"infold_apart_bf16", launch<InfoldLayOut, lay_out::infold_apart_bf16>},
+      {"infold_apart_levels", launch<InfoldLayOut, lay_out::infold_apart_levels>},
+      {"infold_tiles_window", launch<InfoldLayOut, lay_out::infold_tiles_window>},
+      {"infold_tiles_codes4", launch<InfoldLayOut, lay_out::infold_tiles_codes4>},
+      {"infold_tiles_codes5", launch<InfoldLayOut, lay_out::infold_tiles_codes5>},
+      {"infold_tiles_codes8", launch<InfoldLayOut, lay_out::infold_tiles_codes8>},
   };
   for (const auto& entry : kKernels) {
     if (std::strcmp(kernel, entry.name) == 0) return entry.launch(blocks, threads, parameters), true;
@@ -72,4 +93,47 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
   pointer(unpack->indices, 11);
   pointer(unpack->out, 12);
   unpack->out_is_bf16 = 13;
+}
+
+// The same for what lays weights out.
+extern "C" void infold_lay_out_sizes(size_t (&sizes)[4]) {
+  sizes[0] = sizeof(InfoldPlane);
+  sizes[1] = sizeof(InfoldDecode);
+  sizes[2] = sizeof(InfoldHistogram);
+  sizes[3] = sizeof(InfoldLayOut);
+}
+
+extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* histogram, InfoldLayOut* lay_out) {
+  const auto pointer = [](auto& field, uintptr_t number) {
+    field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
+  };
+  pointer(decode->payload, 1);
+  decode->payload_bytes = 2;
+  pointer(decode->directory, 3);
+  pointer(decode->slots, 4);
+  pointer(decode->codes, 5);
+  pointer(decode->damage, 6);
+  decode->before = {7, 8, 9, 10, 11};
+  decode->own = {12, 13, 14, 15, 16};
+  decode->plane = 17;
+  decode->workers = 18;
+  decode->low_bits = 19;
+  decode->tile_rows = 20;
+  decode->rows = 21;
+  decode->cols = 22;
+  pointer(histogram->codes, 1);
+  histogram->count = 2;
+  pointer(histogram->counts, 3);
+  pointer(lay_out->codes, 1);
+  lay_out->rows = 2;
+  lay_out->cols = 3;
+  lay_out->lo = 4;
+  lay_out->values = 5;
+  pointer(lay_out->tiles, 6);
+  pointer(lay_out->row_counts, 7);
+  pointer(lay_out->escape_starts, 8);
+  pointer(lay_out->escapes, 9);
+  pointer(lay_out->centroids, 10);
+  lay_out->first_centroid = 11;
+  lay_out->centroid_count = 12;
 }

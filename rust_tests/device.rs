@@ -1,37 +1,24 @@
 //! The GPU's kernels, emulated on the host thread by thread, on weights that the codec packed: against the dense weight bit
 //! for bit, and against products in float64.
 
+mod emulation;
 mod support;
 
 use std::ffi::CString;
 use std::mem::MaybeUninit;
-use std::sync::Mutex;
 
+use emulation::{Guarded, emulate, infold_emulate};
 use half::bf16;
 use infold::codec::*;
-use infold::cuda::launch::{self, Kernel, Launch, MAX_FUSED_ROWS};
+use infold::cuda::launch::{self, Kernel, MAX_FUSED_ROWS};
 use infold::cuda::params::{Escape, Head, Linear, Unpack, Weight};
 use infold::cuda::weight::{Kind, Parts, Tables, from_device, to_device};
 use infold::parallel::{Serial, Threads};
 use support::*;
 
 unsafe extern "C" {
-    fn infold_emulate(kernel: *const std::ffi::c_char, blocks: u32, threads: u32, parameters: *const u8) -> bool;
     fn infold_parameter_sizes(sizes: *mut [usize; 5]);
     fn infold_parameter_fields(linear: *mut Linear, unpack: *mut Unpack);
-}
-
-/// Runs a kernel as the driver would.
-fn emulate<P>(launch: Launch<P>) {
-    // The emulator runs one kernel at a time.
-    static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let kernel = CString::new(launch.kernel).unwrap();
-    // SAFETY: the parameters point to memory that the tests own, of the sizes that they say.
-    let found = unsafe {
-        infold_emulate(kernel.as_ptr(), launch.blocks, launch.threads, std::ptr::from_ref(&launch.parameters).cast())
-    };
-    assert!(found, "no kernel {}", launch.kernel);
 }
 
 /// A weight where the device would have it: loads of four words have to be aligned.
@@ -115,44 +102,6 @@ impl Shifted {
     fn get(&mut self, count: usize) -> Vec<bf16> {
         // SAFETY: as above.
         (0..count).map(|index| bf16::from_bits(unsafe { *self.pointer().add(index) })).collect()
-    }
-}
-
-/// Values after which there is no memory: what reads beyond them ends the test.
-struct Guarded {
-    start: *mut libc::c_void,
-    bytes: usize,
-    pages: usize,
-}
-
-impl Guarded {
-    const PAGE: usize = 4096;
-
-    fn new(values: &[bf16]) -> Self {
-        let bytes = size_of_val(values);
-        let pages = bytes.next_multiple_of(Self::PAGE);
-        // SAFETY: new memory, the last page of which is taken away; the values fit before it.
-        let start = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            let access = libc::PROT_READ | libc::PROT_WRITE;
-            let start = libc::mmap(std::ptr::null_mut(), pages + Self::PAGE, access, flags, -1, 0);
-            assert_ne!(start, libc::MAP_FAILED);
-            assert_eq!(libc::mprotect(start.byte_add(pages), Self::PAGE, libc::PROT_NONE), 0);
-            std::ptr::copy_nonoverlapping(values.as_ptr().cast(), start.byte_add(pages - bytes), bytes);
-            start
-        };
-        Self { start, bytes, pages }
-    }
-
-    fn pointer(&self) -> *const u16 {
-        self.start.cast::<u8>().wrapping_add(self.pages - self.bytes).cast()
-    }
-}
-
-impl Drop for Guarded {
-    fn drop(&mut self) {
-        // SAFETY: what `new` mapped.
-        unsafe { libc::munmap(self.start, self.pages + Self::PAGE) };
     }
 }
 
@@ -304,7 +253,7 @@ fn check_product(
     let (guarded, mut y) = (Guarded::new(&x), Shifted::new(batch * rows, 0));
     let parameters = Linear {
         weight: device.weight(half_scales),
-        x: guarded.pointer(),
+        x: guarded.pointer().cast(),
         bias: if with_bias { bias.as_ptr().cast() } else { std::ptr::null() },
         y: y.pointer(),
         batch: batch as i32,

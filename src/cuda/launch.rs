@@ -1,6 +1,6 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
-use super::params::{Linear, Unpack, Weight};
+use super::params::{Decode, Histogram, LayOut, Linear, Unpack, Weight};
 use super::weight::{Kind, STRIPE};
 
 /// Rows of x that the fused product takes; more are multiplied by the unpacked weight.
@@ -20,6 +20,24 @@ const LINEAR: [[&str; 2]; 4] = [
 const UNPACK: [&str; 4] =
     ["infold_unpack_window", "infold_unpack_codes4", "infold_unpack_codes5", "infold_unpack_codes8"];
 
+/// Decoders of the canonical form by [`Plane::coding`](super::params::Plane), to bfloat16s and to levels.
+const DECODE: [[&str; 2]; 3] = [
+    ["infold_decode_plain_bf16", "infold_decode_plain_levels"],
+    ["infold_decode_rans_bf16", "infold_decode_rans_levels"],
+    ["infold_decode_alias_bf16", "infold_decode_alias_levels"],
+];
+/// Of bfloat16s and of levels.
+const HISTOGRAM: [&str; 2] = ["infold_histogram_bf16", "infold_histogram_levels"];
+const APART: [&str; 2] = ["infold_apart_bf16", "infold_apart_levels"];
+const TILES: [&str; 4] = ["infold_tiles_window", "infold_tiles_codes4", "infold_tiles_codes5", "infold_tiles_codes8"];
+/// Threads of a decoder's block.
+const DECODE_THREADS: u32 = 128;
+const WARP: u32 = 32;
+/// So many blocks at most count, and so many codes at least a thread: a block clears its counts first and adds them to the
+/// whole at its end.
+const HISTOGRAM_BLOCKS: u64 = 528;
+const HISTOGRAM_CODES: u64 = 32;
+
 /// Where a kernel is: its file and its name there, and the dynamic shared memory in bytes that a launch may ask for.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel {
@@ -31,7 +49,10 @@ pub struct Kernel {
 /// Every kernel.
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let linear = LINEAR.into_iter().flatten().map(|name| Kernel { file: "linear", name, shared: 0 });
-    linear.chain(UNPACK.map(|name| Kernel { file: "unpack", name, shared: 0 }))
+    let linear = linear.chain(UNPACK.map(|name| Kernel { file: "unpack", name, shared: 0 }));
+    let decode = DECODE.into_iter().flatten().map(|name| Kernel { file: "decode", name, shared: 0 });
+    let lay_out = HISTOGRAM.into_iter().chain(APART).chain(TILES);
+    linear.chain(decode).chain(lay_out.map(|name| Kernel { file: "lay_out", name, shared: 0 }))
 }
 
 /// A kind's place in the lists of kernels.
@@ -68,4 +89,31 @@ pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
 pub fn unpack(kind: Kind, parameters: Unpack, indices: Option<u32>) -> Launch<Unpack> {
     let blocks = indices.unwrap_or(stripes(&parameters.weight));
     Launch { kernel: UNPACK[place(kind)], blocks, threads: THREADS, shared: 0, parameters }
+}
+
+/// A plane of the canonical form, into bfloat16s or levels.
+pub fn decode(parameters: Decode, tiles: usize, levels: bool) -> Launch<Decode> {
+    let kernel = DECODE[parameters.own.coding as usize][usize::from(levels)];
+    let warps = tiles as u32 * parameters.workers as u32;
+    let blocks = warps.div_ceil(DECODE_THREADS / WARP);
+    Launch { kernel, blocks, threads: DECODE_THREADS, shared: 0, parameters }
+}
+
+/// How often bfloat16s' bytes or levels occur.
+pub fn histogram(parameters: Histogram, levels: bool) -> Launch<Histogram> {
+    let blocks = parameters.count.div_ceil(HISTOGRAM_CODES * u64::from(THREADS)).min(HISTOGRAM_BLOCKS) as u32;
+    Launch { kernel: HISTOGRAM[usize::from(levels)], blocks, threads: THREADS, shared: 0, parameters }
+}
+
+/// What each row lists apart: how many, or their list.
+pub fn apart(kind: Kind, parameters: LayOut) -> Launch<LayOut> {
+    let blocks = (parameters.rows as u32).div_ceil(THREADS / WARP);
+    let kernel = APART[usize::from(kind != Kind::Window)];
+    Launch { kernel, blocks, threads: THREADS, shared: 0, parameters }
+}
+
+/// The tiles of a layout.
+pub fn tiles(kind: Kind, parameters: LayOut, tiles: usize) -> Launch<LayOut> {
+    let blocks = (tiles as u32).div_ceil(THREADS / WARP);
+    Launch { kernel: TILES[place(kind)], blocks, threads: THREADS, shared: 0, parameters }
 }
