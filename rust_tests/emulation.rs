@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses its own part
 
 use std::ffi::{CString, c_char};
+use std::ops::Range;
 use std::sync::Mutex;
 
 use infold::cuda::launch::Launch;
@@ -99,8 +100,8 @@ impl lay_out::Device for Emulator {
         Ok(())
     }
 
-    fn read(&self, memory: &Guarded, bytes: usize) -> infold::Result<Vec<u8>> {
-        Ok(memory.values()[..bytes].to_vec())
+    fn read(&self, memory: &Guarded, bytes: Range<usize>) -> infold::Result<Vec<u8>> {
+        Ok(memory.values()[bytes].to_vec())
     }
 
     unsafe fn launch<P>(&self, launch: Launch<P>) -> infold::Result<()> {

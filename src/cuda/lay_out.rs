@@ -4,6 +4,7 @@
 #![allow(unsafe_code)] // launches
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use super::launch::{self, Launch};
 use super::params::{Decode, Histogram, LayOut, Plane};
@@ -25,8 +26,8 @@ pub trait Device {
     fn address(&self, memory: &Self::Memory) -> *mut u8;
     /// Copies bytes to `memory` from byte `at` on.
     fn write(&self, memory: &Self::Memory, at: usize, bytes: &[u8]) -> Result<()>;
-    /// The first bytes of `memory` when all that was launched has run.
-    fn read(&self, memory: &Self::Memory, bytes: usize) -> Result<Vec<u8>>;
+    /// Bytes of `memory` when all that was launched has run.
+    fn read(&self, memory: &Self::Memory, bytes: Range<usize>) -> Result<Vec<u8>>;
     /// # Safety
     /// What the parameters point to is memory of this device, of the sizes that they say.
     unsafe fn launch<P>(&self, launch: Launch<P>) -> Result<()>;
@@ -113,7 +114,7 @@ pub unsafe fn decode<D: Device>(device: &D, source: Source, header: &Header) -> 
         unsafe { device.launch(launch::decode(parameters, geometry.tiles(), levels)) }?;
         before = parameters.own;
     }
-    let is_whole = device.read(&damage, size_of::<u64>())?.iter().all(|&byte| byte == 0);
+    let is_whole = device.read(&damage, 0..size_of::<u64>())?.iter().all(|&byte| byte == 0);
     Ok(is_whole.then_some(Codes { memory: codes, levels }))
 }
 
@@ -129,7 +130,7 @@ pub fn histogram<D: Device>(device: &D, codes: &Codes<D::Memory>, count: usize) 
     };
     // SAFETY: so many codes, and a count for each place.
     unsafe { device.launch(launch::histogram(parameters, codes.levels)) }?;
-    let bytes = device.read(&counts, zeros.len())?;
+    let bytes = device.read(&counts, 0..zeros.len())?;
     Ok(bytes.as_chunks().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect())
 }
 
@@ -162,7 +163,7 @@ pub fn encode<D: Device>(
     };
     // SAFETY: a code for each weight, and a count for each row.
     unsafe { device.launch(launch::apart(kind, parameters)) }?;
-    let counts = device.read(&row_counts, geometry.rows * size_of::<u32>())?;
+    let counts = device.read(&row_counts, 0..geometry.rows * size_of::<u32>())?;
     let (starts, count) = escape_starts(parts, counts.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)));
     let payload = device.allocate(parts.bytes_with(count as usize))?;
     device.write(&payload, 0, &front(kind, lo, header, &assembly))?;
