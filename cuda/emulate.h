@@ -47,12 +47,20 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
+// What a lane tells its warp: in two places in turn, so that a lane which is ahead overwrites nothing that another has
+// yet to read; and how often it has.
+struct Message {
+  uint32_t words[2];
+  unsigned turns;
+};
+
 // The block that runs: its kernel, and where each of its threads is.
 struct Block {
   void (*kernel)(const void*);
   const void* arguments;
   State states[kMaxThreads];
   Operands operands[kMaxThreads];
+  Message messages[kMaxThreads];
   ucontext_t fibers[kMaxThreads];
   ucontext_t scheduler;
 };
@@ -102,6 +110,7 @@ inline bool finish_copy();
 inline void run_block(unsigned threads, char* stacks) {
   for (unsigned i = 0; i < threads; ++i) {
     block.states[i] = State::kRuns;
+    block.messages[i].turns = 0;
     getcontext(&block.fibers[i]);
     block.fibers[i].uc_stack.ss_sp = stacks + i * kStack;
     block.fibers[i].uc_stack.ss_size = kStack;
@@ -216,6 +225,53 @@ inline uint16_t upper_half(float value) {
 }
 
 inline void fail() { std::abort(); }
+
+namespace emulation {
+
+// Tells the warp a word; returns the place where the lanes' words are. Every lane has to take part.
+inline unsigned exchange(uint32_t word) {
+  Message& own = block.messages[threadIdx.x];
+  const unsigned turn = ++own.turns, place = turn % 2;
+  own.words[place] = word;
+  wait(State::kWaitsForWarp);
+  const Message* warp = &block.messages[threadIdx.x / kWarp * kWarp];
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if (warp[i].turns >= turn) continue;
+    std::fprintf(stderr, "a lane takes no part in what its warp does\n");
+    std::abort();
+  }
+  return place;
+}
+
+}  // namespace emulation
+
+inline uint32_t warp_ballot(bool vote) {
+  using namespace emulation;
+  const unsigned place = exchange(vote);
+  const Message* warp = &block.messages[threadIdx.x / kWarp * kWarp];
+  uint32_t votes = 0;
+  for (unsigned i = 0; i < kWarp; ++i) votes |= warp[i].words[place] << i;
+  return votes;
+}
+
+inline void sync_warp() { emulation::exchange(0); }
+
+template <class T>
+T shuffle(T value, int lane) {
+  using namespace emulation;
+  static_assert(sizeof(T) == sizeof(uint32_t), "a word");
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  const unsigned place = exchange(word);
+  std::memcpy(&value, &block.messages[threadIdx.x / kWarp * kWarp + lane].words[place], sizeof value);
+  return value;
+}
+
+inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
+
+// A thread runs at a time.
+inline void atomic_add(uint32_t* to, uint32_t value) { *to += value; }
+inline void atomic_add(unsigned long long* to, uint64_t value) { *to += value; }
 
 namespace emulation {
 
@@ -380,5 +436,4 @@ void wait_for_products(float (&)[kGroups][32]) {
 
 }  // namespace infold
 
-inline void __syncwarp() { infold::emulation::wait(infold::emulation::State::kWaitsForWarp); }
 inline void __syncthreads() { infold::emulation::wait(infold::emulation::State::kWaitsForBlock); }

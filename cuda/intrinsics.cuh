@@ -76,6 +76,21 @@ __device__ __forceinline__ bool is_nan(float value) { return value != value; }
 // The upper half of a float: a bfloat16, where that is what it holds.
 __device__ __forceinline__ uint16_t upper_half(float value) { return __float_as_uint(value) >> 16; }
 
+// A bit for each lane of the warp, all of which take part; and all lanes together, what they have written included.
+__device__ __forceinline__ uint32_t warp_ballot(bool vote) { return __ballot_sync(0xffffffff, vote); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// The value of another lane of the warp, all of which take part.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffff, value, lane);
+}
+
+__device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
+
+// Adds to memory that several threads add to.
+__device__ __forceinline__ void atomic_add(uint32_t* to, uint32_t value) { atomicAdd(to, value); }
+__device__ __forceinline__ void atomic_add(unsigned long long* to, uint64_t value) { atomicAdd(to, value); }
 // A barrier in shared memory that counts arrivals and the bytes of copies on their way. Its phases are numbered from 0;
 // it goes on to the next one when all that was expected has come.
 using Barrier = uint64_t;

@@ -81,3 +81,53 @@ struct InfoldUnpack {
   void* out;              /* (rows or indices, cols) */
   int32_t dtype;
 };
+
+/* How a plane of the canonical form is coded. */
+struct InfoldPlane {
+  int32_t coding;  /* 0 plain bits, of a constant none; 1 rANS; 2 alias */
+  int32_t width;   /* plain bits of a symbol */
+  int32_t streams; /* of a coder */
+  int32_t escapes; /* whether a list of them follows plain bits */
+  int32_t lo;      /* the value of symbol 0 */
+};
+
+/* One plane of a weight in its canonical form, into its codes. */
+struct InfoldDecode {
+  const uint8_t* payload;
+  uint64_t payload_bytes;
+  const uint32_t* directory; /* two words a tile, the first one where it begins */
+  const uint32_t* slots;     /* of the plane's coder: frequency, offset and symbol in 12, 12 and 8 bits */
+  void* codes;               /* (rows, cols): bfloat16s' bits, or levels in int32 */
+  uint64_t* damage;          /* set where a tile does not hold what it should */
+  struct InfoldPlane before; /* the plane before it in a tile; where there is none, one without bytes */
+  struct InfoldPlane own;
+  int32_t plane;   /* its number: the first one's codes overwrite, the second's are added */
+  int32_t workers; /* warps of a tile: the plane's streams, or any number for plain bits */
+  int32_t low_bits;
+  int32_t tile_rows;
+  int32_t rows;
+  int32_t cols;
+};
+
+/* How often codes occur. */
+struct InfoldHistogram {
+  const void* codes;
+  uint64_t count;
+  uint64_t* counts; /* added to: exponents, then signs with mantissas; or levels, then all others */
+};
+
+/* Codes into a layout of the device. */
+struct InfoldLayOut {
+  const void* codes;
+  int32_t rows;
+  int32_t cols;
+  int32_t lo;     /* the window's base, or the level of code 0 */
+  int32_t values; /* that have a code, from there on */
+  uint32_t* tiles;
+  uint32_t* row_counts;          /* written where there is no list: how many each row lists apart */
+  const uint32_t* escape_starts; /* of each row's */
+  struct InfoldEscape* escapes;  /* null to count them */
+  const float* centroids;        /* r(q) of levels from the first on; others are their own */
+  int32_t first_centroid;
+  int32_t centroid_count;
+};

@@ -4,10 +4,17 @@
 #include <cstring>
 #include <type_traits>
 
+#include "decode.cuh"
 #include "inputs.cuh"
 #include "layouts.cuh"
 #include "values.cuh"
 
+namespace in_decode {
+#include "decode.cu"
+}
+namespace in_lay_out {
+#include "lay_out.cu"
+}
 namespace in_inputs {
 #include "inputs.cu"
 }
@@ -35,6 +42,7 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_128),      \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_256),      \
       INFOLD_KERNEL(wide, InfoldWide, infold_finish_##layout),          \
+      INFOLD_KERNEL(lay_out, InfoldLayOut, infold_tiles_##layout),      \
       INFOLD_KERNEL(unpack, InfoldUnpack, infold_unpack_##layout)
   constexpr struct {
     const char* name;
@@ -46,6 +54,16 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNELS(codes4),
       INFOLD_KERNELS(codes5),
       INFOLD_KERNELS(codes8),
+      INFOLD_KERNEL(decode, InfoldDecode, infold_decode_plain_bf16),
+      INFOLD_KERNEL(decode, InfoldDecode, infold_decode_rans_bf16),
+      INFOLD_KERNEL(decode, InfoldDecode, infold_decode_alias_bf16),
+      INFOLD_KERNEL(decode, InfoldDecode, infold_decode_plain_levels),
+      INFOLD_KERNEL(decode, InfoldDecode, infold_decode_rans_levels),
+      INFOLD_KERNEL(decode, InfoldDecode, infold_decode_alias_levels),
+      INFOLD_KERNEL(lay_out, InfoldHistogram, infold_histogram_bf16),
+      INFOLD_KERNEL(lay_out, InfoldHistogram, infold_histogram_levels),
+      INFOLD_KERNEL(lay_out, InfoldLayOut, infold_apart_bf16),
+      INFOLD_KERNEL(lay_out, InfoldLayOut, infold_apart_levels),
   };
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL
@@ -112,4 +130,47 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
   wide->splits = 18;
   wide->first_row = 19;
   wide->row_count = 20;
+}
+
+// The same for what lays weights out.
+extern "C" void infold_lay_out_sizes(size_t (&sizes)[4]) {
+  sizes[0] = sizeof(InfoldPlane);
+  sizes[1] = sizeof(InfoldDecode);
+  sizes[2] = sizeof(InfoldHistogram);
+  sizes[3] = sizeof(InfoldLayOut);
+}
+
+extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* histogram, InfoldLayOut* lay_out) {
+  const auto pointer = [](auto& field, uintptr_t number) {
+    field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
+  };
+  pointer(decode->payload, 1);
+  decode->payload_bytes = 2;
+  pointer(decode->directory, 3);
+  pointer(decode->slots, 4);
+  pointer(decode->codes, 5);
+  pointer(decode->damage, 6);
+  decode->before = {7, 8, 9, 10, 11};
+  decode->own = {12, 13, 14, 15, 16};
+  decode->plane = 17;
+  decode->workers = 18;
+  decode->low_bits = 19;
+  decode->tile_rows = 20;
+  decode->rows = 21;
+  decode->cols = 22;
+  pointer(histogram->codes, 1);
+  histogram->count = 2;
+  pointer(histogram->counts, 3);
+  pointer(lay_out->codes, 1);
+  lay_out->rows = 2;
+  lay_out->cols = 3;
+  lay_out->lo = 4;
+  lay_out->values = 5;
+  pointer(lay_out->tiles, 6);
+  pointer(lay_out->row_counts, 7);
+  pointer(lay_out->escape_starts, 8);
+  pointer(lay_out->escapes, 9);
+  pointer(lay_out->centroids, 10);
+  lay_out->first_centroid = 11;
+  lay_out->centroid_count = 12;
 }

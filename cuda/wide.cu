@@ -91,7 +91,7 @@ struct Pipeline {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages && i < count; ++i) fetch(i);
     }
-    __syncwarp();
+    sync_warp();
     Fragment a[kSteps], next[kSteps];
     if (count > 0) decode(layout, 0, grouped, a);
     for (int i = 0; i < count; ++i) {
@@ -115,7 +115,7 @@ struct Pipeline {
         wait_for(empty[left % kStages], left / kStages);
         fetch(left + kStages);
       }
-      __syncwarp();
+      sync_warp();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) a[step] = next[step];
     }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from infold import FusedConfig
 from infold._library import ops
 from infold.nn import FusedDecompressConv, FusedDecompressEmbedding, FusedDecompressLinear
-from infold.packed import lay_out, pack
+from infold.packed import Packed, lay_out, pack
 from torch import nn
 
 LOSSLESS = FusedConfig("lossless")
@@ -211,6 +211,33 @@ def test_unpack_and_embedding_on_cuda(rows: int, cols: int) -> None:
     again = FusedDecompressEmbedding.from_embedding(dense, LOSSLESS).state_dict()
     assert all(torch.equal(state[name].cpu(), again[name]) for name in again)
     assert torch.equal(packed.cpu()(indices), dense(indices))
+
+
+@cuda
+@pytest.mark.parametrize("name", ["lossless", *QUANTISED])
+@pytest.mark.parametrize(("rows", "cols"), [(70, 200), (33, 4097), (1100, 600), (1024, 4096)])
+def test_laying_out_on_cuda_gives_the_hosts_bytes(name: str, rows: int, cols: int) -> None:
+    packed = pack(weight_of(rows, cols), QUANTISED.get(name, LOSSLESS))
+    expected = lay_out(packed, "device")
+    moved = Packed(*(tensor.cuda() for tensor in packed))
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            there = lay_out(moved, "device")
+            assert all(tensor.is_cuda for tensor in there)
+            for own, other in zip(expected[:3], there[:3], strict=True):
+                assert torch.equal(own, other.cpu())
+
+
+@cuda
+@pytest.mark.parametrize("layout", ["compact", "fast"])
+def test_what_the_host_lays_out_for_cuda(layout: str) -> None:
+    packed = pack(weight_of(70, 200), LOSSLESS)
+    moved = Packed(*(tensor.cuda() for tensor in lay_out(packed, layout)))
+    assert torch.equal(lay_out(moved, "device").payload.cpu(), lay_out(packed, "device").payload)
+    cut = moved._replace(payload=moved.payload[:-1500])
+    with pytest.raises((RuntimeError, ValueError), match=r"infold/corrupt: field `(payload|directory)`"):
+        lay_out(cut, "device")
 
 
 @cuda

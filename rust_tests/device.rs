@@ -1,38 +1,24 @@
 //! The GPU's kernels, emulated on the host thread by thread, on weights that the codec packed: against the dense weight bit
 //! for bit, and against products in float64.
 
+mod emulation;
 mod support;
 
-use std::ffi::{CString, c_char};
+use std::ffi::CString;
 use std::mem::MaybeUninit;
-use std::sync::Mutex;
 
+use emulation::{Guarded, emulate, infold_emulate};
 use half::{bf16, f16};
 use infold::codec::*;
-use infold::cuda::launch::{self, Kernel, Launch, Product, WidePlan};
+use infold::cuda::launch::{self, Kernel, Product, WidePlan};
 use infold::cuda::params::{Dtype, Escape, Head, Inputs, Linear, Unpack, Weight, Wide};
 use infold::cuda::weight::{Kind, Parts, Tables, from_device, to_device};
 use infold::parallel::{Serial, Threads};
 use support::*;
 
 unsafe extern "C" {
-    fn infold_emulate(kernel: *const c_char, blocks: u32, threads: u32, shared: u32, parameters: *const u8) -> bool;
     fn infold_parameter_sizes(sizes: *mut [usize; 7]);
     fn infold_parameter_fields(linear: *mut Linear, unpack: *mut Unpack, inputs: *mut Inputs, wide: *mut Wide);
-}
-
-/// Runs a kernel as the driver would.
-fn emulate<P>(launch: Launch<P>) {
-    let Launch { kernel: name, blocks, threads, shared, parameters } = &launch;
-    let most = launch::kernels().find(|kernel| kernel.name == *name).map(|kernel| kernel.shared);
-    assert!(most.is_some_and(|most| *shared <= most), "{name}");
-    // The emulator runs one kernel at a time.
-    static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let kernel = CString::new(*name).unwrap();
-    let parameters = std::ptr::from_ref(parameters).cast();
-    // SAFETY: the parameters point to memory that the tests own, of the sizes that they say.
-    assert!(unsafe { infold_emulate(kernel.as_ptr(), *blocks, *threads, *shared, parameters) }, "no kernel {name}");
 }
 
 /// A weight where the device would have it: loads of four words have to be aligned.
@@ -125,44 +111,6 @@ impl Shifted {
     fn get(&mut self, count: usize) -> Vec<bf16> {
         // SAFETY: as above.
         (0..count).map(|index| bf16::from_bits(unsafe { *self.pointer().add(index) })).collect()
-    }
-}
-
-/// Values after which there is no memory: what reads beyond them ends the test.
-struct Guarded {
-    start: *mut libc::c_void,
-    bytes: usize,
-    pages: usize,
-}
-
-impl Guarded {
-    const PAGE: usize = 4096;
-
-    fn new(values: &[u8]) -> Self {
-        let bytes = size_of_val(values);
-        let pages = bytes.next_multiple_of(Self::PAGE);
-        // SAFETY: new memory, the last page of which is taken away; the values fit before it.
-        let start = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            let access = libc::PROT_READ | libc::PROT_WRITE;
-            let start = libc::mmap(std::ptr::null_mut(), pages + Self::PAGE, access, flags, -1, 0);
-            assert_ne!(start, libc::MAP_FAILED);
-            assert_eq!(libc::mprotect(start.byte_add(pages), Self::PAGE, libc::PROT_NONE), 0);
-            std::ptr::copy_nonoverlapping(values.as_ptr().cast(), start.byte_add(pages - bytes), bytes);
-            start
-        };
-        Self { start, bytes, pages }
-    }
-
-    fn pointer(&self) -> *const u16 {
-        self.start.cast::<u8>().wrapping_add(self.pages - self.bytes).cast()
-    }
-}
-
-impl Drop for Guarded {
-    fn drop(&mut self) {
-        // SAFETY: what `new` mapped.
-        unsafe { libc::munmap(self.start, self.pages + Self::PAGE) };
     }
 }
 
@@ -375,7 +323,7 @@ fn check_product(
     };
     if product == Product::Narrow {
         let mut split = Shifted::new(columns * cols, 0);
-        let mut x = guarded.pointer().cast();
+        let mut x = guarded.pointer().cast_const().cast();
         if parts > 1 {
             x = split.pointer().cast_const();
             emulate(launch::input_rows(inputs(0, split.pointer())));

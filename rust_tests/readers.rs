@@ -1,4 +1,5 @@
 //! Everything that reads a packed weight, for bytes that nobody packed; the fuzz targets share it.
+#![allow(dead_code)] // each test file uses its own part
 
 use half::bf16;
 use infold::codec::*;

@@ -75,6 +75,15 @@ impl AliasTable {
         Self { threshold, alias, own_base, alias_base, frequency }
     }
 
+    /// As those of [`SlotTable`](super::rans::SlotTable).
+    pub fn slots(&self) -> Vec<u32> {
+        let entry = |slot: u8| {
+            let (symbol, place) = self.slot(slot);
+            u32::from(self.frequency[usize::from(symbol)]) << 20 | u32::from(place) << 8 | u32::from(symbol)
+        };
+        (0..=u8::MAX).map(entry).collect()
+    }
+
     /// The symbol of a slot, and the slot's place among the symbol's.
     #[inline(always)]
     fn slot(&self, slot: u8) -> (u8, u8) {

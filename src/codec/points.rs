@@ -82,6 +82,11 @@ impl Assembly {
         }
     }
 
+    /// The first level that has a centroid, and theirs from it on.
+    pub fn centroids(&self) -> (i32, &[f32]) {
+        (self.centroids.0, &self.centroids.1)
+    }
+
     /// Whether the vector units can assemble this weight.
     pub fn is_vector(&self) -> bool {
         self.vector

@@ -44,7 +44,6 @@ impl SlotTable {
         Self(slots)
     }
 
-    #[cfg(target_arch = "x86_64")]
     /// Of each slot: frequency (12 bits), offset in the symbol's interval (12 bits), symbol (8 bits).
     pub fn slots(&self) -> &[u32; MODEL_TOTAL as usize] {
         &self.0

@@ -65,6 +65,16 @@ impl Table {
         }
     }
 
+    /// What a coder's slots stand for: frequency, offset among the symbol's slots, and symbol, in 12, 12 and 8 bits; none
+    /// where there is no coder.
+    pub fn slots(&self) -> Vec<u32> {
+        match self {
+            Self::Rans(table) => table.slots().to_vec(),
+            Self::Alias(table) => table.slots(),
+            _ => Vec::new(),
+        }
+    }
+
     fn palette(&self) -> Option<&[u8; PALETTE]> {
         match self {
             Self::Palette(values) => Some(values),

@@ -1,6 +1,6 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
-use super::params::{Inputs, Linear, Unpack, Weight, Wide};
+use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Unpack, Weight, Wide};
 use super::weight::{Kind, STRIPE, TILE_COLS};
 
 const THREADS: u32 = 256;
@@ -30,6 +30,7 @@ struct Kernels {
     wide: [&'static str; WIDE.len()],
     finish: &'static str,
     unpack: &'static str,
+    tiles: &'static str,
 }
 
 macro_rules! kernels_of {
@@ -48,6 +49,7 @@ macro_rules! kernels_of {
             ],
             finish: concat!("infold_finish_", $layout),
             unpack: concat!("infold_unpack_", $layout),
+            tiles: concat!("infold_tiles_", $layout),
         }
     };
 }
@@ -66,6 +68,23 @@ impl Kind {
 const INPUTS_ROWS: &str = "infold_inputs_rows";
 const INPUTS_TILES: &str = "infold_inputs_tiles";
 
+/// Decoders of the canonical form by [`Plane::coding`](super::params::Plane), to bfloat16s and to levels.
+const DECODE: [[&str; 2]; 3] = [
+    ["infold_decode_plain_bf16", "infold_decode_plain_levels"],
+    ["infold_decode_rans_bf16", "infold_decode_rans_levels"],
+    ["infold_decode_alias_bf16", "infold_decode_alias_levels"],
+];
+/// Of bfloat16s and of levels.
+const HISTOGRAM: [&str; 2] = ["infold_histogram_bf16", "infold_histogram_levels"];
+const APART: [&str; 2] = ["infold_apart_bf16", "infold_apart_levels"];
+/// Threads of a decoder's block.
+const DECODE_THREADS: u32 = 128;
+const WARP: u32 = 32;
+/// So many blocks at most count, and so many codes at least a thread: a block clears its counts first and adds them to the
+/// whole at its end.
+const HISTOGRAM_BLOCKS: u64 = 528;
+const HISTOGRAM_CODES: u64 = 32;
+
 /// Where a kernel is: its file and its name there, and the dynamic shared memory in bytes that a launch may ask for.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel {
@@ -78,14 +97,16 @@ pub struct Kernel {
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let plain = |file, name| Kernel { file, name, shared: 0 };
     let of_kind = move |kind: Kind| {
-        let Kernels { linear, wide, finish, unpack } = kind.kernels();
+        let Kernels { linear, wide, finish, unpack, tiles } = kind.kernels();
         let wide = WIDE.into_iter().zip(wide);
         let wide = wide.map(move |(columns, name)| Kernel { file: "wide", name, shared: wide_shared(kind, columns) });
         let linear = linear.map(|name| plain("linear", name)).into_iter();
-        linear.chain(wide).chain([plain("wide", finish), plain("unpack", unpack)])
+        linear.chain(wide).chain([plain("wide", finish), plain("unpack", unpack), plain("lay_out", tiles)])
     };
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
-    inputs.into_iter().chain(Kind::ALL.into_iter().flat_map(of_kind))
+    let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
+    let lay_out = HISTOGRAM.into_iter().chain(APART).map(move |name| plain("lay_out", name));
+    inputs.into_iter().chain(Kind::ALL.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out)
 }
 
 /// Shared memory of the product of many columns: its tiles of x and of W.
@@ -222,4 +243,31 @@ impl WidePlan {
 pub fn unpack(kind: Kind, parameters: Unpack, indices: Option<u32>) -> Launch<Unpack> {
     let blocks = indices.unwrap_or(stripes(&parameters.weight));
     Launch::new(kind.kernels().unpack, blocks, parameters)
+}
+
+/// A plane of the canonical form, into bfloat16s or levels.
+pub fn decode(parameters: Decode, tiles: usize, levels: bool) -> Launch<Decode> {
+    let kernel = DECODE[parameters.own.coding as usize][usize::from(levels)];
+    let warps = tiles as u32 * parameters.workers as u32;
+    let blocks = warps.div_ceil(DECODE_THREADS / WARP);
+    Launch { threads: DECODE_THREADS, ..Launch::new(kernel, blocks, parameters) }
+}
+
+/// How often bfloat16s' bytes or levels occur.
+pub fn histogram(parameters: Histogram, levels: bool) -> Launch<Histogram> {
+    let blocks = parameters.count.div_ceil(HISTOGRAM_CODES * u64::from(THREADS)).min(HISTOGRAM_BLOCKS) as u32;
+    Launch::new(HISTOGRAM[usize::from(levels)], blocks, parameters)
+}
+
+/// What each row lists apart: how many, or their list.
+pub fn apart(kind: Kind, parameters: LayOut) -> Launch<LayOut> {
+    let blocks = (parameters.rows as u32).div_ceil(THREADS / WARP);
+    let kernel = APART[usize::from(kind != Kind::Window)];
+    Launch::new(kernel, blocks, parameters)
+}
+
+/// The tiles of a layout.
+pub fn tiles(kind: Kind, parameters: LayOut, tiles: usize) -> Launch<LayOut> {
+    let blocks = (tiles as u32).div_ceil(THREADS / WARP);
+    Launch::new(kind.kernels().tiles, blocks, parameters)
 }

@@ -3,6 +3,7 @@
 #[cfg(feature = "torch")]
 pub mod driver;
 pub mod launch;
+pub mod lay_out;
 pub mod params;
 pub mod weight;
 

@@ -107,3 +107,67 @@ pub struct Unpack {
     pub out: *mut c_void,
     pub dtype: Dtype,
 }
+
+/// How a plane of the canonical form is coded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Plane {
+    /// 0 plain bits, of a constant none; 1 rANS; 2 alias.
+    pub coding: i32,
+    /// Plain bits of a symbol.
+    pub width: i32,
+    /// Of a coder.
+    pub streams: i32,
+    /// Whether a list of them follows plain bits.
+    pub escapes: i32,
+    /// The value of symbol 0.
+    pub lo: i32,
+}
+
+/// One plane of a weight in its canonical form, into its codes.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Decode {
+    pub payload: *const u8,
+    pub payload_bytes: u64,
+    pub directory: *const u32,
+    pub slots: *const u32,
+    pub codes: *mut c_void,
+    pub damage: *mut u64,
+    /// The plane before it in a tile; where there is none, one without bytes.
+    pub before: Plane,
+    pub own: Plane,
+    pub plane: i32,
+    pub workers: i32,
+    pub low_bits: i32,
+    pub tile_rows: i32,
+    pub rows: i32,
+    pub cols: i32,
+}
+
+/// How often codes occur.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Histogram {
+    pub codes: *const c_void,
+    pub count: u64,
+    pub counts: *mut u64,
+}
+
+/// Codes into a layout of the device.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct LayOut {
+    pub codes: *const c_void,
+    pub rows: i32,
+    pub cols: i32,
+    pub lo: i32,
+    pub values: i32,
+    pub tiles: *mut u32,
+    pub row_counts: *mut u32,
+    pub escape_starts: *const u32,
+    pub escapes: *mut Escape,
+    pub centroids: *const f32,
+    pub first_centroid: i32,
+    pub centroid_count: i32,
+}

@@ -26,10 +26,11 @@ const TABLES_HEAD: usize = 12;
 /// Parts of a payload begin at multiples of a load.
 const ALIGN: usize = 16;
 /// Exponents in the window, of all.
-const WINDOW: usize = 16;
-const EXPONENTS: usize = 256;
+pub(super) const WINDOW: usize = 16;
+pub(super) const EXPONENTS: usize = 256;
 /// Levels this far out are counted; farther ones have no code.
-const FARTHEST: i32 = 4096;
+pub(super) const FARTHEST: i32 = 4096;
+pub(super) const LEVELS: usize = 2 * FARTHEST as usize + 1;
 /// At least so many weights to one that has no code, and where a wider code has a better share, so many.
 const LEAST_SHARE: u64 = 64;
 const GOOD_SHARE: u64 = 512;
@@ -69,7 +70,7 @@ impl Kind {
     }
 
     /// Bits of a weight.
-    fn bits(self) -> usize {
+    pub(super) fn bits(self) -> usize {
         match self {
             Self::Window => 12,
             Self::Codes4 => 4,
@@ -102,7 +103,7 @@ impl Parts {
         Self { kind, rows, cols }
     }
 
-    fn stripes(self) -> usize {
+    pub(super) fn stripes(self) -> usize {
         self.rows.div_ceil(STRIPE)
     }
 
@@ -119,18 +120,28 @@ impl Parts {
         start..start + self.stripe_bytes()
     }
 
+    /// How many tiles there are.
+    pub(super) fn tile_count(self) -> usize {
+        self.stripes() * self.cols.div_ceil(TILE_COLS)
+    }
+
     /// Where a row's escapes begin.
-    fn start(self, row: usize) -> usize {
+    pub(super) fn start(self, row: usize) -> usize {
         self.tiles(self.stripes()).start + row * size_of::<u32>()
     }
 
-    fn escapes(self) -> usize {
+    pub(super) fn escapes(self) -> usize {
         self.start(self.rows + 1).next_multiple_of(ALIGN)
     }
 
     /// The least that a payload takes.
     pub fn bytes(self) -> usize {
         self.escapes()
+    }
+
+    /// What a payload with so many escapes takes.
+    pub(super) fn bytes_with(self, escapes: usize) -> usize {
+        self.escapes() + escapes * size_of::<Escape>()
     }
 
     /// The kernels' view of a payload at `payload`, which has at least [`Parts::bytes`], without scales.
@@ -181,7 +192,7 @@ impl Tables {
         })
     }
 
-    fn to_bytes(&self) -> Vec<u8> {
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
         let words = [self.kind as u32, self.lo as u32].map(u32::to_le_bytes);
         [&MAGIC[..], words.as_flattened(), &self.header.to_bytes()].concat()
     }
@@ -194,60 +205,90 @@ fn best_run(counts: &[u64], width: usize) -> (usize, u64) {
     (start, counts.iter().sum::<u64>() - held(start))
 }
 
-/// How often each of `size` places that `place` gives codes occurs; codes without one are counted at the end.
-fn count(
-    weight: &PackedWeight,
-    size: usize,
-    pool: &dyn Pool,
-    place: impl Fn(u32) -> Option<usize> + Sync,
-) -> Result<(Vec<u64>, u64)> {
+/// How often each exponent occurs, or each level within [`FARTHEST`], and how often others do.
+pub(super) struct Counts {
+    pub held: Vec<u64>,
+    pub outside: u64,
+}
+
+/// Refuses a weight of which no kind has a layout.
+pub(super) fn check(header: &Header) -> Result<()> {
+    let is_level = matches!(header.element, Element::Level { .. });
+    if is_level || (header.quantizer == Quantizer::Lossless && header.dtype == Dtype::Bf16) {
+        return Ok(());
+    }
+    let got = format!("lossless {:?}", header.dtype);
+    Err(Error::argument("layout for CUDA", "lossless bfloat16, ecsq, int8 or int4", got))
+}
+
+fn count(weight: &PackedWeight, pool: &dyn Pool) -> Result<Counts> {
+    let is_level = matches!(weight.header.element, Element::Level { .. });
+    let size = if is_level { LEVELS } else { EXPONENTS };
+    let place = |code: u32| {
+        if is_level { code.wrapping_add(FARTHEST as u32) as usize } else { (code >> 7 & 0xff) as usize }
+    };
     let per_tile = map(pool, weight.geometry().tiles(), |tile| -> Result<_> {
         let mut counts = vec![0u64; size + 1];
         for code in weight.tile_codes(tile)? {
-            counts[place(code).filter(|&place| place < size).unwrap_or(size)] += 1;
+            counts[place(code).min(size)] += 1;
         }
         Ok(counts)
     });
-    let mut total = vec![0; size + 1];
+    let mut held = vec![0; size + 1];
     for counts in per_tile {
-        total.iter_mut().zip(counts?).for_each(|(total, count)| *total += count);
+        held.iter_mut().zip(counts?).for_each(|(total, count)| *total += count);
     }
-    let outside = total.pop().unwrap_or(0);
-    Ok((total, outside))
+    let outside = held.pop().unwrap_or(0);
+    Ok(Counts { held, outside })
 }
 
 /// The layout for a weight, and the base of its window or the level of its code 0.
-fn choose(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Kind, i32)> {
-    let (header, elements) = (&weight.header, weight.geometry().elements() as u64);
+pub(super) fn choose(header: &Header, counts: &Counts) -> Result<(Kind, i32)> {
+    let elements = header.geometry.elements() as u64;
     let refused = |outside: u64, codes: &str| {
         let expected = format!("at most one weight in {LEAST_SHARE} outside {codes}");
         Err(Error::argument("layout for CUDA", expected, format!("{outside} of {elements}")))
     };
     if matches!(header.element, Element::Level { .. }) {
-        let place = |code: u32| usize::try_from((code as i32).checked_add(FARTHEST)?).ok();
-        let (counts, outside) = count(weight, 2 * FARTHEST as usize + 1, pool, place)?;
         let run = |kind: Kind| {
-            let (start, others) = best_run(&counts, kind.values());
-            (kind, start as i32 - FARTHEST, others + outside)
+            let (start, others) = best_run(&counts.held, kind.values());
+            (kind, start as i32 - FARTHEST, others + counts.outside)
         };
         let runs = Kind::CODES.map(run);
         let good = runs.iter().find(|(_, _, others)| *others <= elements / GOOD_SHARE);
         let &(kind, lo, others) = good.unwrap_or(&runs[2]);
         return if others > elements / LEAST_SHARE { refused(others, "256 levels") } else { Ok((kind, lo)) };
     }
-    if header.quantizer != Quantizer::Lossless || header.dtype != Dtype::Bf16 {
-        let got = format!("lossless {:?}", header.dtype);
-        return Err(Error::argument("layout for CUDA", "lossless bfloat16, ecsq, int8 or int4", got));
-    }
-    let (counts, _) = count(weight, EXPONENTS, pool, |code| Some((code >> 7 & 0xff) as usize))?;
-    let (base, others) = best_run(&counts, WINDOW);
+    let (base, others) = best_run(&counts.held, WINDOW);
     if others > elements / LEAST_SHARE { refused(others, "sixteen exponents") } else { Ok((Kind::Window, base as i32)) }
+}
+
+/// What a payload begins with: its head, and the value of each code.
+pub(super) fn front(kind: Kind, lo: i32, header: &Header, assembly: &Assembly) -> Vec<u8> {
+    let base = if kind == Kind::Window { lo as u32 } else { 0 };
+    let group_cols = header.scale_grid.group_cols(header.geometry).max(1) as u32;
+    let values = (0..kind.values()).map(|code| assembly.point(lo.wrapping_add(code as i32) as u32).to_bits());
+    [base, group_cols, 0, 0].into_iter().chain(values).flat_map(u32::to_le_bytes).collect()
+}
+
+/// Where the escapes of rows with so many begin and the last's end, padded.
+pub(super) fn escape_starts(parts: Parts, counts: impl Iterator<Item = u32>) -> (Vec<u8>, u32) {
+    let mut bytes = Vec::with_capacity(parts.escapes() - parts.start(0));
+    let mut start = 0;
+    for count in counts {
+        bytes.extend(u32::to_le_bytes(start));
+        start += count;
+    }
+    bytes.extend(start.to_le_bytes());
+    bytes.resize(parts.escapes() - parts.start(0), 0);
+    (bytes, start)
 }
 
 /// A weight's payload and tables for the device. One that has no layout there is an error.
 pub fn to_device(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec<u8>)> {
     let (header, geometry) = (&weight.header, weight.geometry());
-    let (kind, lo) = choose(weight, pool)?;
+    check(header)?;
+    let (kind, lo) = choose(header, &count(weight, pool)?)?;
     let parts = Parts::new(kind, geometry.rows, geometry.cols);
     let canonical = header.origin.as_deref().unwrap_or(header);
     let assembly = Assembly::new(canonical);
@@ -259,21 +300,11 @@ pub fn to_device(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec
     let encoded: Vec<_> = encoded.into_iter().collect::<Result<_>>()?;
     let stripes = || encoded.iter().flatten();
 
-    let mut payload = Vec::with_capacity(parts.bytes());
-    let base = if kind == Kind::Window { lo as u32 } else { 0 };
-    let group_cols = header.scale_grid.group_cols(geometry).max(1) as u32;
-    let mut write = |words: &mut dyn Iterator<Item = u32>| words.for_each(|word| payload.extend(word.to_le_bytes()));
-    write(&mut [base, group_cols, 0, 0].into_iter());
-    write(&mut (0..kind.values()).map(|code| assembly.point(lo.wrapping_add(code as i32) as u32).to_bits()));
-    write(&mut stripes().flat_map(|(tiles, _)| tiles.iter().copied()));
     let rows = || stripes().flat_map(|(_, rows)| rows);
-    let mut start = 0;
-    write(&mut rows().map(|escapes| {
-        start += escapes.len() as u32;
-        start - escapes.len() as u32
-    }));
-    write(&mut std::iter::once(start));
-    payload.resize(parts.escapes(), 0);
+    let mut payload = front(kind, lo, header, &assembly);
+    payload.reserve(parts.bytes());
+    stripes().flat_map(|(tiles, _)| tiles).for_each(|word| payload.extend(word.to_le_bytes()));
+    payload.extend(escape_starts(parts, rows().map(|escapes| escapes.len() as u32)).0);
     for escape in rows().flatten() {
         payload.extend(escape.col.to_le_bytes());
         payload.extend(escape.value.to_bits().to_le_bytes());
@@ -343,7 +374,7 @@ impl<'a> Reader<'a> {
             return corrupt("a base of at most 240".into(), tables.lo as usize);
         }
         let ordered = (0..parts.rows).all(|row| reader.start(row) <= reader.start(row + 1));
-        let expected = parts.escapes() + reader.start(parts.rows) * size_of::<Escape>();
+        let expected = parts.bytes_with(reader.start(parts.rows));
         if !ordered || payload.len() != expected {
             return corrupt(format!("{expected} bytes"), payload.len());
         }

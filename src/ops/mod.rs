@@ -3,6 +3,7 @@
 pub mod conv;
 mod device;
 pub mod embedding;
+mod gpu;
 pub mod linear;
 pub mod pack;
 mod tensor;

@@ -2,8 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::device;
 use super::tensor::{contiguous, of_bytes, slice};
+use super::{device, gpu};
 use crate::codec::{self, Codec, Dtype, EcsqTarget, Header, Layout, Packed, PackedWeight, Weights};
 use crate::cuda::weight::Tables;
 use crate::parallel::Pool;
@@ -67,6 +67,9 @@ pub fn lay_out(
     layout: i64,
     pool: &dyn Pool,
 ) -> Result<Vec<Tensor>> {
+    if let Some(laid_out) = gpu::lay_out([payload, directory, tables], layout)? {
+        return Ok(laid_out);
+    }
     let place = payload.device();
     let on_cpu = |tensor: &Tensor, what, kind| contiguous(&tensor.f_to_device(Device::Cpu)?, what, kind);
     let payload = on_cpu(payload, "payload", Kind::Uint8)?;

@@ -86,7 +86,9 @@ def read_header(packed: Packed, name: str, *, verify: bool) -> Header:
 
     Raises CorruptWeightError, which names the weight and the field.
     """
-    payload, directory, tables, scales = (tensor.detach().cpu() for tensor in packed)
+    # Only checksums need the payload, which is large to copy from a GPU.
+    read = packed if verify else packed._replace(payload=packed.payload[:0])
+    payload, directory, tables, scales = (tensor.detach().cpu() for tensor in read)
     # Trained scales are their own truth: the header's checksum is of those that were packed.
     frozen = float_scales(scales) if is_frozen(scales) else None
     try:

@@ -1,0 +1,100 @@
+//! PyTorch's memory on a GPU and its current stream, as laying weights out there needs them.
+#![allow(unsafe_code)] // launches
+
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
+
+use super::tensor::{contiguous, slice};
+use crate::Result;
+use crate::bridge::current_stream;
+use crate::codec::Header;
+use crate::cuda::driver::{self, Stream};
+use crate::cuda::launch::Launch;
+use crate::cuda::lay_out::{self, Source};
+use crate::cuda::weight::{Kind as DeviceKind, Tables};
+
+/// The GPU that a tensor is on.
+pub struct Gpu {
+    device: Device,
+    stream: Stream,
+}
+
+impl Gpu {
+    pub fn of(tensor: &Tensor) -> Option<Self> {
+        let Device::Cuda(device) = tensor.device() else { return None };
+        Some(Self { device: tensor.device(), stream: Stream { handle: current_stream(tensor), device } })
+    }
+
+    /// A tensor of a kind without gaps, whose memory begins where its elements may; None for one of another kind or device.
+    fn own(&self, tensor: &Tensor, kind: Kind) -> Result<Option<Tensor>> {
+        if (tensor.f_kind()?, tensor.device()) != (kind, self.device) {
+            return Ok(None);
+        }
+        let tensor = tensor.f_contiguous()?;
+        let is_aligned = tensor.data_ptr().addr().is_multiple_of(kind.elt_size_in_bytes());
+        if is_aligned {
+            return Ok(Some(tensor));
+        }
+        let mut copy = tensor.f_empty_like()?;
+        copy.f_copy_(&tensor)?;
+        Ok(Some(copy))
+    }
+}
+
+impl lay_out::Device for Gpu {
+    type Memory = Tensor;
+
+    fn allocate(&self, bytes: usize) -> Result<Tensor> {
+        Ok(Tensor::f_empty([bytes as i64], (Kind::Uint8, self.device))?)
+    }
+
+    fn address(&self, memory: &Tensor) -> *mut u8 {
+        memory.data_ptr().cast()
+    }
+
+    fn write(&self, memory: &Tensor, at: usize, bytes: &[u8]) -> Result<()> {
+        if !bytes.is_empty() {
+            let mut place = memory.f_narrow(0, at as i64, bytes.len() as i64)?;
+            place.f_copy_(&Tensor::f_from_slice(bytes)?)?;
+        }
+        Ok(())
+    }
+
+    fn read(&self, memory: &Tensor, bytes: Range<usize>) -> Result<Vec<u8>> {
+        let part = memory.f_narrow(0, bytes.start as i64, bytes.len() as i64)?;
+        Ok(slice(&part.f_to_device(Device::Cpu)?)?.to_vec())
+    }
+
+    unsafe fn launch<P>(&self, launch: Launch<P>) -> Result<()> {
+        // SAFETY: the caller's promise; PyTorch keeps memory that is freed on its stream until what was launched there before
+        // has run.
+        unsafe { driver::launch(&launch, self.stream) }
+    }
+}
+
+/// Lays a weight in its canonical form (payload, directory, tables) out on its own GPU; None where that is for the host to do,
+/// or to say what is wrong.
+pub fn lay_out([payload, directory, tables]: [&Tensor; 3], layout: i64) -> Result<Option<Vec<Tensor>>> {
+    let (Some(gpu), Some(_)) = (Gpu::of(payload), DeviceKind::from_number(layout)) else { return Ok(None) };
+    let on_cpu = contiguous(&tables.f_to_device(Device::Cpu)?, "tables", Kind::Uint8)?;
+    if Tables::parse(slice(&on_cpu)?).is_some() {
+        return Ok(None);
+    }
+    let header = Header::parse(slice(&on_cpu)?)?;
+    let payload = gpu.own(payload, Kind::Uint8)?;
+    let directory = gpu.own(&directory.f_to_device(gpu.device)?, Kind::Int)?;
+    let (Some(payload), Some(directory)) = (payload, directory) else { return Ok(None) };
+    if directory.numel() != 2 * header.geometry.tiles() {
+        return Ok(None);
+    }
+    let source = Source {
+        payload: payload.data_ptr().cast_const().cast(),
+        payload_bytes: payload.numel(),
+        directory: directory.data_ptr().cast_const().cast(),
+    };
+    // SAFETY: tensors on this device, of the sizes that were checked, which live until the results were read.
+    let Some((payload, tables)) = (unsafe { lay_out::to_device(&gpu, source, &header) })? else { return Ok(None) };
+    let directory = Tensor::f_empty([0], (Kind::Int, gpu.device))?;
+    Ok(Some(vec![payload, directory, Tensor::f_from_slice(&tables)?.f_to_device(gpu.device)?]))
+}
