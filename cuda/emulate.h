@@ -143,6 +143,11 @@ inline void run_block(unsigned threads, char* stacks) {
 // Whether what is asynchronous happens as late as it may, or at once: every other block.
 static bool late;
 
+inline unsigned char* dynamic_shared() {
+  alignas(1024) static unsigned char bytes[kMaxShared];
+  return bytes;
+}
+
 // kernel<<<blocks, threads>>>(parameters)
 template <class Parameters, void (*kKernel)(Parameters)>
 void launch(unsigned blocks, unsigned threads, unsigned shared, const void* parameters) {
@@ -157,6 +162,7 @@ void launch(unsigned blocks, unsigned threads, unsigned shared, const void* para
   for (unsigned i = 0; i < blocks; ++i) {
     blockIdx.x = i;
     late = !late;
+    std::memset(dynamic_shared(), 0xff, shared);
     run_block(threads, stacks);
   }
   std::free(stacks);
@@ -164,10 +170,7 @@ void launch(unsigned blocks, unsigned threads, unsigned shared, const void* para
 
 }  // namespace emulation
 
-inline unsigned char* dynamic_shared() {
-  alignas(1024) static unsigned char bytes[emulation::kMaxShared];
-  return bytes;
-}
+using emulation::dynamic_shared;
 
 inline uint4 load_streaming(const uint32_t* words) { return {words[0], words[1], words[2], words[3]}; }
 
@@ -266,6 +269,16 @@ T shuffle(T value, int lane) {
   std::memcpy(&value, &block.messages[threadIdx.x / kWarp * kWarp + lane].words[place], sizeof value);
   return value;
 }
+
+inline uint32_t transposed(uint32_t pair) {
+  using namespace emulation;
+  const unsigned place = exchange(pair), row = threadIdx.x % kWarp / 4, col = threadIdx.x % 4 * 2;
+  const Message* warp = &block.messages[threadIdx.x / kWarp * kWarp];
+  const auto at = [&](unsigned r, unsigned c) { return warp[r * 4 + c / 2].words[place] >> 16 * (c % 2) & 0xffff; };
+  return at(col, row) | at(col + 1, row) << 16;
+}
+
+inline int first_bit(uint32_t word) { return __builtin_ctz(word); }
 
 inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 

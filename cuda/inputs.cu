@@ -42,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) infold_inputs_tiles(Infol
   if (tile * kCols >= p.cols) return;
   uint16_t values[inputs::kChunk];
 #pragma unroll
-  for (int i = 0; i < inputs::kChunk; ++i) values[i] = input(p, column, tile * kCols + inputs::col_of(chunk, i));
+  for (int i = 0; i < inputs::kChunk; ++i)
+    values[i] = input(p, column, tile * kCols + inputs::col_of(chunk, i, p.order));
   uint32_t words[inputs::kChunk / 2];
 #pragma unroll
   for (int i = 0; i < inputs::kChunk / 2; ++i) {

@@ -86,6 +86,16 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffff, value, lane);
 }
 
+// An 8 x 8 matrix of halves, a row of which four lanes hold, transposed by the warp together.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// The lowest bit that is set, of some.
+__device__ __forceinline__ int first_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
+
 __device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
 
 // Adds to memory that several threads add to.

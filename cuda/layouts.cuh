@@ -32,12 +32,21 @@ struct Quads {
   }
 };
 
+// The same, read one by one from a tile in shared memory.
+struct SharedWords {
+  const uint32_t* words;
+  int lane;
+
+  __device__ uint32_t word(int index) const { return words[word_index(lane, index)]; }
+};
+
 struct WindowLayout {
   static constexpr int kTileWords = window::kTileWords;
   static constexpr int kSharedWords = 1;
   static constexpr int kQuads = window::kWords / 4;
 
   using Tile = Quads<kQuads>;
+  using SharedTile = SharedWords;
 
   uint32_t base;
 
@@ -56,7 +65,8 @@ struct WindowLayout {
     return read<FromMemory>(tiles + tile * kTileWords, lane);
   }
 
-  __device__ Fragment step(const Tile& tile, int step) const {
+  template <class T>
+  __device__ Fragment step(const T& tile, int step) const {
     return window::decode(tile.word(2 * step), tile.word(2 * step + 1), tile.word(window::kRestWords + step), base);
   }
 
@@ -85,6 +95,12 @@ struct CodesLayout {
 
   struct Tile : Quads<kQuads> {
     uint32_t fifths;
+  };
+  struct SharedTile : SharedWords {
+    uint32_t fifths;
+
+    __device__ SharedTile(const uint32_t* words, int lane)
+        : SharedWords{words, lane}, fifths(kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0) {}
   };
 
   // This lane's copy.
@@ -120,7 +136,8 @@ struct CodesLayout {
     return read<FromMemory>(tiles + tile * kTileWords, lane);
   }
 
-  __device__ Fragment step(const Tile& tile, int step) const {
+  template <class T>
+  __device__ Fragment step(const T& tile, int step) const {
     Fragment result;
 #pragma unroll
     for (int reg = 0; reg < kRegisters; ++reg) {

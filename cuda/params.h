@@ -45,6 +45,7 @@ struct InfoldInputs {
   int32_t cols;
   int32_t parts;
   int32_t columns;
+  int32_t order; /* of a tile's columns: 0 as W's fragments have them, 1 as they are */
 };
 
 /* y = x Wᵀ + bias. */
@@ -58,7 +59,10 @@ struct InfoldLinear {
   int32_t parts; /* batch * parts is at most what the kernel's name says */
 };
 
-/* The same of many columns, of the rows of W from first_row on, in two steps. */
+/*
+ * The same of many columns, of the rows of W from first_row on, in two steps. Or dx = g W: then x is g, y is dx, and
+ * the rows are W's columns.
+ */
 struct InfoldWide {
   struct InfoldWeight weight;
   const uint16_t* x; /* tiles of `columns` columns */
@@ -69,7 +73,7 @@ struct InfoldWide {
   int32_t batch;
   int32_t parts;
   int32_t columns; /* 64, 128 or 256, as the kernel's name says */
-  int32_t splits;  /* of W's columns */
+  int32_t splits;  /* of the sums' terms */
   int32_t first_row;
   int32_t row_count;
 };

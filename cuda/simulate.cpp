@@ -8,7 +8,11 @@
 #include "inputs.cuh"
 #include "layouts.cuh"
 #include "values.cuh"
+#include "wide.cuh"
 
+namespace in_backward {
+#include "backward.cu"
+}
 namespace in_decode {
 #include "decode.cu"
 }
@@ -33,16 +37,20 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
                                const void* parameters) {
   using infold::emulation::launch;
 #define INFOLD_KERNEL(file, parameters, name) {#name, launch<parameters, in_##file::name>}
-#define INFOLD_KERNELS(layout)                                          \
-  INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_8),      \
-      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_16), \
-      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_32), \
-      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_64), \
-      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_64),       \
-      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_128),      \
-      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_256),      \
-      INFOLD_KERNEL(wide, InfoldWide, infold_finish_##layout),          \
-      INFOLD_KERNEL(lay_out, InfoldLayOut, infold_tiles_##layout),      \
+#define INFOLD_KERNELS(layout)                                              \
+  INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_8),          \
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_16),     \
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_32),     \
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_64),     \
+      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_64),           \
+      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_128),          \
+      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_256),          \
+      INFOLD_KERNEL(wide, InfoldWide, infold_finish_##layout),              \
+      INFOLD_KERNEL(backward, InfoldWide, infold_backward_##layout##_64),   \
+      INFOLD_KERNEL(backward, InfoldWide, infold_backward_##layout##_128),  \
+      INFOLD_KERNEL(backward, InfoldWide, infold_backward_##layout##_256),  \
+      INFOLD_KERNEL(backward, InfoldWide, infold_backward_finish_##layout), \
+      INFOLD_KERNEL(lay_out, InfoldLayOut, infold_tiles_##layout),          \
       INFOLD_KERNEL(unpack, InfoldUnpack, infold_unpack_##layout)
   constexpr struct {
     const char* name;
@@ -118,6 +126,7 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
   inputs->cols = 14;
   inputs->parts = 15;
   inputs->columns = 16;
+  inputs->order = 1;
   wide->weight = w;
   pointer(wide->x, 11);
   pointer(wide->sums, 12);

@@ -10,8 +10,8 @@ use std::mem::MaybeUninit;
 use emulation::{Guarded, emulate, infold_emulate};
 use half::{bf16, f16};
 use infold::codec::*;
-use infold::cuda::launch::{self, Kernel, Product, WidePlan};
-use infold::cuda::params::{Dtype, Escape, Head, Inputs, Linear, Unpack, Weight, Wide};
+use infold::cuda::launch::{self, Direction, Kernel, Product, WidePlan};
+use infold::cuda::params::{Dtype, Escape, Head, Inputs, Linear, Order, Unpack, Weight, Wide};
 use infold::cuda::weight::{Kind, Parts, Tables, from_device, to_device};
 use infold::parallel::{Serial, Threads};
 use support::*;
@@ -152,6 +152,7 @@ fn parameters_lie_where_the_kernels_expect_them() {
     assert_eq!((unpack.indices as usize, unpack.out as usize, unpack.dtype), (11, 12, Dtype::F32));
     assert_eq!((inputs.x as usize, inputs.out as usize, inputs.dtype), (11, 12, Dtype::F32));
     assert_eq!([inputs.batch, inputs.cols, inputs.parts, inputs.columns], [13, 14, 15, 16]);
+    assert_eq!(inputs.order, Order::Plain);
     assert_eq!([wide.x as usize, wide.sums as usize, wide.bias as usize, wide.y as usize], [11, 12, 13, 14]);
     assert_eq!((wide.dtype, wide.batch, wide.parts), (Dtype::F32, 15, 16));
     assert_eq!([wide.columns, wide.splits, wide.first_row, wide.row_count], [17, 18, 19, 20]);
@@ -292,107 +293,146 @@ fn loaded(bytes: &[u16], dtype: Dtype) -> Vec<f32> {
 #[derive(Debug, Clone, Copy)]
 struct Case {
     batch: usize,
+    /// What inputs are about as large as.
+    size: f32,
     dtype: Dtype,
     with_bias: bool,
     half_scales: bool,
     on_hopper: bool,
 }
 
-const PLAIN: Case = Case { batch: 1, dtype: Dtype::Bf16, with_bias: true, half_scales: false, on_hopper: false };
+const PLAIN: Case =
+    Case { batch: 1, size: 1.0, dtype: Dtype::Bf16, with_bias: true, half_scales: false, on_hopper: false };
 
-/// Compares the fused product with float64.
+/// The weight that a product has in effect. A level's value is rounded to bfloat16 before its scale, and where the decoded
+/// weight is scaled, again; one that has no code is not.
+fn weight_in_product(device: &Device, packed: &Packed, rounded_again: bool) -> Vec<f64> {
+    let (is_level, geometry, grid) = (device.kind() != Kind::Window, packed.header.geometry, packed.header.scale_grid);
+    let codes = device.tables.lo..device.tables.lo + device.kind().values() as i32;
+    let (scale_rows, groups) = grid.shape(geometry).unwrap_or((0, 0));
+    let scale = |row: usize, col: usize| match scale_rows {
+        0 => 1.0,
+        1 => packed.scales[0],
+        _ => packed.scales[row * groups + col / grid.group_cols(geometry)],
+    };
+    let effective = |(index, point): (usize, f32)| {
+        let scale = scale(index / geometry.cols, index % geometry.cols);
+        let is_code = is_level && codes.contains(&(point.round() as i32));
+        let rounded = if is_code { bf16::from_f32(point).to_f32() } else { point };
+        if is_code && rounded_again {
+            return bf16::from_f32(rounded * scale).to_f64();
+        }
+        f64::from(rounded) * f64::from(scale)
+    };
+    unscaled(packed).into_iter().enumerate().map(effective).collect()
+}
+
+/// Runs the kernels of a product of many columns, of inputs of `terms` to `sums`.
+fn run_wide(device: &Device, direction: Direction, whole: Wide, inputs: Inputs, sums: usize) {
+    let terms = inputs.cols as usize;
+    let plan = WidePlan::new(sums, terms, (inputs.batch * inputs.parts) as usize);
+    // As where there are more rows than one launch takes, and two splits of few terms.
+    let plan = WidePlan { rows: plan.rows.min(256), splits: if terms > 64 { plan.splits.max(2) } else { 1 }, ..plan };
+    let mut tiles = Shifted::new(launch::input_tiles_bytes(terms, plan.columns) / 2, 0);
+    emulate(launch::input_tiles(Inputs { out: tiles.pointer(), columns: plan.columns as i32, ..inputs }));
+    let mut partial = vec![f32::NAN; plan.sums()];
+    let whole = Wide { x: tiles.pointer(), sums: partial.as_mut_ptr(), ..whole };
+    plan.launches(device.kind(), direction, whole).flatten().for_each(emulate);
+}
+
+/// Compares results with sums in float64 and the sums of their terms' magnitudes: sums in float32, rounded once.
+fn compare(y: &[u16], sums: Vec<(f64, f64)>, case: Case) -> Result<(), proptest::test_runner::TestCaseError> {
+    // What a value is rounded to, relative and absolute.
+    let (relative, least, largest) = match case.dtype {
+        Dtype::Bf16 => (1.0 / 256.0, 1e-30, f64::MAX),
+        Dtype::F16 => (1.0 / 2048.0, 1e-7, 65536.0),
+        Dtype::F32 => (0.0, 1e-30, f64::MAX),
+    };
+    for (index, (y, (sum, scale))) in loaded(y, case.dtype).into_iter().zip(sums).enumerate() {
+        let limit = scale * f64::from(f32::EPSILON) * 16.0 + sum.abs() * relative + least;
+        let (y, sum) = (f64::from(y).clamp(-largest, largest), sum.clamp(-largest, largest));
+        proptest::prop_assert!((y - sum).abs() <= limit, "{:?} {} {} {}", case, index, y, sum);
+    }
+    Ok(())
+}
+
+/// Compares the fused product with float64, and on Hopper the product of the transpose.
 fn check_product(
     device: &Device,
     packed: &Packed,
     case: Case,
     random: &mut Random,
 ) -> Result<(), proptest::test_runner::TestCaseError> {
-    let Case { batch, dtype, with_bias, half_scales, on_hopper } = case;
+    let Case { batch, size, dtype, with_bias, half_scales, on_hopper } = case;
     let Geometry { rows, cols, .. } = packed.header.geometry;
-    let (mut x, mut bias) = (random.normals(batch * cols, 1.0), random.normals(rows, 1.0));
+    let (mut x, mut bias) = (random.normals(batch * cols, size.into()), random.normals(rows, 1.0));
     let (x_bytes, bias_bytes) = (stored(&mut x, dtype), stored(&mut bias, dtype));
     let width = x_bytes.len() / x.len() / 2;
     let (guarded, mut y) = (Guarded::new(&x_bytes), vec![0u16; batch * rows * width]);
-    let bias_at = if with_bias { bias_bytes.as_ptr().cast() } else { std::ptr::null() };
-    let (weight, parts, columns) = (device.weight(half_scales), dtype.parts(), batch * dtype.parts());
+    let parts = dtype.parts();
     let product = Product::of(batch, parts, on_hopper);
-    let (batch_size, parts) = (batch as i32, parts as i32);
-    let inputs = |columns: usize, out: *mut u16| {
-        let (cols, columns) = (cols as i32, columns as i32);
-        Inputs { x: guarded.pointer().cast(), out, dtype, batch: batch_size, cols, parts, columns }
+    let inputs = Inputs {
+        x: guarded.pointer().cast(),
+        out: std::ptr::null_mut(),
+        dtype,
+        batch: batch as i32,
+        cols: cols as i32,
+        parts: parts as i32,
+        columns: 0,
+        order: Order::Fragment,
+    };
+    let whole = Wide {
+        weight: device.weight(half_scales),
+        x: std::ptr::null(),
+        sums: std::ptr::null_mut(),
+        bias: if with_bias { bias_bytes.as_ptr().cast() } else { std::ptr::null() },
+        y: y.as_mut_ptr().cast(),
+        dtype,
+        batch: inputs.batch,
+        parts: inputs.parts,
+        columns: 0,
+        splits: 0,
+        first_row: 0,
+        row_count: 0,
     };
     if product == Product::Narrow {
-        let mut split = Shifted::new(columns * cols, 0);
+        let mut split = Shifted::new(batch * parts * cols, 0);
         let mut x = guarded.pointer().cast_const().cast();
         if parts > 1 {
             x = split.pointer().cast_const();
-            emulate(launch::input_rows(inputs(0, split.pointer())));
+            emulate(launch::input_rows(Inputs { out: split.pointer(), ..inputs }));
         }
-        let y = y.as_mut_ptr().cast();
-        let mut launched =
-            launch::linear(device.kind(), Linear { weight, x, bias: bias_at, y, dtype, batch: batch_size, parts });
+        let Wide { weight, bias, y, dtype, batch, parts, .. } = whole;
+        let mut launched = launch::linear(device.kind(), Linear { weight, x, bias, y, dtype, batch, parts });
         // As where there are more stripes than blocks.
         launched.blocks = launched.blocks.min(3);
         emulate(launched);
     } else {
         assert_eq!(product, Product::Wide);
-        let plan = WidePlan::new(rows, cols, columns);
-        // As where there are more rows than one launch takes, and two splits of few columns.
-        let plan =
-            WidePlan { rows: plan.rows.min(256), splits: if cols > 64 { plan.splits.max(2) } else { 1 }, ..plan };
-        let bytes = launch::input_tiles_bytes(cols, plan.columns);
-        let mut tiles = Shifted::new(bytes / 2, 0);
-        emulate(launch::input_tiles(inputs(plan.columns, tiles.pointer())));
-        let mut sums = vec![f32::NAN; plan.sums()];
-        let whole = Wide {
-            weight,
-            x: tiles.pointer(),
-            sums: sums.as_mut_ptr(),
-            bias: bias_at,
-            y: y.as_mut_ptr().cast(),
-            dtype,
-            batch: batch_size,
-            parts,
-            columns: 0,
-            splits: 0,
-            first_row: 0,
-            row_count: 0,
-        };
-        plan.launches(device.kind(), whole).flatten().for_each(emulate);
+        run_wide(device, Direction::Forward, whole, inputs, rows);
     }
-    let grouped = product == Product::Wide && packed.header.scale_grid.group_cols(packed.header.geometry) < cols;
-    let points = unscaled(packed);
-    let dense: Vec<f64> = unpack::<f32>(packed)
-        .iter()
-        .zip(&points)
-        .map(|(&value, &point)| {
-            // In the product a level's value is rounded to bfloat16 before its scale, and again after one that changes
-            // with the columns; one that has no code is not.
-            let codes = device.tables.lo..device.tables.lo + device.kind().values() as i32;
-            let is_code = device.kind() != Kind::Window && codes.contains(&(point.round() as i32));
-            let rounded = if is_code { bf16::from_f32(point).to_f32() } else { point };
-            let scaled = if point == 0.0 { 0.0 } else { f64::from(value) / f64::from(point) * f64::from(rounded) };
-            if is_code && grouped { bf16::from_f32(scaled as f32).to_f64() } else { scaled }
-        })
-        .collect();
-    let sums = products(&x, &dense, batch, rows, cols);
-    // What a value is rounded to, relative and absolute.
-    let (relative, least, largest) = match dtype {
-        Dtype::Bf16 => (1.0 / 256.0, 1e-30, f64::MAX),
-        Dtype::F16 => (1.0 / 2048.0, 1e-7, 65536.0),
-        Dtype::F32 => (0.0, 1e-30, f64::MAX),
-    };
-    for (index, (y, (mut sum, mut scale))) in loaded(&y, dtype).into_iter().zip(sums).enumerate() {
-        if with_bias {
-            sum += f64::from(bias[index % rows]);
-            scale += f64::from(bias[index % rows]).abs();
+    let grouped = packed.header.scale_grid.group_cols(packed.header.geometry) < cols;
+    let dense = weight_in_product(device, packed, grouped && product == Product::Wide);
+    let mut sums = products(&x, &dense, batch, rows, cols);
+    if with_bias {
+        for (index, (sum, scale)) in sums.iter_mut().enumerate() {
+            *sum += f64::from(bias[index % rows]);
+            *scale += f64::from(bias[index % rows]).abs();
         }
-        // Sums in float32, rounded once.
-        let limit = scale * f64::from(f32::EPSILON) * 16.0 + sum.abs() * relative + least;
-        let (y, sum) = (f64::from(y).clamp(-largest, largest), sum.clamp(-largest, largest));
-        proptest::prop_assert!((y - sum).abs() <= limit, "{:?} {} {} {}", case, index, y, sum);
     }
-    Ok(())
+    compare(&y, sums, case)?;
+    if !on_hopper {
+        return Ok(());
+    }
+    let mut g = random.normals(batch * rows, size.into());
+    let guarded = Guarded::new(&stored(&mut g, dtype));
+    let mut dx = vec![0u16; batch * cols * width];
+    let inputs = Inputs { x: guarded.pointer().cast(), cols: rows as i32, order: Order::Plain, ..inputs };
+    let whole = Wide { bias: std::ptr::null(), y: dx.as_mut_ptr().cast(), ..whole };
+    run_wide(device, Direction::Backward, whole, inputs, cols);
+    let dense = weight_in_product(device, packed, true);
+    let transposed: Vec<f64> = (0..rows * cols).map(|index| dense[index % rows * cols + index / rows]).collect();
+    compare(&dx, products(&g, &transposed, batch, cols, rows), case)
 }
 
 #[test]
@@ -430,6 +470,18 @@ fn wide_weights_take_each_warp_several_times() {
             check_product(&device, &packed, case, &mut random).unwrap();
         }
     }
+}
+
+#[test]
+fn what_no_tile_was_copied_to_is_not_multiplied() {
+    let mut random = Random(13);
+    // A window up to the exponent of infinities, in which memory that nobody wrote may decode to one.
+    let value = |index: usize, uniform: f64| (1.0 + uniform as f32) * (114.0 + (index % 13) as f32).exp2();
+    let values: Vec<f32> = (0..40 * 100).map(|index| value(index, random.uniform())).collect();
+    let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), 40, 100, &Serial).unwrap();
+    let device = Device::new(&packed).unwrap();
+    assert_eq!(device.tables.lo, 240);
+    check_product(&device, &packed, Case { batch: 18, size: 1e-36, on_hopper: true, ..PLAIN }, &mut random).unwrap();
 }
 
 #[test]
@@ -497,7 +549,7 @@ proptest::proptest! {
 
         let dtype = [Dtype::Bf16, Dtype::F16, Dtype::F32][dtype];
         let batch = if Product::of(batch, dtype.parts(), on_hopper) == Product::Unpacked { 1 } else { batch };
-        let case = Case { batch, dtype, with_bias, half_scales: fast, on_hopper };
+        let case = Case { batch, size: 1.0, dtype, with_bias, half_scales: fast, on_hopper };
         check_product(&device, &compact, case, &mut random)?;
     }
 }

@@ -16,7 +16,8 @@ COPY = ROOT / "build" / "faults"
 PARTS = ("src", "cuda", "rust_tests", "benchmarks", "build.rs", "Cargo.toml", "Cargo.lock")
 
 WINDOW, CODES, LAYOUTS = "cuda/window.cuh", "cuda/codes.cuh", "cuda/layouts.cuh"
-LINEAR, UNPACK, WIDE = "cuda/linear.cu", "cuda/unpack.cu", "cuda/wide.cu"
+LINEAR, UNPACK = "cuda/linear.cu", "cuda/unpack.cu"
+WIDE, MANY, BACKWARD = "cuda/wide.cu", "cuda/wide.cuh", "cuda/backward.cu"
 INPUTS, INPUT_TILES, INTRINSICS = "cuda/inputs.cu", "cuda/inputs.cuh", "cuda/intrinsics.cuh"
 LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
 LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
@@ -36,7 +37,7 @@ FAULTS = (
     ("end of the window", WINDOW, "if (exponent >= kWindow)", "if (exponent > kWindow)"),
     ("filler of the window", LAYOUTS, "window::filler(w.head->base))", "window::filler(w.head->base)) * 2"),
     ("word order of codes", LAYOUTS, LOAD_CODES, LOAD_CODES.replace("(lane,", "(lane ^ 1,")),
-    ("the fifths' word", LAYOUTS, "kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0", "0"),
+    ("the fifths' word", LAYOUTS, "result.fifths = kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0", "result.fifths = 0"),
     (
         "pair of fifths",
         CODES,
@@ -96,25 +97,42 @@ FAULTS = (
     ("place of an escape's x", INPUT_TILES, "within / 16 * 2 + within % 2", "within / 16 * 2"),
     ("stride of the descriptor", INTRINSICS, "kEightColumns = 1024", "kEightColumns = 512"),
     ("address of the descriptor", INTRINSICS, "(address >> 4 & 0x3fff)", "(address >> 4 & 0xfff)"),
-    ("steps of the descriptor", WIDE, "step * kStepBytes;", "step * kStepBytes / 2;"),
-    ("groups of the descriptor", WIDE, "group * kGroup * kColumnBytes", "0 * kColumnBytes"),
-    ("wait for a tile in time", WIDE, "wait_for(full[stage], i / kStages);", "wait_for(full[stage], 0);"),
-    ("wait for a place in time", WIDE, "        wait_for(empty[left % kStages], left / kStages);\n", ""),
-    ("wait for products in time", WIDE, "      wait_for_products(sums);\n", ""),
-    ("bytes of tiles in time", WIDE, "present * sizeof to.tiles[0])", "kWarps * sizeof to.tiles[0])"),
-    ("a stripe's tiles in shared memory", WIDE, "stages[stage].tiles[warp]", "stages[stage].tiles[warp / 2]"),
-    ("scales of groups in many columns", WIDE, "(begin + i) * kCols);", "begin * kCols);"),
+    ("steps of the descriptor", MANY, "step * kStepBytes;", "step * kStepBytes / 2;"),
+    ("groups of the descriptor", MANY, "group * kGroup * kColumnBytes", "0 * kColumnBytes"),
+    ("wait for a tile in time", MANY, "wait_for(full[i % kStages], i / kStages);", "wait_for(full[i % kStages], 0);"),
+    ("wait for a place in time", MANY, "        wait_for(empty[left % kStages], left / kStages);\n", ""),
+    ("wait for products in time", MANY, "      wait_for_products(sums);\n", ""),
+    ("bytes of tiles in time", MANY, "present * sizeof to.tiles[0])", "kWarps * sizeof to.tiles[0])"),
+    ("a stripe's tiles in shared memory", WIDE, "(tiles[warp], lane)", "(tiles[warp / 2], lane)"),
+    ("scales of groups in many columns", WIDE, "at * kCols);", "0);"),
     (
         "scales of rows in many columns",
         WIDE,
         "grouped ? 1 : row_scales",
         "grouped ? row_scales.scales[half] : row_scales",
     ),
-    ("rows' escapes in many columns", WIDE, "p.first_row + row, column)", "row, column)"),
-    ("end of a split", WIDE, "(split + 1) * across / p.splits", "(split + 1) * across / p.splits - split"),
-    ("one split's sums", WIDE, "for (int split = 0; split < p.splits", "for (int split = 1; split < p.splits"),
-    ("a value's parts in many columns", WIDE, "batch_row * p.parts + part]", "batch_row * p.parts]"),
-    ("the barrier before results of many columns", WIDE, "__syncthreads();\n  for (int i", "for (int i"),
+    (
+        "rows' escapes in many columns",
+        WIDE,
+        "Layout::filler(w), p.first_row + row, column)",
+        "Layout::filler(w), row, column)",
+    ),
+    ("end of a split", MANY, "(split + 1) * terms / p.splits)", "(split + 1) * terms / p.splits - split)"),
+    ("one split's sums", MANY, "for (int split = 0; split < p.splits", "for (int split = 1; split < p.splits"),
+    ("a value's parts in many columns", MANY, "batch_row * p.parts + part]", "batch_row * p.parts]"),
+    ("the barrier before results of many columns", WIDE, "__syncthreads();\n  wide::put", "wide::put"),
+    ("fillers of scaled weights", MANY, "from_bf16(to_bf16(filler * scale))", "filler * scale"),
+    ("order of a gradient's rows", INPUT_TILES, "order == kPlain) return", "order != kPlain) return"),
+    ("place of a gradient's row", INPUT_TILES, "order == kPlain ? within % kChunk", "order == kPlain ? 0"),
+    ("registers of a transposed step", BACKWARD, "reg % 2 * 2 + reg / 2", "reg"),
+    ("a register transposed", BACKWARD, "transposed(weights.registers[reg])", "weights.registers[reg]"),
+    ("tile of a transposed step", BACKWARD, "i * kAcross + group", "i * kAcross"),
+    ("step of a transposed tile", BACKWARD, "lane}, step);", "lane}, 0);"),
+    ("stripes that are not there", BACKWARD, "if (has(at, tile)) {", "{"),
+    ("column of a transposed sum", BACKWARD, "col_of(row / 2, step, 2 * half, row % 2)", "16 * step + row + 8 * half"),
+    ("first escape of sixteen columns", BACKWARD, "low = middle + 1", "low = middle + 2"),
+    ("rows of escapes by warp", BACKWARD, "part * kLanes + first_bit(left)", "first_bit(left)"),
+    ("the barrier before escapes", BACKWARD, "__syncthreads();\n    // A thread", "// A thread"),
     ("half of a run", UNPACK, "2 * pair + (lower ? 1 : 0)", "2 * pair + (lower ? 0 : 1)"),
     ("last columns of a run", UNPACK, "col + kRun <= w.cols", "col + kRun - 1 <= w.cols"),
     (

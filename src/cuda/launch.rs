@@ -29,6 +29,8 @@ struct Kernels {
     linear: [&'static str; NARROW.len()],
     wide: [&'static str; WIDE.len()],
     finish: &'static str,
+    backward: [&'static str; WIDE.len()],
+    backward_finish: &'static str,
     unpack: &'static str,
     tiles: &'static str,
 }
@@ -48,6 +50,12 @@ macro_rules! kernels_of {
                 concat!("infold_wide_", $layout, "_256"),
             ],
             finish: concat!("infold_finish_", $layout),
+            backward: [
+                concat!("infold_backward_", $layout, "_64"),
+                concat!("infold_backward_", $layout, "_128"),
+                concat!("infold_backward_", $layout, "_256"),
+            ],
+            backward_finish: concat!("infold_backward_finish_", $layout),
             unpack: concat!("infold_unpack_", $layout),
             tiles: concat!("infold_tiles_", $layout),
         }
@@ -97,11 +105,15 @@ pub struct Kernel {
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let plain = |file, name| Kernel { file, name, shared: 0 };
     let of_kind = move |kind: Kind| {
-        let Kernels { linear, wide, finish, unpack, tiles } = kind.kernels();
-        let wide = WIDE.into_iter().zip(wide);
-        let wide = wide.map(move |(columns, name)| Kernel { file: "wide", name, shared: wide_shared(kind, columns) });
+        let Kernels { linear, wide, finish, backward, backward_finish, unpack, tiles } = kind.kernels();
+        let of_columns = move |file, names: [&'static str; WIDE.len()]| {
+            let kernel = move |(columns, name)| Kernel { file, name, shared: wide_shared(kind, columns) };
+            WIDE.into_iter().zip(names).map(kernel)
+        };
         let linear = linear.map(|name| plain("linear", name)).into_iter();
-        linear.chain(wide).chain([plain("wide", finish), plain("unpack", unpack), plain("lay_out", tiles)])
+        let wide = of_columns("wide", wide).chain(of_columns("backward", backward));
+        let finish = [plain("wide", finish), plain("backward", backward_finish)];
+        linear.chain(wide).chain(finish).chain([plain("unpack", unpack), plain("lay_out", tiles)])
     };
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
@@ -165,6 +177,12 @@ impl Product {
             _ => Self::Unpacked,
         }
     }
+
+    /// dx = g·W.
+    pub fn of_gradient(rows: usize, parts: usize, on_hopper: bool) -> Self {
+        let [.., wide] = WIDE;
+        if on_hopper && rows * parts <= wide { Self::Wide } else { Self::Unpacked }
+    }
 }
 
 /// y = x·Wᵀ + bias for what [`Product::Narrow`] is for.
@@ -191,24 +209,32 @@ pub fn input_tiles_bytes(cols: usize, columns: usize) -> usize {
     cols.div_ceil(TILE_COLS) * columns * COLUMN_BYTES
 }
 
+/// W's product, or its transpose's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    Forward,
+    Backward,
+}
+
 /// How a product of many columns is cut up: so that every multiprocessor has a block, and so that the sums of one launch
 /// take at most 18 MB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WidePlan {
     /// Those of the kernel, which are enough.
     pub columns: usize,
-    /// Of W's columns.
+    /// Of the sums' terms.
     pub splits: usize,
-    /// Of W, in one launch.
+    /// Of sums, in one launch.
     pub rows: usize,
 }
 
 impl WidePlan {
-    pub fn new(rows: usize, cols: usize, columns: usize) -> Self {
+    /// For `rows` of sums, each of so many terms.
+    pub fn new(rows: usize, terms: usize, columns: usize) -> Self {
         let columns = WIDE[place(&WIDE, columns)];
         let [.., most] = WIDE;
         let blocks = rows.div_ceil(WIDE_ROWS).max(1);
-        let splits = (WIDE_BLOCKS / blocks).min(cols.div_ceil(TILE_COLS) / LEAST_TILES).max(1);
+        let splits = (WIDE_BLOCKS / blocks).min(terms.div_ceil(TILE_COLS) / LEAST_TILES).max(1);
         Self { columns, splits, rows: (WIDE_BLOCKS * most / columns * WIDE_ROWS).min(rows) }
     }
 
@@ -218,9 +244,20 @@ impl WidePlan {
     }
 
     /// The product of each part of the rows, then what makes results of it. `parameters` say nothing of the plan.
-    pub fn launches(self, kind: Kind, parameters: Wide) -> impl Iterator<Item = [Launch<Wide>; 2]> {
+    pub fn launches(
+        self,
+        kind: Kind,
+        direction: Direction,
+        parameters: Wide,
+    ) -> impl Iterator<Item = [Launch<Wide>; 2]> {
         let Self { columns, splits, rows } = self;
-        let all = parameters.weight.rows as usize;
+        let Weight { rows: weight_rows, cols: weight_cols, .. } = parameters.weight;
+        let Kernels { wide, finish, backward, backward_finish, .. } = kind.kernels();
+        let (all, products, finish) = match direction {
+            Direction::Forward => (weight_rows, wide, finish),
+            Direction::Backward => (weight_cols, backward, backward_finish),
+        };
+        let (all, product) = (all as usize, products[place(&WIDE, columns)]);
         (0..all).step_by(rows.max(1)).map(move |first| {
             let count = rows.min(all - first);
             let parameters = Wide {
@@ -230,11 +267,9 @@ impl WidePlan {
                 row_count: count as i32,
                 ..parameters
             };
-            let Kernels { wide, finish, .. } = kind.kernels();
             let blocks = (count.div_ceil(WIDE_ROWS) * splits) as u32;
-            let wide = Launch::new(wide[place(&WIDE, columns)], blocks, parameters);
-            let finish = Launch::new(finish, count.div_ceil(STRIPE) as u32, parameters);
-            [Launch { shared: wide_shared(kind, columns), ..wide }, finish]
+            let product = Launch { shared: wide_shared(kind, columns), ..Launch::new(product, blocks, parameters) };
+            [product, Launch::new(finish, count.div_ceil(STRIPE) as u32, parameters)]
         })
     }
 }

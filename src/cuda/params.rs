@@ -65,6 +65,15 @@ pub struct Inputs {
     pub cols: i32,
     pub parts: i32,
     pub columns: i32,
+    pub order: Order,
+}
+
+/// Of the columns within a tile of inputs: as W's fragments have them, or as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Order {
+    Fragment = 0,
+    Plain = 1,
 }
 
 /// y = x·Wᵀ + bias.
@@ -80,7 +89,7 @@ pub struct Linear {
     pub parts: i32,
 }
 
-/// The same of many columns, of `row_count` rows of W.
+/// The same of many columns, of `row_count` rows of W; or dx = g·W, of so many of its columns.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Wide {

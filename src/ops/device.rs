@@ -2,6 +2,8 @@
 //! waits for the device or reads its memory.
 #![allow(unsafe_code)] // launches
 
+use std::ffi::c_void;
+
 use tch::{Device, Kind, Tensor};
 
 use super::Weight;
@@ -9,8 +11,8 @@ use super::tensor::{of_bytes, slice};
 use crate::bridge::current_stream;
 use crate::codec::{Layout, PackedWeight};
 use crate::cuda::driver::{self, Stream};
-use crate::cuda::launch::{self, Launch, Product, WidePlan};
-use crate::cuda::params::{self, Dtype, Inputs, Linear, Unpack, Wide};
+use crate::cuda::launch::{self, Direction, Launch, Product, WidePlan};
+use crate::cuda::params::{self, Dtype, Inputs, Linear, Order, Unpack, Wide};
 use crate::cuda::weight::{self, Kind as DeviceKind, Parts, TILE_COLS, Tables};
 use crate::parallel::Pool;
 use crate::{Error, Result};
@@ -96,74 +98,145 @@ fn dtype_of(kind: Kind) -> Option<Dtype> {
     }
 }
 
+/// A product's input x, and what of it the kernels take.
+struct Input {
+    x: Tensor,
+    kind: Kind,
+    dtype: Dtype,
+    rows: usize,
+    width: usize,
+    product: Product,
+}
+
+impl Input {
+    /// None for what no kernel takes; `product` says which does, by rows, parts of a value, and whether this is Hopper.
+    fn new(
+        x: &Tensor,
+        weight: &Weight,
+        rows: usize,
+        width: i64,
+        product: impl FnOnce(usize, usize, bool) -> Product,
+    ) -> Result<Option<Self>> {
+        let kind = x.f_kind()?;
+        // The values of levels are rounded to bfloat16 there: too coarse for a float32 x.
+        let is_coarse = kind == Kind::Float && weight.layout != DeviceKind::Window as i64;
+        let (Some(dtype), Device::Cuda(index), false) = (dtype_of(kind), weight.payload.device(), is_coarse) else {
+            return Ok(None);
+        };
+        let product = product(rows, dtype.parts(), driver::is_hopper(index)?);
+        if product == Product::Unpacked {
+            return Ok(None);
+        }
+        Ok(Some(Self { x: x.f_contiguous()?, kind, dtype, rows, width: width as usize, product }))
+    }
+
+    fn columns(&self) -> usize {
+        self.rows * self.dtype.parts()
+    }
+
+    fn address(&self) -> Result<*mut u16> {
+        pointer(&self.x, "x", self.kind, self.x.device())
+    }
+
+    fn scratch(&self, count: usize, kind: Kind) -> Result<Tensor> {
+        Ok(Tensor::f_empty([count as i64], (kind, self.x.device()))?)
+    }
+
+    fn laid_out(&self, out: &Tensor, columns: usize, order: Order) -> Result<Inputs> {
+        Ok(Inputs {
+            x: self.address()?.cast(),
+            out: pointer(out, "x", Kind::BFloat16, self.x.device())?,
+            dtype: self.dtype,
+            batch: self.rows as i32,
+            cols: self.width as i32,
+            parts: self.dtype.parts() as i32,
+            columns: columns as i32,
+            order,
+        })
+    }
+
+    /// The product of many columns, of `sums` results a row, into `out`.
+    fn multiply_wide(
+        &self,
+        weight: &Weight,
+        direction: Direction,
+        sums: i64,
+        bias: *const c_void,
+        out: &Tensor,
+    ) -> Result<()> {
+        let (layout, view, _scales) = open(weight)?;
+        let device = weight.payload.device();
+        let plan = WidePlan::new(sums as usize, self.width, self.columns());
+        let tiles = launch::input_tiles_bytes(self.width, plan.columns) / size_of::<u16>();
+        let (tiles, partial) = (self.scratch(tiles, Kind::BFloat16)?, self.scratch(plan.sums(), Kind::Float)?);
+        let order = if direction == Direction::Forward { Order::Fragment } else { Order::Plain };
+        let inputs = self.laid_out(&tiles, plan.columns, order)?;
+        run(weight, &launch::input_tiles(inputs))?;
+        let whole = Wide {
+            weight: view,
+            x: inputs.out,
+            sums: pointer(&partial, "sums", Kind::Float, device)?.cast(),
+            bias,
+            y: pointer(out, "y", self.kind, device)?.cast(),
+            dtype: self.dtype,
+            batch: inputs.batch,
+            parts: inputs.parts,
+            // The plan says these.
+            columns: 0,
+            splits: 0,
+            first_row: 0,
+            row_count: 0,
+        };
+        for [product, finish] in plan.launches(layout, direction, whole) {
+            run(weight, &product)?;
+            run(weight, &finish)?;
+        }
+        Ok(())
+    }
+
+    /// The product of few columns.
+    fn multiply_narrow(&self, weight: &Weight, bias: *const c_void, out: &Tensor) -> Result<()> {
+        let (layout, view, _scales) = open(weight)?;
+        let (dtype, batch, parts) = (self.dtype, self.rows as i32, self.dtype.parts() as i32);
+        let y = pointer(out, "y", self.kind, weight.payload.device())?.cast();
+        // A bfloat16 is its own and only part.
+        let split = (parts > 1).then(|| self.scratch(self.columns() * self.width, Kind::BFloat16)).transpose()?;
+        let mut x = self.address()?;
+        if let Some(split) = &split {
+            let inputs = self.laid_out(split, 0, Order::Plain)?;
+            run(weight, &launch::input_rows(inputs))?;
+            x = inputs.out;
+        }
+        run(weight, &launch::linear(layout, Linear { weight: view, x, bias, y, dtype, batch, parts }))
+    }
+}
+
 /// y = x·Wᵀ + b of shape `size` in x's dtype where that is fused, and None where it is for the library.
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, rows: usize, size: &[i64]) -> Result<Option<Tensor>> {
-    let (kind, device) = (x.f_kind()?, weight.payload.device());
-    // The values of levels are rounded to bfloat16 there: too coarse for a float32 x.
-    let is_coarse = kind == Kind::Float && weight.layout != DeviceKind::Window as i64;
-    let (Some(dtype), Device::Cuda(index), false) = (dtype_of(kind), device, is_coarse) else {
+    let device = weight.payload.device();
+    let Some(input) = Input::new(x, weight, rows, weight.in_features, Product::of)? else {
         return Ok(None);
     };
-    let product = Product::of(rows, dtype.parts(), driver::is_hopper(index)?);
-    if product == Product::Unpacked {
-        return Ok(None);
-    }
-    let x = x.f_contiguous()?;
-    let bias = bias.map(|bias| bias.f_to_kind(kind)?.f_contiguous()).transpose()?;
-    let bias = bias.as_ref().map(|bias| pointer(bias, "bias", kind, device)).transpose()?;
+    let bias = bias.map(|bias| bias.f_to_kind(input.kind)?.f_contiguous()).transpose()?;
+    let bias = bias.as_ref().map(|bias| pointer(bias, "bias", input.kind, device)).transpose()?;
     let bias = bias.map_or(std::ptr::null(), |bias| bias.cast_const().cast());
-    let (layout, view, _scales) = open(weight)?;
-    let out = Tensor::f_empty(size, (kind, device))?;
-    if rows == 0 {
-        return Ok(Some(out));
+    let out = Tensor::f_empty(size, (input.kind, device))?;
+    match input.product {
+        _ if rows == 0 => {}
+        Product::Narrow => input.multiply_narrow(weight, bias, &out)?,
+        _ => input.multiply_wide(weight, Direction::Forward, weight.out_features, bias, &out)?,
     }
-    let y = pointer(&out, "y", kind, device)?.cast();
-    let (batch, parts, cols) = (rows as i32, dtype.parts() as i32, weight.in_features as usize);
-    let source = pointer(&x, "x", kind, device)?;
-    let scratch = |count: usize, kind| Tensor::f_empty([count as i64], (kind, device));
-    let inputs = |columns, out: &Tensor| -> Result<Inputs> {
-        let out = pointer(out, "x", Kind::BFloat16, device)?;
-        Ok(Inputs { x: source.cast(), out, dtype, batch, cols: cols as i32, parts, columns })
+    Ok(Some(out))
+}
+
+/// dx = g·W of shape `size` in g's dtype where that is fused, and None where it is for the library.
+pub fn input_gradient(gradient: &Tensor, weight: &Weight, rows: usize, size: &[i64]) -> Result<Option<Tensor>> {
+    let Some(input) = Input::new(gradient, weight, rows, weight.out_features, Product::of_gradient)? else {
+        return Ok(None);
     };
-    match product {
-        // A bfloat16 is its own and only part.
-        Product::Narrow if parts == 1 => {
-            run(weight, &launch::linear(layout, Linear { weight: view, x: source, bias, y, dtype, batch, parts }))?;
-        }
-        Product::Narrow => {
-            let split = scratch(rows * dtype.parts() * cols, Kind::BFloat16)?;
-            let inputs = inputs(0, &split)?;
-            run(weight, &launch::input_rows(inputs))?;
-            run(weight, &launch::linear(layout, Linear { weight: view, x: inputs.out, bias, y, dtype, batch, parts }))?;
-        }
-        _ => {
-            let plan = WidePlan::new(weight.out_features as usize, cols, rows * dtype.parts());
-            let tiles = launch::input_tiles_bytes(cols, plan.columns) / size_of::<u16>();
-            let (tiles, sums) = (scratch(tiles, Kind::BFloat16)?, scratch(plan.sums(), Kind::Float)?);
-            let inputs = inputs(plan.columns as i32, &tiles)?;
-            run(weight, &launch::input_tiles(inputs))?;
-            let sums = pointer(&sums, "sums", Kind::Float, device)?.cast();
-            // The plan fills in the rest.
-            let (columns, splits, first_row, row_count) = (0, 0, 0, 0);
-            let whole = Wide {
-                weight: view,
-                x: inputs.out,
-                sums,
-                bias,
-                y,
-                dtype,
-                batch,
-                parts,
-                columns,
-                splits,
-                first_row,
-                row_count,
-            };
-            for [wide, finish] in plan.launches(layout, whole) {
-                run(weight, &wide)?;
-                run(weight, &finish)?;
-            }
-        }
+    let out = Tensor::f_empty(size, (input.kind, weight.payload.device()))?;
+    if rows > 0 {
+        input.multiply_wide(weight, Direction::Backward, weight.in_features, std::ptr::null(), &out)?;
     }
     Ok(Some(out))
 }

@@ -68,10 +68,18 @@ pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, exact: bool, 
 pub fn input_gradient(gradient: &Tensor, weight: &Weight, exact: bool, pool: &dyn Pool) -> Result<Tensor> {
     let kind = float_kind(gradient, "gradient")?;
     let rows = rows_of(gradient, "gradient", weight.out_features)?;
-    if exact || device::is_cuda(&weight.payload) {
+    let size = with_last(gradient, weight.in_features);
+    let on_device = device::is_cuda(&weight.payload);
+    if on_device
+        && !exact
+        && let Some(dx) = device::input_gradient(gradient, weight, rows, &size)?
+    {
+        return Ok(dx);
+    }
+    if exact || on_device {
         return weight.with_dense(kind, pool, |dense| Ok(gradient.f_matmul(dense)?));
     }
-    let mut out = Tensor::f_empty(with_last(gradient, weight.in_features), (kind, gradient.device()))?;
+    let mut out = Tensor::f_empty(size, (kind, gradient.device()))?;
     let dx = &mut out;
     with_operand!(kind, weight, T, O, |packed, scales| {
         let input = contiguous(gradient, "gradient", T::KIND)?;
