@@ -42,12 +42,21 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
+// A copy to shared memory that nobody has waited for yet.
+struct Copy {
+  uint32_t* target;
+  uint4 words;
+};
+constexpr unsigned kMostCopies = 64;
+
 // The block that runs: its kernel, and where each of its threads is.
 struct Block {
   void (*kernel)(const void*);
   const void* arguments;
   State states[kMaxThreads];
   Operands operands[kMaxThreads];
+  Copy copies[kMaxThreads][kMostCopies];
+  unsigned copying[kMaxThreads];
   ucontext_t fibers[kMaxThreads];
   ucontext_t scheduler;
 };
@@ -63,6 +72,21 @@ inline void wait(State state) {
 inline void enter() {
   block.kernel(block.arguments);
   wait(State::kDone);
+}
+
+// Sends words on their way to shared memory, and lets those arrive that the running thread sent.
+inline void send(uint32_t* target, const uint4& words) {
+  unsigned& count = block.copying[threadIdx.x];
+  if (reinterpret_cast<uintptr_t>(target) % sizeof words != 0 || count == kMostCopies) std::abort();
+  block.copies[threadIdx.x][count++] = {target, words};
+}
+
+inline void receive() {
+  unsigned& count = block.copying[threadIdx.x];
+  for (unsigned i = 0; i < count; ++i) {
+    std::memcpy(block.copies[threadIdx.x][i].target, &block.copies[threadIdx.x][i].words, sizeof(uint4));
+  }
+  count = 0;
 }
 
 // Lets the threads of [begin, end) go on if all that are left wait for this; returns whether it did.
@@ -92,6 +116,7 @@ inline void run_warp(unsigned begin, unsigned end) {
 inline void run_block(unsigned threads, char* stacks) {
   for (unsigned i = 0; i < threads; ++i) {
     block.states[i] = State::kRuns;
+    block.copying[i] = 0;
     getcontext(&block.fibers[i]);
     block.fibers[i].uc_stack.ss_sp = stacks + i * kStack;
     block.fibers[i].uc_stack.ss_size = kStack;
@@ -148,6 +173,20 @@ inline uint4 load_quad(const void* words) {
   if (reinterpret_cast<uintptr_t>(words) % 16 != 0) std::abort();
   return load_streaming(static_cast<const uint32_t*>(words));
 }
+
+// Copies arrive when they are waited for, as they may on the device.
+inline void copy_quad(uint32_t* shared, const uint32_t* words) { emulation::send(shared, load_quad(words)); }
+
+inline void wait_for_copies() {
+  emulation::receive();
+  emulation::wait(emulation::State::kWaitsForWarp);
+}
+
+inline void sync_warp() { emulation::wait(emulation::State::kWaitsForWarp); }
+
+inline int uniform(int value) { return value; }
+
+inline void prefetch(const void*) {}
 
 inline uint16_t load_half(const uint16_t* half) { return *half; }
 

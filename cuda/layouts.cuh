@@ -25,6 +25,7 @@ struct Quads {
 };
 
 struct WindowLayout {
+  static constexpr bool kInRuns = false;
   static constexpr int kTileWords = window::kTileWords;
   static constexpr int kSharedWords = 1;
   static constexpr int kQuads = window::kWords / 4;
@@ -66,6 +67,7 @@ struct WindowLayout {
 
 template <int kBits>
 struct CodesLayout {
+  static constexpr bool kInRuns = false;
   static constexpr int kTileWords = codes::kTileWords<kBits>;
   static constexpr int kSharedWords = kTableWords;
   static constexpr int kQuads = kBits / 4;

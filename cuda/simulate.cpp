@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "layouts.cuh"
+#include "pairs_layout.cuh"
 
 namespace linear {
 #include "linear.cu"
@@ -28,10 +28,16 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       {"infold_linear_codes5_16", launch<InfoldLinear, linear::infold_linear_codes5_16>},
       {"infold_linear_codes8_8", launch<InfoldLinear, linear::infold_linear_codes8_8>},
       {"infold_linear_codes8_16", launch<InfoldLinear, linear::infold_linear_codes8_16>},
+      {"infold_linear_pairs_8", launch<InfoldLinear, linear::infold_linear_pairs_8>},
+      {"infold_linear_pairs_16", launch<InfoldLinear, linear::infold_linear_pairs_16>},
+      {"infold_linear_pairs_of_levels_8", launch<InfoldLinear, linear::infold_linear_pairs_of_levels_8>},
+      {"infold_linear_pairs_of_levels_16", launch<InfoldLinear, linear::infold_linear_pairs_of_levels_16>},
       {"infold_unpack_window", launch<InfoldUnpack, unpack::infold_unpack_window>},
       {"infold_unpack_codes4", launch<InfoldUnpack, unpack::infold_unpack_codes4>},
       {"infold_unpack_codes5", launch<InfoldUnpack, unpack::infold_unpack_codes5>},
       {"infold_unpack_codes8", launch<InfoldUnpack, unpack::infold_unpack_codes8>},
+      {"infold_unpack_pairs", launch<InfoldUnpack, unpack::infold_unpack_pairs>},
+      {"infold_unpack_pairs_of_levels", launch<InfoldUnpack, unpack::infold_unpack_pairs_of_levels>},
   };
   for (const auto& entry : kKernels) {
     if (std::strcmp(kernel, entry.name) == 0) return entry.launch(blocks, threads, parameters), true;
@@ -64,6 +70,7 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
   w.scale_stride = 8;
   w.rows = 9;
   w.cols = 10;
+  w.payload_bytes = 14;
   pointer(linear->x, 11);
   pointer(linear->bias, 12);
   pointer(linear->y, 13);

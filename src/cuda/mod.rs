@@ -4,6 +4,7 @@
 pub mod driver;
 pub mod launch;
 pub mod params;
+mod prefix;
 pub mod weight;
 
 #[allow(unused_imports)] // where no kernel is embedded
