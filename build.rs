@@ -19,7 +19,11 @@ fn main() -> Result<()> {
 /// The device's functions for the host: those that lay weights out, and every kernel for the tests. Nothing but the tests
 /// refers to these, so no library contains them.
 fn compile_device_functions() {
-    for (source, name) in [("cuda/host.cpp", "infold_device_layouts"), ("cuda/simulate.cpp", "infold_simulation")] {
+    for (source, name) in [
+        ("cuda/host.cpp", "infold_device_layouts"),
+        ("cuda/host_pairs.cpp", "infold_device_pairs"),
+        ("cuda/simulate.cpp", "infold_simulation"),
+    ] {
         cc::Build::new()
             .cpp(true)
             .cpp_link_stdlib(None)

@@ -46,7 +46,8 @@ TORCH_LIBRARY(infold, m) {
   m.def("pack_ecsq(Tensor weight, float? bits=None, float? max_error=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_int8(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_int4(Tensor weight, int group_size=128) -> (Tensor, Tensor, Tensor, Tensor)");
-  // The same weight in layout 0 (compact), 1 (fast) or 2 (for CUDA, the one of 2 to 5 that it has there), exactly:
+  // The same weight in layout 0 (compact), 1 (fast), or for CUDA 2 (the one of fixed width that it has
+  // there, or else pairs), 3 to 5 (of fixed width) or 6 and 7 (pairs), exactly:
   // (payload, directory, tables).
   m.def("lay_out(Tensor payload, Tensor directory, Tensor tables, int layout) -> (Tensor, Tensor, Tensor)");
   // (version, codec, layout, ScalarType of the dense weight, out_features, in_features, quantizer, predictor, rows and

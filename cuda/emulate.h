@@ -54,6 +54,13 @@ struct Message {
   unsigned turns;
 };
 
+// A copy to shared memory that its thread has not waited for yet.
+struct SentQuad {
+  uint32_t* target;
+  uint4 words;
+};
+constexpr unsigned kMostSent = 64;
+
 // The block that runs: its kernel, and where each of its threads is.
 struct Block {
   void (*kernel)(const void*);
@@ -61,6 +68,8 @@ struct Block {
   State states[kMaxThreads];
   Operands operands[kMaxThreads];
   Message messages[kMaxThreads];
+  SentQuad sent[kMaxThreads][kMostSent];
+  unsigned sent_count[kMaxThreads];
   ucontext_t fibers[kMaxThreads];
   ucontext_t scheduler;
 };
@@ -76,6 +85,21 @@ inline void wait(State state) {
 inline void enter() {
   block.kernel(block.arguments);
   wait(State::kDone);
+}
+
+// Sends words on their way to shared memory, and lets those arrive that the running thread sent.
+inline void send(uint32_t* target, const uint4& words) {
+  unsigned& count = block.sent_count[threadIdx.x];
+  if (reinterpret_cast<uintptr_t>(target) % sizeof words != 0 || count == kMostSent) std::abort();
+  block.sent[threadIdx.x][count++] = {target, words};
+}
+
+inline void receive() {
+  unsigned& count = block.sent_count[threadIdx.x];
+  for (unsigned i = 0; i < count; ++i) {
+    std::memcpy(block.sent[threadIdx.x][i].target, &block.sent[threadIdx.x][i].words, sizeof(uint4));
+  }
+  count = 0;
 }
 
 // Lets the threads of [begin, end) go on if all that are left wait for this; returns whether it did.
@@ -111,6 +135,7 @@ inline void run_block(unsigned threads, char* stacks) {
   for (unsigned i = 0; i < threads; ++i) {
     block.states[i] = State::kRuns;
     block.messages[i].turns = 0;
+    block.sent_count[i] = 0;
     getcontext(&block.fibers[i]);
     block.fibers[i].uc_stack.ss_sp = stacks + i * kStack;
     block.fibers[i].uc_stack.ss_size = kStack;
@@ -179,6 +204,18 @@ inline uint4 load_quad(const void* words) {
   if (reinterpret_cast<uintptr_t>(words) % 16 != 0) std::abort();
   return load_streaming(static_cast<const uint32_t*>(words));
 }
+
+// Copies arrive when they are waited for, as they may on the device.
+inline void copy_quad(uint32_t* shared, const uint32_t* words) { emulation::send(shared, load_quad(words)); }
+
+inline void wait_for_copies() {
+  emulation::receive();
+  emulation::wait(emulation::State::kWaitsForWarp);
+}
+
+inline int uniform(int value) { return value; }
+
+inline void prefetch(const void*) {}
 
 inline uint16_t load_half(const uint16_t* half) { return *half; }
 

@@ -42,6 +42,22 @@ __device__ __forceinline__ uint4 load_streaming(const uint32_t* words) {
 __device__ __forceinline__ uint4 load_quad(const void* words) { return __ldg(static_cast<const uint4*>(words)); }
 __device__ __forceinline__ uint16_t load_half(const uint16_t* half) { return __ldg(half); }
 
+// Sixteen bytes on their way to shared memory, which `wait_for_copies` waits for: a warp for all that its lanes sent.
+__device__ __forceinline__ void copy_quad(uint32_t* shared, const uint32_t* words) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(words) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
+
+// A value that is the same in all lanes of a warp, so that the compiler knows.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
+
+// Brings the line that a word is in nearer, to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* word) { asm volatile("prefetch.global.L2 [%0];" ::"l"(word)); }
+
 // sums += a · b by mma.m16n8k16 in bfloat16, for the warp together.
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "

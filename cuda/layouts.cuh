@@ -41,6 +41,7 @@ struct SharedWords {
 };
 
 struct WindowLayout {
+  static constexpr bool kInRuns = false;
   static constexpr int kTileWords = window::kTileWords;
   static constexpr int kSharedWords = 1;
   static constexpr int kQuads = window::kWords / 4;
@@ -86,6 +87,7 @@ struct WindowLayout {
 
 template <int kBits>
 struct CodesLayout {
+  static constexpr bool kInRuns = false;
   static constexpr int kTileWords = codes::kTileWords<kBits>;
   static constexpr int kSharedWords = kTableWords;
   static constexpr int kQuads = kBits / 4;

@@ -1,7 +1,7 @@
 // y = x Wᵀ + b for few columns (rows of x, or parts of them): bound by reading W once. A block takes stripes of sixteen
 // rows of W and divides a stripe's tiles among its warps; each decodes to the registers of mmas of eight columns each.
 // The partial sums are added in the order of the warps, so results do not change from run to run.
-#include "layouts.cuh"
+#include "pairs_layout.cuh"
 #include "values.cuh"
 
 namespace {
@@ -48,11 +48,13 @@ __device__ float listed_apart(const InfoldLinear& p, float filler, int row, int 
   return sum;
 }
 
-// A stripe's sums of kGroups groups of columns, of which `mine` are a lane's.
-template <class Layout, int kGroups>
-__device__ void multiply(const InfoldLinear& p, const Layout& layout, int stripe, float (&mine)[kGroups][4]) {
+// Adds what the tiles from `begin` on, each kStride from the next, give a stripe's sums of kGroups groups of columns.
+// Where scales change along a row, `mine` has the sums of a lane, else `sums` before their scale.
+template <class Layout, int kStride, int kGroups>
+__device__ void multiply_tiles(const InfoldLinear& p, Layout& layout, int stripe, int begin, int end,
+                               float (&sums)[kGroups][4], float (&mine)[kGroups][4]) {
   const InfoldWeight& w = p.weight;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
   const int across = (w.cols + kCols - 1) / kCols;
   const size_t first = static_cast<size_t>(stripe) * across;
   const bool grouped = static_cast<int>(w.head->group_cols) < w.cols;
@@ -60,18 +62,19 @@ __device__ void multiply(const InfoldLinear& p, const Layout& layout, int stripe
   typename Layout::Tile ahead[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
-    const int tile = warp + i * kWarps;
-    if (tile < across) ahead[i] = Layout::load(w.tiles, first + tile, lane);
+    const int tile = begin + i * kStride;
+    if (tile < end) ahead[i] = Layout::load(w.tiles, first + tile, lane);
   }
-  float sums[kGroups][4] = {};
-  for (int start = warp; start < across; start += kAhead * kWarps) {
+  if constexpr (Layout::kInRuns) layout.begin_run();
+  for (int start = begin; start < end; start += kAhead * kStride) {
 #pragma unroll
     for (int ahead_by = 0; ahead_by < kAhead; ++ahead_by) {
-      const int tile = start + ahead_by * kWarps;
-      if (tile >= across) break;
+      const int tile = start + ahead_by * kStride;
+      if (tile >= end) break;
       const typename Layout::Tile current = ahead[ahead_by];
-      const int next = tile + kAhead * kWarps;
-      if (next < across) ahead[ahead_by] = Layout::load(w.tiles, first + next, lane);
+      const int next = tile + kAhead * kStride;
+      if (next < end) ahead[ahead_by] = Layout::load(w.tiles, first + next, lane);
+      if constexpr (Layout::kInRuns) layout.begin_tile();
       // All inputs of a tile are on their way at once where registers hold them; many groups' come one after another.
       constexpr int kTogether = kGroups < 2 ? 1 : 2;
       Fragment a[kSteps];
@@ -108,7 +111,26 @@ __device__ void multiply(const InfoldLinear& p, const Layout& layout, int stripe
       }
     }
   }
-  if (grouped) return;
+}
+
+// A stripe's sums, of which `mine` are a lane's: of every eighth tile, or of every eighth run of tiles.
+template <class Layout, int kGroups>
+__device__ void multiply(const InfoldLinear& p, Layout& layout, int stripe, float (&mine)[kGroups][4]) {
+  const InfoldWeight& w = p.weight;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int across = (w.cols + kCols - 1) / kCols;
+  float sums[kGroups][4] = {};
+  if constexpr (Layout::kInRuns) {
+    for (int run = uniform(warp); run < pairs::most_runs(across); run += kWarps) {
+      const pairs::Run tiles = layout.enter(w, stripe, run, across);
+      // A stripe has seldom as many as it has room for.
+      if (tiles.begin == tiles.end) break;
+      multiply_tiles<Layout, 1>(p, layout, stripe, tiles.begin, tiles.end, sums, mine);
+    }
+  } else {
+    multiply_tiles<Layout, kWarps>(p, layout, stripe, warp, across, sums, mine);
+  }
+  if (static_cast<int>(w.head->group_cols) < w.cols) return;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
@@ -127,7 +149,7 @@ __device__ void linear(const InfoldLinear& p) {
   __shared__ uint32_t table[Layout::kSharedWords];
   __shared__ float shares[kWarps][kRows][kColumns];
   const InfoldWeight& w = p.weight;
-  const Layout layout(w, table);
+  Layout layout(w, Layout::kInRuns ? reinterpret_cast<uint32_t*>(dynamic_shared()) : table);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   for (int stripe = blockIdx.x; stripe * kRows < w.rows; stripe += gridDim.x) {
     float sums[kGroups][4] = {};
@@ -161,6 +183,9 @@ __device__ void linear(const InfoldLinear& p) {
   }
 }
 
+using Pairs = PairsLayout<false, pairs::kCopies>;
+using PairsOfLevels = PairsLayout<true, pairs::kCopies>;
+
 }  // namespace
 
 #define INFOLD_KERNEL(name, layout, groups)                                        \
@@ -177,5 +202,9 @@ INFOLD_KERNELS(window, WindowLayout)
 INFOLD_KERNELS(codes4, CodesLayout<4>)
 INFOLD_KERNELS(codes5, CodesLayout<5>)
 INFOLD_KERNELS(codes8, CodesLayout<8>)
+INFOLD_KERNEL(pairs_8, Pairs, 1)
+INFOLD_KERNEL(pairs_16, Pairs, 2)
+INFOLD_KERNEL(pairs_of_levels_8, PairsOfLevels, 1)
+INFOLD_KERNEL(pairs_of_levels_16, PairsOfLevels, 2)
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL

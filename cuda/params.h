@@ -11,23 +11,24 @@ struct InfoldEscape {
 
 /* What a layout's table begins with. */
 struct InfoldHead {
-  uint32_t base;       /* of the window, or 0 */
-  uint32_t group_cols; /* columns under one scale */
-  uint32_t unused[2];
+  uint32_t base;           /* of the window; of pairs, the bfloat16 that stands for what is listed apart; or 0 */
+  uint32_t group_cols;     /* columns under one scale */
+  uint32_t upper_bytes[2]; /* that the values of pairs of levels have, or 0 */
 };
 
 /* A weight, tile after tile across, stripe of 16 rows after stripe. */
 struct InfoldWeight {
   const struct InfoldHead* head;
-  const float* values; /* of each code; none in the window */
+  const float* values; /* of each code; of pairs, of each index of the table, two of levels, and then the entries */
   const uint32_t* tiles;
-  const uint32_t* escape_starts; /* of each row's, and the end of all */
+  const uint32_t* escape_starts; /* of each row's, and the end of all; of pairs, then of each run's rows of words */
   const struct InfoldEscape* escapes;
   const void* scales; /* null for 1, else float32 or bfloat16 */
   int32_t scales_are_bf16;
   int32_t scale_stride; /* from a row's to the next one's: 0 where rows share them */
   int32_t rows;
   int32_t cols;
+  uint64_t payload_bytes; /* from the head on */
 };
 
 /* What x, y, a bias and a dense weight are made of. */

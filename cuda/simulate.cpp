@@ -6,7 +6,7 @@
 
 #include "decode.cuh"
 #include "inputs.cuh"
-#include "layouts.cuh"
+#include "pairs_layout.cuh"
 #include "values.cuh"
 #include "wide.cuh"
 
@@ -62,6 +62,12 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNELS(codes4),
       INFOLD_KERNELS(codes5),
       INFOLD_KERNELS(codes8),
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_pairs_8),
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_pairs_16),
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_pairs_of_levels_8),
+      INFOLD_KERNEL(linear, InfoldLinear, infold_linear_pairs_of_levels_16),
+      INFOLD_KERNEL(unpack, InfoldUnpack, infold_unpack_pairs),
+      INFOLD_KERNEL(unpack, InfoldUnpack, infold_unpack_pairs_of_levels),
       INFOLD_KERNEL(decode, InfoldDecode, infold_decode_plain_bf16),
       INFOLD_KERNEL(decode, InfoldDecode, infold_decode_rans_bf16),
       INFOLD_KERNEL(decode, InfoldDecode, infold_decode_alias_bf16),
@@ -109,6 +115,7 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
   w.scale_stride = 8;
   w.rows = 9;
   w.cols = 10;
+  w.payload_bytes = 14;
   pointer(linear->x, 11);
   pointer(linear->bias, 12);
   pointer(linear->y, 13);

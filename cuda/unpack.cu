@@ -1,6 +1,6 @@
 // The dense weight, or some rows of it: bound by writing it. A lane's registers of a tile are sixteen neighbours in
 // each of two rows, which it writes one beside the other.
-#include "layouts.cuh"
+#include "pairs_layout.cuh"
 #include "values.cuh"
 
 namespace {
@@ -23,9 +23,9 @@ __device__ void put(const InfoldUnpack& p, size_t at, float value) {
 
 // Writes a lane's run of one of its two rows of a tile, of which the columns from `col` on may be there, to `out` from
 // `at` on.
-template <class Layout>
-__device__ void put_run(const InfoldUnpack& p, const Layout& layout, const typename Layout::Tile& tile, bool lower,
-                        int row, int col, size_t at) {
+template <class Layout, class Tile>
+__device__ void put_run(const InfoldUnpack& p, const Layout& layout, const Tile& tile, bool lower, int row, int col,
+                        size_t at) {
   const InfoldWeight& w = p.weight;
   if (col >= w.cols) return;
   const float scale = scale_of(w, row, col);
@@ -112,14 +112,58 @@ __device__ void unpack(const InfoldUnpack& p) {
   put_apart<Layout>(p, static_cast<int>(index), out);
 }
 
+using Pairs = PairsLayout<false, 1>;
+using PairsOfLevels = PairsLayout<true, 1>;
+
+// Where tiles come in runs, a stripe's are decoded whole, a run by each warp, also for one row of it.
+template <class Layout>
+__device__ void unpack_runs(const InfoldUnpack& p) {
+  alignas(16) __shared__ uint32_t shared[Layout::kSharedBytes / sizeof(uint32_t)];
+  const InfoldWeight& w = p.weight;
+  Layout layout(w, shared);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int across = (w.cols + kCols - 1) / kCols;
+  const int64_t index = p.indices == nullptr ? 0 : p.indices[blockIdx.x];
+  if (index < 0 || index >= w.rows) {
+    fail();
+    return;
+  }
+  const int stripe = p.indices == nullptr ? blockIdx.x : static_cast<int>(index / kRows);
+  // The rows that are wanted, and where the first of them begins.
+  const int first_row = p.indices == nullptr ? stripe * kRows : static_cast<int>(index);
+  const int end_row = p.indices != nullptr ? first_row + 1 : first_row + kRows < w.rows ? first_row + kRows : w.rows;
+  const size_t out = static_cast<size_t>(p.indices == nullptr ? first_row : blockIdx.x) * w.cols;
+  for (int run = warp; run < pairs::most_runs(across); run += kWarps) {
+    const pairs::Run tiles = layout.enter(w, stripe, run, across);
+    if (tiles.begin == tiles.end) break;
+    layout.begin_run();
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      const typename Layout::Decoded decoded =
+          layout.decode(Layout::load(w.tiles, static_cast<size_t>(stripe) * across + tile, lane));
+      const int col = tile * kCols + lane % 4 * kRun;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = stripe * kRows + lane / 4 + 8 * half;
+        if (row < first_row || row >= end_row) continue;
+        put_run(p, layout, decoded, half == 1, row, col, out + static_cast<size_t>(row - first_row) * w.cols + col);
+      }
+    }
+  }
+  __syncthreads();
+  for (int row = first_row; row < end_row; ++row) {
+    put_apart<Layout>(p, row, out + static_cast<size_t>(row - first_row) * w.cols);
+  }
+}
+
 }  // namespace
 
-#define INFOLD_KERNEL(name, layout)                                                                      \
-  extern "C" __global__ void __launch_bounds__(kWarps* kLanes, 4) infold_unpack_##name(InfoldUnpack p) { \
-    unpack<layout>(p);                                                                                   \
-  }
-INFOLD_KERNEL(window, WindowLayout)
-INFOLD_KERNEL(codes4, CodesLayout<4>)
-INFOLD_KERNEL(codes5, CodesLayout<5>)
-INFOLD_KERNEL(codes8, CodesLayout<8>)
+// `blocks` of a multiprocessor shall have registers.
+#define INFOLD_KERNEL(name, body, blocks) \
+  extern "C" __global__ void __launch_bounds__(kWarps* kLanes, blocks) infold_unpack_##name(InfoldUnpack p) { body(p); }
+INFOLD_KERNEL(window, unpack<WindowLayout>, 4)
+INFOLD_KERNEL(codes4, unpack<CodesLayout<4>>, 4)
+INFOLD_KERNEL(codes5, unpack<CodesLayout<5>>, 4)
+INFOLD_KERNEL(codes8, unpack<CodesLayout<8>>, 4)
+INFOLD_KERNEL(pairs, unpack_runs<Pairs>, 2)
+INFOLD_KERNEL(pairs_of_levels, unpack_runs<PairsOfLevels>, 2)
 #undef INFOLD_KERNEL

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use infold::codec::*;
 use infold::cuda::launch::{self, Direction, Kernel, Product, WidePlan};
 use infold::cuda::params::{Dtype, Escape, Head, Inputs, Linear, Order, Unpack, Weight, Wide};
-use infold::cuda::weight::{Kind, Parts, Tables, from_device, to_device};
+use infold::cuda::weight::{Family, Kind, Parts, Tables, from_device, to_device, to_device_in};
 use infold::parallel::{Serial, Threads};
 use support::*;
 
@@ -32,7 +32,15 @@ struct Device {
 
 impl Device {
     fn new(packed: &Packed) -> infold::Result<Self> {
-        let (payload, tables) = to_device(&open(packed), &Serial)?;
+        Self::of(to_device(&open(packed), &Serial)?, packed)
+    }
+
+    /// In the layout of a family.
+    fn in_family(family: Family, packed: &Packed) -> infold::Result<Self> {
+        Self::of(to_device_in(family, &open(packed), &Serial)?, packed)
+    }
+
+    fn of((payload, tables): (Vec<u8>, Vec<u8>), packed: &Packed) -> infold::Result<Self> {
         let mut words = vec![0u128; payload.len().div_ceil(16)];
         for (word, bytes) in words.iter_mut().zip(payload.chunks(16)) {
             let mut whole = [0; 16];
@@ -60,7 +68,23 @@ impl Device {
         };
         let (rows, groups) = self.tables.header.scale_grid.shape(geometry).unwrap_or((0, 0));
         let scale_stride = if rows > 1 { groups as i32 } else { 0 };
-        Weight { scales, scales_are_bf16: scales_are_bf16.into(), scale_stride, ..weight }
+        let payload_bytes = self.payload.len() as u64;
+        Weight { scales, scales_are_bf16: scales_are_bf16.into(), scale_stride, payload_bytes, ..weight }
+    }
+
+    /// Which weights are listed apart.
+    fn listed_apart(&self) -> Vec<bool> {
+        let Geometry { rows, cols, .. } = self.tables.header.geometry;
+        let weight = self.weight(false);
+        let mut listed = vec![false; rows * cols];
+        for row in 0..rows {
+            // SAFETY: the payload's own pointers.
+            unsafe {
+                let [start, end] = [0, 1].map(|next| *weight.escape_starts.add(row + next) as usize);
+                (start..end).for_each(|index| listed[row * cols + (*weight.escapes.add(index)).col as usize] = true);
+            }
+        }
+        listed
     }
 
     fn back(&self) -> infold::Result<Packed> {
@@ -146,6 +170,7 @@ fn parameters_lie_where_the_kernels_expect_them() {
         assert_eq!(pointers, [1, 2, 3, 4]);
         assert_eq!([w.escapes as usize, w.scales as usize], [5, 6]);
         assert_eq!([w.scales_are_bf16, w.scale_stride, w.rows, w.cols], [7, 8, 9, 10]);
+        assert_eq!(w.payload_bytes, 14);
     }
     assert_eq!([linear.x as usize, linear.bias as usize, linear.y as usize], [11, 12, 13]);
     assert_eq!((linear.dtype, linear.batch, linear.parts), (Dtype::F16, 14, 15));
@@ -173,9 +198,11 @@ fn every_bf16_comes_back() {
         let values = all_bits(base);
         let (rows, cols) = (1024, values.len() / 1024);
         let packed = pack_lossless(Weights::Bf16(&values), rows, cols, &Serial).unwrap();
-        let device = Device::new(&packed).unwrap();
-        assert!(bits(&device.unpack(None, 0).0) == bits(&values), "base {base}");
-        assert!(device.back().unwrap() == packed, "base {base}");
+        for family in FAMILIES {
+            let device = Device::in_family(family, &packed).unwrap();
+            assert!(bits(&device.unpack(None, 0).0) == bits(&values), "{family:?}, base {base}");
+            assert!(device.back().unwrap() == packed, "{family:?}, base {base}");
+        }
     }
 }
 
@@ -184,13 +211,26 @@ fn other_weights_are_refused() {
     let mut random = Random(7);
     let values = random.normals(64 * 64, 0.05);
     let float = pack_lossless(Weights::F32(&values), 64, 64, &Serial).unwrap();
-    let zeros: Vec<bf16> = (0..4096).map(|i| bf16::from_f32(if i % 8 == 0 { 0.0 } else { 1.0 })).collect();
-    let pruned = pack_lossless(Weights::Bf16(&zeros), 64, 64, &Serial).unwrap();
-    for (packed, expected) in [(float, "lossless bfloat16, ecsq, int8 or int4"), (pruned, "outside sixteen exponents")]
-    {
+    let any: Vec<bf16> = (0..4096).map(|_| bf16::from_bits(random.next() as u16)).collect();
+    let noise = pack_lossless(Weights::Bf16(&any), 64, 64, &Serial).unwrap();
+    for (packed, expected) in [(float, "lossless bfloat16, ecsq, int8 or int4"), (noise, "outside sixteen exponents")] {
         let error = Device::new(&packed).err().unwrap().to_string();
         assert!(error.contains(expected), "{error}");
     }
+    let bytes = pack_int8(Weights::F32(&values), 64, 64, &Serial).unwrap();
+    let error = Device::in_family(Family::Pairs, &bytes).err().unwrap().to_string();
+    assert!(error.contains("at most one weight in 64 without a code"), "{error}");
+}
+
+#[test]
+fn pruned_weights_are_coded_in_pairs() {
+    let zeros: Vec<bf16> = (0..4096).map(|i| bf16::from_f32(if i % 8 == 0 { 0.0 } else { 1.0 })).collect();
+    let pruned = pack_lossless(Weights::Bf16(&zeros), 64, 64, &Serial).unwrap();
+    assert!(Device::in_family(Family::Fixed, &pruned).is_err());
+    let device = Device::new(&pruned).unwrap();
+    assert_eq!(device.kind(), Kind::Pairs);
+    assert!(bits(&device.unpack(None, 0).0) == bits(&zeros));
+    assert!(device.back().unwrap() == pruned);
 }
 
 /// A weight in each format, most of which have rows and columns that no tile fills.
@@ -212,15 +252,20 @@ fn every_width_of_codes_is_met() {
     let values = random.normals(64 * 256, 0.05);
     let kinds = [0, 1, 2, 3, 4].map(|format| Device::new(&quantised(format, &values, 64, 256)).unwrap().kind());
     assert_eq!(kinds, [Kind::Codes4, Kind::Codes5, Kind::Codes8, Kind::Codes8, Kind::Codes4]);
+    let in_pairs = |format| Device::in_family(Family::Pairs, &quantised(format, &values, 64, 256)).unwrap().kind();
+    assert_eq!([0, 1, 4].map(in_pairs), [Kind::PairsOfLevels; 3]);
 }
+
+const FAMILIES: [Family; 2] = [Family::Fixed, Family::Pairs];
 
 #[test]
 fn damage_is_an_error_or_other_numbers() {
     let mut random = Random(8);
     let values = random.normals(40 * 100, 0.05);
     let lossless = pack_lossless(Weights::Bf16(&to_bf16(&values)), 40, 100, &Serial).unwrap();
-    for packed in [lossless, quantised(1, &values, 40, 100), quantised(4, &values, 40, 100)] {
-        let (payload, tables) = to_device(&open(&packed), &Serial).unwrap();
+    let weights = [lossless, quantised(1, &values, 40, 100), quantised(4, &values, 40, 100)];
+    for (packed, family) in weights.iter().flat_map(|packed| FAMILIES.map(|family| (packed, family))) {
+        let (payload, tables) = to_device_in(family, &open(packed), &Serial).unwrap();
         let parsed = Tables::parse(&tables).unwrap().unwrap();
         for cut in (0..payload.len()).step_by(61) {
             assert!(from_device(&payload[..cut], &parsed, &Serial).is_err(), "{cut}");
@@ -238,6 +283,69 @@ fn damage_is_an_error_or_other_numbers() {
             }
         }
     }
+}
+
+#[test]
+fn kernels_read_no_farther_than_the_payload() {
+    let mut random = Random(12);
+    let (rows, cols) = (40, 700);
+    let values = random.normals(rows * cols, 0.05);
+    let lossless = pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap();
+    for packed in [lossless, quantised(1, &values, rows, cols)] {
+        let mut device = Device::in_family(Family::Pairs, &packed).unwrap();
+        let escapes = device.weight(false).escape_starts as usize - device.words.as_ptr() as usize;
+        let directory = escapes + 4 * (rows + 1)..escapes + 4 * (rows + 1) + 3 * 2 * 4 * 4;
+        let x = to_bf16(&random.normals(cols, 1.0));
+        let mut y = Shifted::new(rows, 0);
+        let mut out = vec![0f32; rows * cols];
+        for turn in 0..60 {
+            // What the kernels find their way by: the directory, and the lengths of codes in the table.
+            let place =
+                if turn % 3 == 0 { 16 + 4 * (turn * 97 % 1024) } else { directory.start + turn % directory.len() };
+            let before = device.payload[place];
+            device.payload[place] = random.next() as u8;
+            let guarded = Guarded::new(&device.payload);
+            let payload = guarded.pointer().cast_const();
+            let base = device.words.as_ptr().cast::<u8>();
+            // SAFETY: the same places in the copy.
+            let moved = |pointer: *const u8| unsafe { payload.add(pointer.offset_from(base) as usize) };
+            let own = device.weight(false);
+            let weight = Weight {
+                head: payload.cast(),
+                values: moved(own.values.cast()).cast(),
+                tiles: moved(own.tiles.cast()).cast(),
+                escape_starts: moved(own.escape_starts.cast()).cast(),
+                escapes: moved(own.escapes.cast()).cast(),
+                ..own
+            };
+            let (x, bias, y) = (x.as_ptr().cast(), std::ptr::null(), y.pointer().cast());
+            let dtype = Dtype::Bf16;
+            emulate(launch::linear(device.kind(), Linear { weight, x, bias, y, dtype, batch: 1, parts: 1 }));
+            let (indices, out) = (std::ptr::null(), out.as_mut_ptr().cast());
+            let parameters = Unpack { weight, indices, out, dtype: Dtype::F32 };
+            emulate(launch::unpack(device.kind(), parameters, None));
+            device.payload[place] = before;
+        }
+    }
+}
+
+#[test]
+fn pairs_without_a_code_are_listed_apart() {
+    let mut random = Random(13);
+    let (rows, cols) = (64, 1001);
+    // Sixteen exponents in all pairs, and rarely any other: more pairs than the table has room for.
+    let value = |index: usize, random: u64| {
+        let exponent = if index.is_multiple_of(97) { random >> 8 & 0xff } else { 112 + (random & 15) };
+        bf16::from_bits((exponent.min(200) << 7) as u16 | (random >> 32) as u16 & 0x807f)
+    };
+    let values: Vec<bf16> = (0..rows * cols).map(|index| value(index, random.next())).collect();
+    let packed = pack_lossless(Weights::Bf16(&values), rows, cols, &Serial).unwrap();
+    let device = Device::in_family(Family::Pairs, &packed).unwrap();
+    let listed = device.listed_apart().into_iter().filter(|&listed| listed).count();
+    assert!(listed > 100, "{listed}");
+    assert!(device.back().unwrap() == packed);
+    assert!(bits(&device.unpack(None, 0).0) == bits(&values));
+    check_product(&device, &packed, Case { batch: 16, ..PLAIN }, &mut random).unwrap();
 }
 
 /// x (batch by columns) times a dense weight transposed, and the sums of the terms' magnitudes.
@@ -307,24 +415,22 @@ const PLAIN: Case =
 /// The weight that a product has in effect. A level's value is rounded to bfloat16 before its scale, and where the decoded
 /// weight is scaled, again; one that has no code is not.
 fn weight_in_product(device: &Device, packed: &Packed, rounded_again: bool) -> Vec<f64> {
-    let (is_level, geometry, grid) = (device.kind() != Kind::Window, packed.header.geometry, packed.header.scale_grid);
-    let codes = device.tables.lo..device.tables.lo + device.kind().values() as i32;
+    let (geometry, grid) = (packed.header.geometry, packed.header.scale_grid);
     let (scale_rows, groups) = grid.shape(geometry).unwrap_or((0, 0));
     let scale = |row: usize, col: usize| match scale_rows {
         0 => 1.0,
         1 => packed.scales[0],
         _ => packed.scales[row * groups + col / grid.group_cols(geometry)],
     };
-    let effective = |(index, point): (usize, f32)| {
+    let effective = |(index, (point, listed)): (usize, (f32, bool))| {
         let scale = scale(index / geometry.cols, index % geometry.cols);
-        let is_code = is_level && codes.contains(&(point.round() as i32));
-        let rounded = if is_code { bf16::from_f32(point).to_f32() } else { point };
-        if is_code && rounded_again {
+        let rounded = if listed { point } else { bf16::from_f32(point).to_f32() };
+        if !listed && rounded_again {
             return bf16::from_f32(rounded * scale).to_f64();
         }
         f64::from(rounded) * f64::from(scale)
     };
-    unscaled(packed).into_iter().enumerate().map(effective).collect()
+    unscaled(packed).into_iter().zip(device.listed_apart()).enumerate().map(effective).collect()
 }
 
 /// Runs the kernels of a product of many columns, of inputs of `terms` to `sums`.
@@ -370,7 +476,7 @@ fn check_product(
     let width = x_bytes.len() / x.len() / 2;
     let (guarded, mut y) = (Guarded::new(&x_bytes), vec![0u16; batch * rows * width]);
     let parts = dtype.parts();
-    let product = Product::of(batch, parts, on_hopper);
+    let product = Product::of(device.kind(), batch, parts, on_hopper);
     let inputs = Inputs {
         x: guarded.pointer().cast(),
         out: std::ptr::null_mut(),
@@ -421,7 +527,7 @@ fn check_product(
         }
     }
     compare(&y, sums, case)?;
-    if !on_hopper {
+    if Product::of_gradient(device.kind(), batch, parts, on_hopper) == Product::Unpacked {
         return Ok(());
     }
     let mut g = random.normals(batch * rows, size.into());
@@ -443,8 +549,11 @@ fn what_stands_in_for_an_escape_is_taken_off() {
     let value = |index: usize, uniform: f64| if index.is_multiple_of(97) { 0.0 } else { 1.0 + uniform as f32 };
     let values: Vec<f32> = (0..rows * cols).map(|index| value(index, random.uniform())).collect();
     let packed = pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap();
+    for family in FAMILIES {
+        let device = Device::in_family(family, &packed).unwrap();
+        check_product(&device, &packed, Case { batch: 5, with_bias: false, ..PLAIN }, &mut random).unwrap();
+    }
     let device = Device::new(&packed).unwrap();
-    check_product(&device, &packed, Case { batch: 5, with_bias: false, ..PLAIN }, &mut random).unwrap();
     check_product(&device, &packed, Case { batch: 20, on_hopper: true, ..PLAIN }, &mut random).unwrap();
 }
 
@@ -458,16 +567,31 @@ fn wide_weights_take_each_warp_several_times() {
             5 => pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap(),
             _ => quantised(format, &values, rows, cols),
         };
-        let device = Device::new(&packed).unwrap();
-        for batch in [3, 8, 9, 16, 33] {
-            check_product(&device, &packed, Case { batch, ..PLAIN }, &mut random).unwrap();
-        }
-        for (batch, dtype) in [(1, Dtype::F32), (5, Dtype::F32), (8, Dtype::F16)] {
-            check_product(&device, &packed, Case { batch, dtype, ..PLAIN }, &mut random).unwrap();
-        }
-        for (batch, dtype) in [(17, Dtype::Bf16), (70, Dtype::F16), (30, Dtype::F32)] {
-            let case = Case { batch, dtype, on_hopper: true, ..PLAIN };
-            check_product(&device, &packed, case, &mut random).unwrap();
+        for family in FAMILIES {
+            // Levels of more than four bits have too many pairs.
+            let Ok(device) = Device::in_family(family, &packed) else {
+                assert!(family == Family::Pairs && [2, 3].contains(&format));
+                continue;
+            };
+            for (batch, dtype) in [
+                (3, Dtype::Bf16),
+                (8, Dtype::Bf16),
+                (9, Dtype::Bf16),
+                (16, Dtype::Bf16),
+                (8, Dtype::F16),
+                (1, Dtype::F32),
+                (5, Dtype::F32),
+            ] {
+                check_product(&device, &packed, Case { batch, dtype, ..PLAIN }, &mut random).unwrap();
+            }
+            if family == Family::Pairs {
+                continue;
+            }
+            check_product(&device, &packed, Case { batch: 33, ..PLAIN }, &mut random).unwrap();
+            for (batch, dtype) in [(17, Dtype::Bf16), (70, Dtype::F16), (30, Dtype::F32)] {
+                let case = Case { batch, dtype, on_hopper: true, ..PLAIN };
+                check_product(&device, &packed, case, &mut random).unwrap();
+            }
         }
     }
 }
@@ -515,6 +639,7 @@ proptest::proptest! {
         skip in 0usize..8,
         with_bias: bool,
         fast: bool,
+        in_pairs: bool,
     ) {
         let mut random = Random(seed);
         let mut values = random.normals(rows * cols, 0.05);
@@ -529,8 +654,9 @@ proptest::proptest! {
         };
         let packed = if fast { in_layout(&compact, Layout::Fast) } else { compact.clone() };
         // So few weights may have more exponents than the window, or be stored as float32.
-        let Ok(device) = Device::new(&packed) else {
-            proptest::prop_assert!(rows * cols < 1024);
+        let family = FAMILIES[usize::from(in_pairs)];
+        let Ok(device) = Device::in_family(family, &packed) else {
+            proptest::prop_assert!(rows * cols < 1024 || in_pairs && [2, 3].contains(&format));
             return Ok(());
         };
         proptest::prop_assert_eq!(&device.back().unwrap(), &compact);
@@ -548,7 +674,8 @@ proptest::proptest! {
         proptest::prop_assert_eq!(floats, picked);
 
         let dtype = [Dtype::Bf16, Dtype::F16, Dtype::F32][dtype];
-        let batch = if Product::of(batch, dtype.parts(), on_hopper) == Product::Unpacked { 1 } else { batch };
+        let product = Product::of(device.kind(), batch, dtype.parts(), on_hopper);
+        let batch = if product == Product::Unpacked { 1 } else { batch };
         let case = Case { batch, size: 1.0, dtype, with_bias, half_scales: fast, on_hopper };
         check_product(&device, &compact, case, &mut random)?;
     }

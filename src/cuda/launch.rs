@@ -1,7 +1,7 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
 use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Unpack, Weight, Wide};
-use super::weight::{Kind, STRIPE, TILE_COLS};
+use super::weight::{Family, Kind, STRIPE, TILE_COLS};
 
 const THREADS: u32 = 256;
 /// Where a block fills a table first, about so many blocks share the stripes: two for each of an H200's multiprocessors.
@@ -24,40 +24,66 @@ const LEAST_TILES: usize = 8;
 /// Bytes of a column in a tile of x.
 const COLUMN_BYTES: usize = TILE_COLS * 2;
 
+/// Dynamic shared memory of the fused product by pairs: eight warps' runs and the table's copies, as `cuda/pairs_layout.cuh`
+/// lays them. Every device since sm_80 has as much for a block.
+const PAIRS_SHARED: u32 = 8 * 26 * 128 + 16 * 4096;
+
 /// A layout's kernels.
 struct Kernels {
-    linear: [&'static str; NARROW.len()],
-    wide: [&'static str; WIDE.len()],
-    finish: &'static str,
-    backward: [&'static str; WIDE.len()],
-    backward_finish: &'static str,
+    /// By [`NARROW`], of which pairs have the first two.
+    linear: &'static [&'static str],
+    /// In both directions, by [`WIDE`].
+    wide: Option<[Many; 2]>,
     unpack: &'static str,
-    tiles: &'static str,
+    /// What lays weights out.
+    tiles: Option<&'static str>,
 }
 
-macro_rules! kernels_of {
+/// The product of many columns, and what makes results of its sums.
+struct Many {
+    file: &'static str,
+    products: [&'static str; WIDE.len()],
+    finish: &'static str,
+}
+
+macro_rules! narrow {
+    ($layout:literal: $($columns:literal),*) => {
+        &[$(concat!("infold_linear_", $layout, "_", $columns)),*]
+    };
+}
+
+macro_rules! many {
+    ($file:literal, $finish:literal, $layout:literal) => {
+        Many {
+            file: $file,
+            products: [
+                concat!("infold_", $file, "_", $layout, "_64"),
+                concat!("infold_", $file, "_", $layout, "_128"),
+                concat!("infold_", $file, "_", $layout, "_256"),
+            ],
+            finish: concat!("infold_", $finish, "_", $layout),
+        }
+    };
+}
+
+macro_rules! of_fixed_width {
     ($layout:literal) => {
         Kernels {
-            linear: [
-                concat!("infold_linear_", $layout, "_8"),
-                concat!("infold_linear_", $layout, "_16"),
-                concat!("infold_linear_", $layout, "_32"),
-                concat!("infold_linear_", $layout, "_64"),
-            ],
-            wide: [
-                concat!("infold_wide_", $layout, "_64"),
-                concat!("infold_wide_", $layout, "_128"),
-                concat!("infold_wide_", $layout, "_256"),
-            ],
-            finish: concat!("infold_finish_", $layout),
-            backward: [
-                concat!("infold_backward_", $layout, "_64"),
-                concat!("infold_backward_", $layout, "_128"),
-                concat!("infold_backward_", $layout, "_256"),
-            ],
-            backward_finish: concat!("infold_backward_finish_", $layout),
+            linear: narrow!($layout: 8, 16, 32, 64),
+            wide: Some([many!("wide", "finish", $layout), many!("backward", "backward_finish", $layout)]),
             unpack: concat!("infold_unpack_", $layout),
-            tiles: concat!("infold_tiles_", $layout),
+            tiles: Some(concat!("infold_tiles_", $layout)),
+        }
+    };
+}
+
+macro_rules! of_pairs {
+    ($layout:literal) => {
+        Kernels {
+            linear: narrow!($layout: 8, 16),
+            wide: None,
+            unpack: concat!("infold_unpack_", $layout),
+            tiles: None,
         }
     };
 }
@@ -65,11 +91,18 @@ macro_rules! kernels_of {
 impl Kind {
     fn kernels(self) -> Kernels {
         match self {
-            Self::Window => kernels_of!("window"),
-            Self::Codes4 => kernels_of!("codes4"),
-            Self::Codes5 => kernels_of!("codes5"),
-            Self::Codes8 => kernels_of!("codes8"),
+            Self::Window => of_fixed_width!("window"),
+            Self::Codes4 => of_fixed_width!("codes4"),
+            Self::Codes5 => of_fixed_width!("codes5"),
+            Self::Codes8 => of_fixed_width!("codes8"),
+            Self::Pairs => of_pairs!("pairs"),
+            Self::PairsOfLevels => of_pairs!("pairs_of_levels"),
         }
+    }
+
+    /// Dynamic shared memory of the product of few columns.
+    fn narrow_shared(self) -> u32 {
+        if self.family() == Family::Pairs { PAIRS_SHARED } else { 0 }
     }
 }
 
@@ -105,15 +138,14 @@ pub struct Kernel {
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let plain = |file, name| Kernel { file, name, shared: 0 };
     let of_kind = move |kind: Kind| {
-        let Kernels { linear, wide, finish, backward, backward_finish, unpack, tiles } = kind.kernels();
-        let of_columns = move |file, names: [&'static str; WIDE.len()]| {
-            let kernel = move |(columns, name)| Kernel { file, name, shared: wide_shared(kind, columns) };
-            WIDE.into_iter().zip(names).map(kernel)
-        };
-        let linear = linear.map(|name| plain("linear", name)).into_iter();
-        let wide = of_columns("wide", wide).chain(of_columns("backward", backward));
-        let finish = [plain("wide", finish), plain("backward", backward_finish)];
-        linear.chain(wide).chain(finish).chain([plain("unpack", unpack), plain("lay_out", tiles)])
+        let Kernels { linear, wide, unpack, tiles } = kind.kernels();
+        let narrow = move |&name: &&'static str| Kernel { shared: kind.narrow_shared(), ..plain("linear", name) };
+        let wide = wide.into_iter().flatten().flat_map(move |Many { file, products, finish }| {
+            let product = move |(columns, name)| Kernel { shared: wide_shared(kind, columns), ..plain(file, name) };
+            WIDE.into_iter().zip(products).map(product).chain([plain(file, finish)])
+        });
+        let tiles = tiles.map(|name| plain("lay_out", name));
+        linear.iter().map(narrow).chain(wide).chain([plain("unpack", unpack)]).chain(tiles)
     };
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
@@ -167,29 +199,32 @@ pub enum Product {
 
 impl Product {
     /// No figure of a GPU has moved these bounds yet.
-    pub fn of(rows: usize, parts: usize, on_hopper: bool) -> Self {
-        let ([.., narrow], [.., wide]) = (NARROW, WIDE);
+    pub fn of(kind: Kind, rows: usize, parts: usize, on_hopper: bool) -> Self {
+        let Kernels { linear, wide, .. } = kind.kernels();
+        let [.., many] = WIDE;
         match rows * parts {
             columns if columns <= NARROW_ON_HOPPER => Self::Narrow,
-            columns if on_hopper && columns <= wide => Self::Wide,
+            columns if on_hopper && wide.is_some() && columns <= many => Self::Wide,
             // The kernels of more columns take a value as one.
-            columns if !on_hopper && parts == 1 && columns <= narrow => Self::Narrow,
+            columns if !on_hopper && parts == 1 && columns <= NARROW[linear.len() - 1] => Self::Narrow,
             _ => Self::Unpacked,
         }
     }
 
     /// dx = g·W.
-    pub fn of_gradient(rows: usize, parts: usize, on_hopper: bool) -> Self {
-        let [.., wide] = WIDE;
-        if on_hopper && rows * parts <= wide { Self::Wide } else { Self::Unpacked }
+    pub fn of_gradient(kind: Kind, rows: usize, parts: usize, on_hopper: bool) -> Self {
+        let [.., many] = WIDE;
+        if on_hopper && kind.kernels().wide.is_some() && rows * parts <= many { Self::Wide } else { Self::Unpacked }
     }
 }
 
 /// y = x·Wᵀ + bias for what [`Product::Narrow`] is for.
 pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
-    let kernel = kind.kernels().linear[place(&NARROW, (parameters.batch * parameters.parts) as usize)];
+    let names = kind.kernels().linear;
+    let kernel = names[place(&NARROW[..names.len()], (parameters.batch * parameters.parts) as usize)];
     let most = if kind == Kind::Window { u32::MAX } else { TABLE_BLOCKS };
-    Launch::new(kernel, stripes(&parameters.weight).min(most), parameters)
+    let blocks = stripes(&parameters.weight).min(most);
+    Launch { shared: kind.narrow_shared(), ..Launch::new(kernel, blocks, parameters) }
 }
 
 /// x as rows of bfloat16s.
@@ -252,24 +287,24 @@ impl WidePlan {
     ) -> impl Iterator<Item = [Launch<Wide>; 2]> {
         let Self { columns, splits, rows } = self;
         let Weight { rows: weight_rows, cols: weight_cols, .. } = parameters.weight;
-        let Kernels { wide, finish, backward, backward_finish, .. } = kind.kernels();
-        let (all, products, finish) = match direction {
-            Direction::Forward => (weight_rows, wide, finish),
-            Direction::Backward => (weight_cols, backward, backward_finish),
-        };
-        let (all, product) = (all as usize, products[place(&WIDE, columns)]);
-        (0..all).step_by(rows.max(1)).map(move |first| {
-            let count = rows.min(all - first);
-            let parameters = Wide {
-                columns: columns as i32,
-                splits: splits as i32,
-                first_row: first as i32,
-                row_count: count as i32,
-                ..parameters
-            };
-            let blocks = (count.div_ceil(WIDE_ROWS) * splits) as u32;
-            let product = Launch { shared: wide_shared(kind, columns), ..Launch::new(product, blocks, parameters) };
-            [product, Launch::new(finish, count.div_ceil(STRIPE) as u32, parameters)]
+        let all = if direction == Direction::Forward { weight_rows } else { weight_cols } as usize;
+        // A layout that has no such kernels launches none.
+        let many = kind.kernels().wide.into_iter().flatten().nth(direction as usize);
+        let names = many.map(|many| (many.products[place(&WIDE, columns)], many.finish));
+        names.into_iter().flat_map(move |(product, finish)| {
+            (0..all).step_by(rows.max(1)).map(move |first| {
+                let count = rows.min(all - first);
+                let parameters = Wide {
+                    columns: columns as i32,
+                    splits: splits as i32,
+                    first_row: first as i32,
+                    row_count: count as i32,
+                    ..parameters
+                };
+                let blocks = (count.div_ceil(WIDE_ROWS) * splits) as u32;
+                let product = Launch { shared: wide_shared(kind, columns), ..Launch::new(product, blocks, parameters) };
+                [product, Launch::new(finish, count.div_ceil(STRIPE) as u32, parameters)]
+            })
         })
     }
 }
@@ -304,5 +339,5 @@ pub fn apart(kind: Kind, parameters: LayOut) -> Launch<LayOut> {
 /// The tiles of a layout.
 pub fn tiles(kind: Kind, parameters: LayOut, tiles: usize) -> Launch<LayOut> {
     let blocks = (tiles as u32).div_ceil(THREADS / WARP);
-    Launch::new(kind.kernels().tiles, blocks, parameters)
+    Launch::new(kind.kernels().tiles.unwrap_or_default(), blocks, parameters)
 }

@@ -200,7 +200,8 @@ pub unsafe fn to_device<D: Device>(
     let mut held = histogram(device, &codes, header.geometry.elements())?;
     let outside = if codes.levels { held.pop().unwrap_or(0) } else { 0 };
     held.truncate(if codes.levels { LEVELS } else { EXPONENTS });
-    let (kind, lo) = choose(header, &Counts { held, outside })?;
+    // The host may know a layout of another family.
+    let Ok((kind, lo)) = choose(header, &Counts { held, outside }) else { return Ok(None) };
     let payload = encode(device, &codes, header, (kind, lo))?;
     Ok(Some((payload, Tables { kind, lo, header: header.clone() }.to_bytes())))
 }

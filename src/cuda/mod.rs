@@ -5,6 +5,7 @@ pub mod driver;
 pub mod launch;
 pub mod lay_out;
 pub mod params;
+mod prefix;
 pub mod weight;
 
 #[allow(unused_imports)] // where no kernel is embedded

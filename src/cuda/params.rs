@@ -15,11 +15,12 @@ pub struct Escape {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Head {
-    /// Of the window, or 0.
+    /// Of the window; of pairs, the bfloat16 that stands for what is listed apart; or 0.
     pub base: u32,
     /// Columns under one scale.
     pub group_cols: u32,
-    pub unused: [u32; 2],
+    /// That the values of pairs of levels have, or 0.
+    pub upper_bytes: [u32; 2],
 }
 
 /// A weight on the device.
@@ -36,6 +37,8 @@ pub struct Weight {
     pub scale_stride: i32,
     pub rows: i32,
     pub cols: i32,
+    /// From the head on.
+    pub payload_bytes: u64,
 }
 
 /// What x, y, a bias and a dense weight are made of.

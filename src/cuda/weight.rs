@@ -1,5 +1,5 @@
-//! A packed weight's form on the GPU: a layout of `cuda/window.cuh` or `cuda/codes.cuh`, made of the canonical form and turned
-//! back into it, exactly.
+//! A packed weight's form on the GPU: a layout of `cuda/window.cuh`, `cuda/codes.cuh` or `cuda/pairs.cuh` (see [`pairs`]), made
+//! of the canonical form and turned back into it, exactly.
 //!
 //! ```text
 //! payload: head (base of the window or 0, columns under one scale, two zeros), a word each
@@ -10,6 +10,9 @@
 //! tables:  magic, the layout's number and the level of code 0 or the base (a word each), then the header of the canonical form
 //! ```
 #![allow(unsafe_code)] // the layouts are written once, in C++, for the host and the device
+
+mod pair_code;
+mod pairs;
 
 use std::ops::Range;
 
@@ -59,23 +62,48 @@ pub enum Kind {
     Codes4 = 3,
     Codes5 = 4,
     Codes8 = 5,
+    /// The pair prefix table: lossless bfloat16.
+    Pairs = 6,
+    /// The same of levels.
+    PairsOfLevels = 7,
+}
+
+/// Layouts of which a weight has at most one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// A window or codes: as many bits for each weight.
+    Fixed,
+    /// A pair prefix table.
+    Pairs,
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Window, Self::Codes4, Self::Codes5, Self::Codes8];
     const CODES: [Self; 3] = [Self::Codes4, Self::Codes5, Self::Codes8];
+
+    /// By number.
+    pub const ALL: [Self; 6] =
+        [Self::Window, Self::Codes4, Self::Codes5, Self::Codes8, Self::Pairs, Self::PairsOfLevels];
 
     pub fn from_number(number: i64) -> Option<Self> {
         Self::ALL.into_iter().find(|&kind| kind as i64 == number)
     }
 
-    /// Bits of a weight.
+    pub fn family(self) -> Family {
+        if matches!(self, Self::Pairs | Self::PairsOfLevels) { Family::Pairs } else { Family::Fixed }
+    }
+
+    pub fn is_lossless(self) -> bool {
+        matches!(self, Self::Window | Self::Pairs)
+    }
+
+    /// Bits of a weight in its tile.
     pub(super) fn bits(self) -> usize {
         match self {
             Self::Window => 12,
             Self::Codes4 => 4,
             Self::Codes5 => 5,
-            Self::Codes8 => 8,
+            Self::Codes8 | Self::Pairs => 8,
+            Self::PairsOfLevels => 0,
         }
     }
 
@@ -84,9 +112,14 @@ impl Kind {
         STRIPE * TILE_COLS * self.bits() / 8
     }
 
-    /// How many codes have a value in a table.
+    /// Words between the head and the tiles: the value of each code, or the pairs' table with its values.
     pub fn values(self) -> usize {
-        if self == Self::Window { 0 } else { 1 << self.bits() }
+        match self {
+            Self::Window => 0,
+            Self::Codes4 | Self::Codes5 | Self::Codes8 => 1 << self.bits(),
+            Self::Pairs => pair_code::ENTRIES,
+            Self::PairsOfLevels => 3 * pair_code::ENTRIES,
+        }
     }
 }
 
@@ -130,8 +163,18 @@ impl Parts {
         self.tiles(self.stripes()).start + row * size_of::<u32>()
     }
 
+    /// The runs of pairs.
+    fn directory(self) -> Range<usize> {
+        let start = self.start(self.rows + 1);
+        let words = match self.kind.family() {
+            Family::Fixed => 0,
+            Family::Pairs => self.stripes() * pairs::directory_words(self.cols),
+        };
+        start..start + words * size_of::<u32>()
+    }
+
     pub(super) fn escapes(self) -> usize {
-        self.start(self.rows + 1).next_multiple_of(ALIGN)
+        self.directory().end.next_multiple_of(ALIGN)
     }
 
     /// The least that a payload takes.
@@ -144,7 +187,7 @@ impl Parts {
         self.escapes() + escapes * size_of::<Escape>()
     }
 
-    /// The kernels' view of a payload at `payload`, which has at least [`Parts::bytes`], without scales.
+    /// The kernels' view of a payload at `payload`, which has at least [`Parts::bytes`], without scales, nor how long it is.
     pub fn weight(self, payload: *const u8) -> Weight {
         // Only the device reads through these.
         let at = |offset: usize| payload.wrapping_add(offset);
@@ -159,6 +202,7 @@ impl Parts {
             scale_stride: 0,
             rows: self.rows as i32,
             cols: self.cols as i32,
+            payload_bytes: self.bytes() as u64,
         }
     }
 }
@@ -181,11 +225,11 @@ impl Tables {
                 return Err(Error::corrupt("device tables", "a layout and a header", format!("{} bytes", bytes.len())));
             }
             let number = i64::from(word(bytes, 4));
-            let kind = Kind::from_number(number).ok_or_else(|| Error::corrupt("device layout", "2 to 5", number))?;
+            let kind = Kind::from_number(number).ok_or_else(|| Error::corrupt("device layout", "2 to 7", number))?;
             let header = Header::parse(&bytes[TABLES_HEAD..])?;
             let is_window = header.quantizer == Quantizer::Lossless && header.dtype == Dtype::Bf16;
             let is_level = matches!(header.element, Element::Level { .. });
-            if header.layout != Layout::Compact || (kind == Kind::Window) != is_window || (is_window == is_level) {
+            if header.layout != Layout::Compact || kind.is_lossless() != is_window || (is_window == is_level) {
                 return Err(Error::corrupt("device layout", "one for the weight's format", number));
             }
             Ok(Self { kind, lo: word(bytes, 8) as i32, header })
@@ -284,8 +328,19 @@ pub(super) fn escape_starts(parts: Parts, counts: impl Iterator<Item = u32>) -> 
     (bytes, start)
 }
 
-/// A weight's payload and tables for the device. One that has no layout there is an error.
+/// A weight's payload and tables for the device: in a layout of fixed width, or else by pairs. One that has no layout
+/// there is an error.
 pub fn to_device(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec<u8>)> {
+    to_device_in(Family::Fixed, weight, pool).or_else(|error| {
+        if error.is_argument() { pairs::to_device(weight, pool).map_err(|_| error) } else { Err(error) }
+    })
+}
+
+/// The same in a layout of this family.
+pub fn to_device_in(family: Family, weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec<u8>)> {
+    if family == Family::Pairs {
+        return pairs::to_device(weight, pool);
+    }
     let (header, geometry) = (&weight.header, weight.geometry());
     check(header)?;
     let (kind, lo) = choose(header, &count(weight, pool)?)?;
@@ -359,6 +414,8 @@ struct Reader<'a> {
     parts: Parts,
     tables: &'a Tables,
     assembly: Assembly,
+    /// Where the layout is one.
+    pairs: Option<pairs::Reading<'a>>,
 }
 
 impl<'a> Reader<'a> {
@@ -369,14 +426,22 @@ impl<'a> Reader<'a> {
         if payload.len() < parts.bytes() {
             return corrupt(format!("at least {} bytes", parts.bytes()), payload.len());
         }
-        let reader = Self { payload, parts, tables, assembly: Assembly::new(&tables.header) };
+        let mut reader = Self { payload, parts, tables, assembly: Assembly::new(&tables.header), pairs: None };
         if tables.kind == Kind::Window && !(0..=(EXPONENTS - WINDOW) as i32).contains(&tables.lo) {
             return corrupt("a base of at most 240".into(), tables.lo as usize);
         }
         let ordered = (0..parts.rows).all(|row| reader.start(row) <= reader.start(row + 1));
-        let expected = parts.bytes_with(reader.start(parts.rows));
-        if !ordered || payload.len() != expected {
-            return corrupt(format!("{expected} bytes"), payload.len());
+        let escapes = reader.start(parts.rows);
+        let fixed = parts.bytes_with(escapes);
+        let expected = match tables.kind.family() {
+            Family::Fixed => Some(fixed),
+            Family::Pairs => pairs::bytes(payload, parts, escapes),
+        };
+        if !ordered || Some(payload.len()) != expected {
+            return corrupt(format!("{} bytes", expected.unwrap_or(fixed)), payload.len());
+        }
+        if tables.kind.family() == Family::Pairs {
+            reader.pairs = Some(pairs::Reading::new(payload, parts, escapes, |value| reader.code(value)));
         }
         Ok(reader)
     }
@@ -391,9 +456,10 @@ impl<'a> Reader<'a> {
         let lo = self.tables.lo;
         let first = stripe * STRIPE;
         let height = (rows - first).min(STRIPE);
-        let tiles = self.payload[self.parts.tiles(stripe)].as_chunks::<4>().0;
-        let tiles: Vec<u32> = tiles.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect();
-        let mut out: Vec<u32> = if kind == Kind::Window {
+        let tiles = pairs::numbers(&self.payload[self.parts.tiles(stripe)]);
+        let mut out: Vec<u32> = if let Some(pairs) = &self.pairs {
+            pairs.stripe(stripe)
+        } else if kind == Kind::Window {
             let mut bits = vec![0u16; height * cols];
             // SAFETY: a stripe's tiles, and room for its rows.
             unsafe {
@@ -424,7 +490,7 @@ impl<'a> Reader<'a> {
 
     /// The code of a value that is listed apart.
     fn code(&self, value: f32) -> u32 {
-        if self.tables.kind == Kind::Window {
+        if self.tables.kind.is_lossless() {
             return value.to_bits() >> 16;
         }
         // A level's value is within half a step of it.

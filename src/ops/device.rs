@@ -31,11 +31,15 @@ fn pointer(tensor: &Tensor, what: &'static str, kind: Kind, device: Device) -> R
     Ok(tensor.data_ptr().cast())
 }
 
+/// A weight's layout, by the number that came with it.
+fn layout_of(weight: &Weight) -> Result<DeviceKind> {
+    let kind = DeviceKind::from_number(weight.layout);
+    kind.ok_or_else(|| Error::argument("layout", "2 to 7 on CUDA, as infold.prepare makes it", weight.layout))
+}
+
 /// A weight's layout and the kernels' view of it. The scales are theirs as long as the second result lives.
 fn open(weight: &Weight) -> Result<(DeviceKind, params::Weight, Option<Tensor>)> {
-    let kind = DeviceKind::from_number(weight.layout);
-    let kind =
-        kind.ok_or_else(|| Error::argument("layout", "2 to 5 on CUDA, as infold.prepare makes it", weight.layout))?;
+    let kind = layout_of(weight)?;
     let device = weight.payload.device();
     let parts = Parts::new(kind, weight.out_features as usize, weight.in_features as usize);
     let payload: *const u8 = pointer(&weight.payload, "payload", Kind::Uint8, device)?.cast();
@@ -50,6 +54,7 @@ fn open(weight: &Weight) -> Result<(DeviceKind, params::Weight, Option<Tensor>)>
         ));
     }
     let mut view = parts.weight(payload);
+    view.payload_bytes = weight.payload.numel() as u64;
     let Some(scales) = weight.scales.as_ref().filter(|scales| scales.numel() > 0) else {
         return Ok((kind, view, None));
     };
@@ -115,15 +120,16 @@ impl Input {
         weight: &Weight,
         rows: usize,
         width: i64,
-        product: impl FnOnce(usize, usize, bool) -> Product,
+        product: impl FnOnce(DeviceKind, usize, usize, bool) -> Product,
     ) -> Result<Option<Self>> {
         let kind = x.f_kind()?;
         // The values of levels are rounded to bfloat16 there: too coarse for a float32 x.
-        let is_coarse = kind == Kind::Float && weight.layout != DeviceKind::Window as i64;
+        let layout = layout_of(weight)?;
+        let is_coarse = kind == Kind::Float && !layout.is_lossless();
         let (Some(dtype), Device::Cuda(index), false) = (dtype_of(kind), weight.payload.device(), is_coarse) else {
             return Ok(None);
         };
-        let product = product(rows, dtype.parts(), driver::is_hopper(index)?);
+        let product = product(layout, rows, dtype.parts(), driver::is_hopper(index)?);
         if product == Product::Unpacked {
             return Ok(None);
         }
@@ -316,26 +322,40 @@ fn by_scale(weight: &Weight, terms: &Tensor, shape: &[i64]) -> Result<Tensor> {
     Ok(tiles.f_matmul(&members)?)
 }
 
-/// Lays a weight out for its device (any of the device's numbers), or takes a device's form back; `tensors` (payload,
-/// directory, tables) and the results are on the CPU. None for a change between the codec's layouts.
+/// Lays a weight out for its device, or takes a device's form back; `tensors` (payload, directory, tables) and the results
+/// are on the CPU. `layout` is that of a family: 2 of any, which are those of fixed width where the weight has one, 3 to 5
+/// of these alone, 6 and 7 of pairs. None for a change between the codec's layouts.
 pub fn lay_out(tensors: [&Tensor; 3], layout: i64, pool: &dyn Pool) -> Result<Option<Vec<Tensor>>> {
     let [payload, directory, tables] = tensors;
-    match (Tables::parse(slice(tables)?), DeviceKind::from_number(layout)) {
-        (Some(_), Some(_)) => Ok(Some(tensors.map(Tensor::shallow_clone).into())),
-        (None, Some(_)) => {
-            let weight = PackedWeight::new(slice(payload)?, slice(directory)?, slice(tables)?)?;
-            let (payload, tables) = weight::to_device(&weight, pool)?;
-            let directory = Tensor::f_empty([0], (Kind::Int, Device::Cpu))?;
-            Ok(Some(vec![of_bytes(&payload, pool)?, directory, Tensor::f_from_slice(&tables)?]))
+    match (Tables::parse(slice(tables)?).transpose()?, DeviceKind::from_number(layout)) {
+        (Some(own), Some(kind)) if kind == DeviceKind::Window || own.kind.family() == kind.family() => {
+            Ok(Some(tensors.map(Tensor::shallow_clone).into()))
         }
-        (Some(tables), None) => {
-            let compact = weight::from_device(slice(payload)?, &tables?, pool)?;
+        (None, Some(kind)) => {
+            let weight = PackedWeight::new(slice(payload)?, slice(directory)?, slice(tables)?)?;
+            Ok(Some(for_device(&weight, kind, pool)?))
+        }
+        (Some(own), _) => {
+            let compact = weight::from_device(slice(payload)?, &own, pool)?;
             if layout == Layout::Compact as i64 {
                 return Ok(Some(super::pack::without_scales(&compact, pool)?));
             }
             let weight = PackedWeight::new(&compact.payload, &compact.directory, &compact.tables)?;
+            if let Some(kind) = DeviceKind::from_number(layout) {
+                return Ok(Some(for_device(&weight, kind, pool)?));
+            }
             Ok(Some(super::pack::without_scales(&super::pack::in_layout(&weight, layout, pool)?, pool)?))
         }
         (None, None) => Ok(None),
     }
+}
+
+/// payload, directory and tables of a weight in a layout of this one's family.
+fn for_device(weight: &PackedWeight, kind: DeviceKind, pool: &dyn Pool) -> Result<Vec<Tensor>> {
+    let (payload, tables) = match kind {
+        DeviceKind::Window => weight::to_device(weight, pool)?,
+        _ => weight::to_device_in(kind.family(), weight, pool)?,
+    };
+    let directory = Tensor::f_empty([0], (Kind::Int, Device::Cpu))?;
+    Ok(vec![of_bytes(&payload, pool)?, directory, Tensor::f_from_slice(&tables)?])
 }

@@ -12,7 +12,7 @@ use crate::codec::Header;
 use crate::cuda::driver::{self, Stream};
 use crate::cuda::launch::Launch;
 use crate::cuda::lay_out::{self, Source};
-use crate::cuda::weight::{Kind as DeviceKind, Tables};
+use crate::cuda::weight::{Family, Kind as DeviceKind, Tables};
 
 /// The GPU that a tensor is on.
 pub struct Gpu {
@@ -76,7 +76,8 @@ impl lay_out::Device for Gpu {
 /// Lays a weight in its canonical form (payload, directory, tables) out on its own GPU; None where that is for the host to do,
 /// or to say what is wrong.
 pub fn lay_out([payload, directory, tables]: [&Tensor; 3], layout: i64) -> Result<Option<Vec<Tensor>>> {
-    let (Some(gpu), Some(_)) = (Gpu::of(payload), DeviceKind::from_number(layout)) else { return Ok(None) };
+    let is_of_fixed_width = DeviceKind::from_number(layout).is_some_and(|kind| kind.family() == Family::Fixed);
+    let Some(gpu) = Gpu::of(payload).filter(|_| is_of_fixed_width) else { return Ok(None) };
     let on_cpu = contiguous(&tables.f_to_device(Device::Cpu)?, "tables", Kind::Uint8)?;
     if Tables::parse(slice(&on_cpu)?).is_some() {
         return Ok(None);

@@ -90,7 +90,7 @@ pub fn lay_out(
 /// A weight in one of the codec's layouts.
 pub fn in_layout(weight: &PackedWeight, layout: i64, pool: &dyn Pool) -> Result<Packed> {
     let to = u8::try_from(layout).ok().and_then(Layout::from_byte);
-    let to = to.ok_or_else(|| Error::argument("layout", "0 (compact), 1 (fast), or 2 to 5 for CUDA", layout))?;
+    let to = to.ok_or_else(|| Error::argument("layout", "0 (compact), 1 (fast), or 2 to 7 for CUDA", layout))?;
     codec::lay_out(weight, to, pool)
 }
 
