@@ -17,6 +17,7 @@ use support::*;
 
 unsafe extern "C" {
     fn infold_emulate(kernel: *const std::ffi::c_char, blocks: u32, threads: u32, parameters: *const u8) -> bool;
+    fn infold_pairs_shared_bytes() -> u32;
     fn infold_parameter_sizes(sizes: *mut [usize; 5]);
     fn infold_parameter_fields(linear: *mut Linear, unpack: *mut Unpack);
 }
@@ -222,6 +223,17 @@ fn every_kernel_that_is_loaded_is_emulated() {
         // SAFETY: without a block nothing is read.
         assert!(unsafe { infold_emulate(kernel.as_ptr(), 0, 256, std::ptr::null()) }, "{name}");
     }
+}
+
+#[test]
+fn pairs_ask_for_as_much_shared_memory_as_they_use() {
+    // SAFETY: a number.
+    let used = unsafe { infold_pairs_shared_bytes() };
+    let asked: Vec<_> = launch::kernels().filter(|kernel| kernel.name.starts_with("infold_linear_pairs")).collect();
+    assert_eq!(asked.len(), 4);
+    assert!(asked.iter().all(|kernel| kernel.shared == used));
+    // With eight kilobytes of partial sums, within what sm_89 has for a block.
+    assert!(used + (8 << 10) <= 99 << 10);
 }
 
 #[test]

@@ -29,7 +29,7 @@ const UNPACK: [&str; 6] = [
 ];
 /// Dynamic shared memory of the fused product by pairs: eight warps' runs and the table's copies, as `cuda/pairs_layout.cuh`
 /// lays them. Every device since sm_80 has as much for a block.
-const PAIRS_SHARED: u32 = 8 * 26 * 128 + 16 * 4096;
+const PAIRS_SHARED: u32 = 8 * 832 * 4 + 16 * 4096;
 
 /// Where a kernel is: its file and its name there, and the dynamic shared memory in bytes that a launch may ask for.
 #[derive(Debug, Clone, Copy)]
