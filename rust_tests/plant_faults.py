@@ -18,6 +18,8 @@ PARTS = ("src", "cuda", "rust_tests", "benchmarks", "build.rs", "Cargo.toml", "C
 WINDOW, CODES, LAYOUTS = "cuda/window.cuh", "cuda/codes.cuh", "cuda/layouts.cuh"
 LINEAR, UNPACK = "cuda/linear.cu", "cuda/unpack.cu"
 LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
+PAIRS, PAIRS_LAYOUT, PAIRS_HOST = "cuda/pairs.cuh", "cuda/pairs_layout.cuh", "cuda/host_pairs.cpp"
+PAIRS_RUST, PREFIX = "src/cuda/weight/pairs.rs", "src/cuda/prefix.rs"
 LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
 #: (what, file, code, code with the fault).
 FAULTS = (
@@ -58,12 +60,12 @@ FAULTS = (
         "reinterpret_cast<uintptr_t>(x) % 8 == 0",
     ),
     ("second group's rows", LINEAR, "group * kGroup + lane / 4,", "group * 4 + lane / 4,"),
-    ("tiles of a warp", LINEAR, "start += kAhead * kWarps", "start += kWarps"),
+    ("tiles of a warp", LINEAR, "start += kAhead * kStride", "start += kStride"),
     (
         "prefetch of the next tile",
         LINEAR,
-        "const int next = tile + kAhead * kWarps;",
-        "const int next = tile + kWarps;",
+        "const int next = tile + kAhead * kStride;",
+        "const int next = tile + kStride;",
     ),
     (
         "rows' scales",
@@ -99,6 +101,53 @@ FAULTS = (
     ("blocks of a launch", LAUNCH, "div_ceil(STRIPE as u32)", "div_ceil(2 * STRIPE as u32)"),
     ("kernel for a batch", LAUNCH, "parameters.batch <= 8", "parameters.batch <= 9"),
     ("order of escapes", WEIGHT, "start - escapes.len() as u32", "start"),
+    ("pairs: a second register's rest", PAIRS, "window::rotate_right_8(rest), entries[1]", "rest, entries[1]"),
+    ("pairs: bytes of two levels", PAIRS, "0x7362", "0x7263"),
+    (
+        "pairs: upper bytes",
+        PAIRS,
+        "pick_bytes(low_uppers, high_uppers, entry)",
+        "pick_bytes(low_uppers, low_uppers, entry)",
+    ),
+    ("pairs: where a stream begins", PAIRS, "+ 32 - kShift;", "+ 31 - kShift;"),
+    ("pairs: the next word", PAIRS, "    current = next;\n    next = ahead;\n", "    current = next;\n"),
+    ("pairs: words of a stream", PAIRS, "    place += sizeof(uint32_t);\n", ""),
+    (
+        "pairs: a stream's end",
+        PAIRS,
+        "place = place < last ? place : last;",
+        "place = place < last - 3200 ? place : last - 3200;",
+    ),
+    (
+        "pairs: a lane's copy",
+        PAIRS_LAYOUT,
+        "copy = threadIdx.x % kCopies * sizeof(uint32_t);",
+        "copy = (threadIdx.x % kCopies + 1) * sizeof(uint32_t);",
+    ),
+    ("pairs: entries of the copies", PAIRS_LAYOUT, "entries[i / kCopies]", "entries[i % pairs::kEntries]"),
+    ("pairs: the barrier after the table", PAIRS_LAYOUT, "    }\n    __syncthreads();\n  }", "    }\n  }"),
+    (
+        "pairs: waiting for a run's words",
+        PAIRS_LAYOUT,
+        "wait_for_copies();\n    stream.begin",
+        "sync_warp();\n    stream.begin",
+    ),
+    (
+        "pairs: a run's words",
+        PAIRS_LAYOUT,
+        "place[2] < quads ? place[2] : quads",
+        "place[0] < quads ? place[0] : quads",
+    ),
+    ("pairs: words beyond the payload", PAIRS_LAYOUT, "place[2] < quads ? place[2] : quads", "place[2]"),
+    ("pairs: what stands in", PAIRS_LAYOUT, "return from_bf16(stand_in);", "return 2 * from_bf16(stand_in);"),
+    ("pairs: an embedding's row", UNPACK, "row < first_row || row >= end_row", "row >= end_row"),
+    ("pairs: first bits of the streams", PAIRS_HOST, "bit << 16 * (lane % 2)", "bit << 16 * (lane / 2 % 2)"),
+    ("pairs: a code across two words", PAIRS_HOST, "if (bits >> 32 != 0) at[1]", "if (bits >> 33 != 0) at[1]"),
+    ("pairs: order of a code's bits", PREFIX, "next.reverse_bits() >> (32 - length)", "next"),
+    ("pairs: packages taken", PREFIX, "taken = 2 * (taken - leaves);", "taken = 2 * taken - leaves;"),
+    ("pairs: rest of what is listed apart", PAIRS_RUST, "} else if is_bf16 {", "}\n                if is_bf16 {"),
+    ("pairs: stripes' runs", PAIRS_RUST, "[first + place[0], place[1]]", "[place[0], place[1]]"),
+    ("pairs: shared memory", LAUNCH, "8 * 832 * 4 + 16 * 4096", "8 * 832 * 4 + 15 * 4096"),
 )
 
 
