@@ -37,8 +37,15 @@ from torch import Tensor  # noqa: E402
 
 CUDA = next(folder for folder in (HERE / "cuda", HERE.parent / "cuda") if folder.is_dir())
 TESTS = next(path for folder in (HERE, HERE.parent / "python_tests") if (path := folder / "test_device.py").is_file())
-#: Bits a weight of each layout.
-BITS = {"window": 12, "codes4": 4, "codes5": 5, "codes8": 8}
+#: Of each layout: bits of a weight in its tile, and words between head and tiles.
+TILES = {
+    "window": (12, 0),
+    "codes4": (4, 16),
+    "codes5": (5, 32),
+    "codes8": (8, 256),
+    "pairs": (8, 1024),
+    "pairs_of_levels": (0, 3072),
+}
 CONFIGS = {
     "lossless": infold.FusedConfig("lossless"),
     "ecsq 3 bits": infold.FusedConfig("ecsq", bits=3),
@@ -46,6 +53,10 @@ CONFIGS = {
     "int8": infold.FusedConfig("int8"),
     "int4 g128": infold.FusedConfig("int4"),
 }
+#: Those whose weights are coded in pairs too.
+PAIRS = ("lossless", "ecsq 3 bits", "ecsq 4 bits", "int4 g128")
+#: Each format as it lies on the GPU.
+CASES = [(name, form) for name in CONFIGS for form in ("device", "pairs") if form == "device" or name in PAIRS]
 #: Of Llama-3-8B and 70B, as (in_features, out_features).
 SHAPES = {
     "8B": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)),
@@ -74,15 +85,19 @@ def correctness() -> None:
 
 def small() -> None:
     """A case of each kernel, for the sanitizer."""
-    for config in CONFIGS.values():
+    for name, form in CASES:
+        config = CONFIGS[name]
         for rows, cols in ((16, 128), (33, 200), (70, 1000)):
             linear = torch.nn.Linear(cols, rows, dtype=torch.bfloat16)
             linear.weight.data[0, 0] = 1.5
             packed = infold.nn.FusedDecompressLinear.from_linear(linear, config).cuda()
+            packed.lay_out(form)
             for batch, dtype in itertools.product((1, 8, 9, 16, 17, 65, 129), (torch.bfloat16, torch.float16)):
                 packed(torch.randn(batch, cols, dtype=dtype, device="cuda"))
             embedding = torch.nn.Embedding(rows, cols, dtype=torch.bfloat16)
-            infold.nn.FusedDecompressEmbedding.from_embedding(embedding, config).cuda()(torch.arange(rows).cuda())
+            rows_of = infold.nn.FusedDecompressEmbedding.from_embedding(embedding, config).cuda()
+            rows_of.lay_out(form)
+            rows_of(torch.arange(rows).cuda())
     torch.cuda.synchronize()
 
 
@@ -113,9 +128,9 @@ def gaussian(rows: int, cols: int) -> Tensor:
     return (torch.randn(rows, cols) * 0.02).bfloat16()
 
 
-def copies_of(weight: Tensor, config: infold.FusedConfig) -> tuple[list[Packed], str, tuple[object, ...]]:
+def copies_of(weight: Tensor, name: str, form: str) -> tuple[list[Packed], str, tuple[object, ...]]:
     """Copies of a weight on the GPU, the name of their layout, and the integers that operators take."""
-    packed = lay_out(pack(weight, config), "device")
+    packed = lay_out(pack(weight, CONFIGS[name]), form)
     number = ops.inspect_packed(*packed[:3])[2]
     count = max(2, int(COPIES_BYTES / packed.nbytes) + 1)
     on_device = [tensor.cuda() for tensor in packed]
@@ -187,12 +202,12 @@ def peer_runs(name: str, weight: Tensor, x: Tensor) -> dict[str, list[Callable[[
 
 def linear_rates(rows_out: list[dict[str, Any]]) -> None:
     """Each format, shape and batch against cuBLAS, and against unpacking before it."""
-    ratios: dict[tuple[str, int], list[float]] = {}
+    ratios: dict[tuple[str, str, int], list[float]] = {}
     for model, shapes in SHAPES.items():
         for cols, rows in shapes:
             weight = gaussian(rows, cols)
-            for name, config in CONFIGS.items() if model == "8B" else [("lossless", CONFIGS["lossless"])]:
-                copies, layout, numbers = copies_of(weight, config)
+            for name, form in CASES if model == "8B" else [case for case in CASES if case[0] == "lossless"]:
+                copies, layout, numbers = copies_of(weight, name, form)
                 scales = copies[0].scales if copies[0].scales.numel() else None
                 denses = [weight.cuda() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
                 for batch in BATCHES if name == "lossless" else FUSED_BATCHES:
@@ -218,17 +233,18 @@ def linear_rates(rows_out: list[dict[str, Any]]) -> None:
                     ratio = medians["cuBLAS"] / medians["ours"]
                     rate = copies[0].nbytes / medians["ours"] / 1e3
                     if model == "8B":
-                        ratios.setdefault((name, batch), []).append(ratio)
+                        ratios.setdefault((name, form, batch), []).append(ratio)
                     case = f"{name} ({layout}), {cols} -> {rows}, batch {batch}"
                     times = ", ".join(f"{side} {microseconds:.2f}" for side, microseconds in medians.items())
                     print(f"{case:48} us: {times}; {ratio:5.2f}x, {rate:6.0f} GB/s", flush=True)
                     rows_out.append({"case": case, "microseconds": medians, "ratio": ratio, "gb_per_s": rate})
                 del copies, denses
                 torch.cuda.empty_cache()
-    for (name, batch), values in ratios.items():
+    for (name, form, batch), values in ratios.items():
         mean, goal = statistics.geometric_mean(values), GOALS.get(name, {}).get(batch)
-        print(f"8B, {name}, batch {batch:4}: {mean:5.2f}x cuBLAS, geometric mean; goal {goal}")
-        rows_out.append({"case": f"8B, {name}, batch {batch}", "ratio": mean, "goal": goal})
+        case = f"8B, {name} ({'pairs' if form == 'pairs' else 'fixed width'}), batch {batch}"
+        print(f"{case}: {mean:5.2f}x cuBLAS, geometric mean; goal {goal}")
+        rows_out.append({"case": case, "ratio": mean, "goal": goal})
 
 
 class Weight(ctypes.Structure):
@@ -237,7 +253,21 @@ class Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("head", "values", "tiles", "escape_starts", "escapes", "scales")),
         *((name, ctypes.c_int32) for name in ("scales_are_bf16", "scale_stride", "rows", "cols")),
+        ("payload_bytes", ctypes.c_uint64),
     )
+
+
+def view_of(payload: Tensor, layout: str, rows: int, cols: int) -> Weight:
+    """The kernels' view of a payload without scales, of whole tiles."""
+    bits, words = TILES[layout]
+    values = payload.data_ptr() + 16
+    tiles = values + 4 * words
+    starts = tiles + rows * cols * bits // 8
+    # A stripe has so many runs of pairs at most, and their end.
+    directory = 8 * (rows // 16) * (-(-cols // 64 // 5) + 1) if layout.startswith("pairs") else 0
+    escapes = starts + -(-(4 * (rows + 1) + directory) // 16) * 16
+    # Escapes lie at multiples of 16 bytes of the payload, which begins at one.
+    return Weight(payload.data_ptr(), values, tiles, starts, escapes, None, 0, 0, rows, cols, payload.nbytes)
 
 
 def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
@@ -247,15 +277,11 @@ def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
     digests = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
     weight = gaussian(rows, cols)
-    for name, config in CONFIGS.items():
-        copies, layout, numbers = copies_of(weight, config)
+    for name, form in CASES:
+        copies, layout, numbers = copies_of(weight, name, form)
         payload, scales = copies[0].payload, copies[0].scales if copies[0].scales.numel() else None
-        bits = BITS[layout]
-        values = 16 if layout == "window" else 16 + 4 * 2**bits
-        size = rows * cols * bits // 8
-        start = payload.data_ptr()
-        view = Weight(start, start + 16, start + values, None, None, None, 0, 0, rows, cols)
-        target, source = torch.empty_like(payload[:size]), payload[values : values + size]
+        view, size = view_of(payload, layout, rows, cols), payload.nbytes
+        target, source = torch.empty_like(payload), payload
 
         def decode(number: object = numbers[1], view: Weight = view) -> None:
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

@@ -161,7 +161,7 @@ INFOLD_BOTH uint32_t plain_symbol(const Payload& payload, uint64_t at, int lane,
 
 // The value that an escape gives its place in a plane, symbols of which are bytes; a level's first plane holds any.
 INFOLD_BOTH uint32_t escaped(bool is_any, int32_t lo, uint32_t value) {
-  return is_any ? value : lo + (value - lo & 0xff);
+  return is_any ? value : lo + ((value - lo) & 0xff);
 }
 
 // Where a plane's value stands in a code.

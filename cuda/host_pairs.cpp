@@ -10,8 +10,6 @@ using namespace infold::pairs;
 
 namespace {
 
-constexpr int kRowWords = kLanes;
-
 // Calls `visit(step, reg, row, col)` for each pair of a lane in a tile, in the order of its stream: the weights at
 // `col` and beside it.
 template <class Visit>
@@ -26,47 +24,47 @@ void for_pairs(int lane, int tile, const Visit& visit) {
 // A pair's code: its length in the upper half, the bits in the lower, the first of them lowest.
 uint32_t length_of(uint32_t code) { return code >> 16; }
 
-// Rows of words that the tiles of a run take: those of the longest stream.
-int rows_of(const uint8_t* symbols, int width, const uint32_t* codes, Run run) {
-  uint32_t longest = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    uint32_t bits = 0;
-    for (int tile = run.begin; tile < run.end; ++tile) {
-      for_pairs(lane, tile, [&](int, int, int row, int col) {
-        const uint8_t* pair = symbols + static_cast<size_t>(row) * width + col;
-        bits += length_of(codes[pair[0] << 8 | pair[1]]);
-      });
-    }
-    longest = bits > longest ? bits : longest;
-  }
-  return static_cast<int>((longest + 31) / 32);
+uint32_t code_of(const uint8_t* symbols, int width, const uint32_t* codes, int row, int col) {
+  const uint8_t* pair = symbols + static_cast<size_t>(row) * width + col;
+  return codes[pair[0] << 8 | pair[1]];
 }
 
-void encode_lane(const uint8_t* symbols, int width, const uint32_t* codes, Run run, int lane, uint32_t* words) {
-  uint64_t buffer = 0;
-  uint32_t held = 0;
-  for (int tile = run.begin; tile < run.end; ++tile) {
-    for_pairs(lane, tile, [&](int, int, int row, int col) {
-      const uint8_t* pair = symbols + static_cast<size_t>(row) * width + col;
-      const uint32_t code = codes[pair[0] << 8 | pair[1]];
-      buffer |= static_cast<uint64_t>(code & 0xffff) << held;
-      held += length_of(code);
-      if (held < 32) return;
-      words[lane] = static_cast<uint32_t>(buffer);
-      words += kRowWords;
-      buffer >>= 32;
-      held -= 32;
-    });
+// Quads of words that a run takes.
+int quads_of(const uint8_t* symbols, int width, const uint32_t* codes, Run run) {
+  uint32_t bits = 32 * kStartWords;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int tile = run.begin; tile < run.end; ++tile) {
+      for_pairs(lane, tile,
+                [&](int, int, int row, int col) { bits += length_of(code_of(symbols, width, codes, row, col)); });
+    }
   }
-  if (held > 0) words[lane] = static_cast<uint32_t>(buffer);
+  return static_cast<int>((bits + 32 * kQuadWords - 1) / (32 * kQuadWords));
+}
+
+// Writes a run's streams, and where they begin, to words that were zero.
+void encode_run(const uint8_t* symbols, int width, const uint32_t* codes, Run run, uint32_t* words) {
+  uint32_t bit = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    words[lane / 2] |= bit << 16 * (lane % 2);
+    for (int tile = run.begin; tile < run.end; ++tile) {
+      for_pairs(lane, tile, [&](int, int, int row, int col) {
+        const uint32_t code = code_of(symbols, width, codes, row, col);
+        const uint64_t bits = static_cast<uint64_t>(code & 0xffff) << bit % 32;
+        uint32_t* at = words + kStartWords + bit / 32;
+        at[0] |= static_cast<uint32_t>(bits);
+        if (bits >> 32 != 0) at[1] |= static_cast<uint32_t>(bits >> 32);
+        bit += length_of(code);
+      });
+    }
+  }
 }
 
 }  // namespace
 
 extern "C" int infold_pairs_most_runs(int across) { return most_runs(across); }
 
-// Rows of words of a stripe at most.
-extern "C" size_t infold_pairs_most_rows(int across) { return static_cast<size_t>(kRunRows) * most_runs(across); }
+// Words of a stripe at most.
+extern "C" size_t infold_pairs_most_words(int across) { return static_cast<size_t>(kRunWords) * most_runs(across); }
 
 // The entry of two exponents, or of two levels' values as bfloat16.
 extern "C" uint32_t infold_pairs_exponent_entry(uint32_t first, uint32_t second, uint32_t length) {
@@ -77,27 +75,25 @@ extern "C" uint32_t infold_pairs_level_entry(uint32_t first, uint32_t second, ui
 }
 
 // Codes a stripe's symbols by the codes of pairs (first symbol · 256 + second). Signs and mantissas, where there are
-// any, go to `tiles`, which were zero, as `words` were. Fills the stripe's part of the directory, from row 0 on, and
-// returns how many rows of words there are.
+// any, go to `tiles`, which were zero, as `words` were. Fills the stripe's part of the directory, from quad 0 on, and
+// returns how many quads of words there are.
 extern "C" size_t infold_pairs_encode(const uint8_t* symbols, const uint16_t* rests, int across, const uint32_t* codes,
                                       uint32_t* tiles, uint32_t* words, uint32_t* directory) {
   const int width = across * kCols;
-  size_t rows = 0;
+  size_t quads = 0;
   int begin = 0;
   for (int run = 0; run <= most_runs(across); ++run) {
-    directory[run_place(0, run, across)] = static_cast<uint32_t>(rows);
+    directory[run_place(0, run, across)] = static_cast<uint32_t>(quads);
     directory[run_place(0, run, across) + 1] = static_cast<uint32_t>(begin);
     if (begin == across) continue;
     const int most = run_tiles(across);
     int end = begin + most < across ? begin + most : across;
-    while (rows_of(symbols, width, codes, {begin, end}) > kRunRows) --end;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      encode_lane(symbols, width, codes, {begin, end}, lane, words + rows * kRowWords);
-    }
-    rows += static_cast<size_t>(rows_of(symbols, width, codes, {begin, end}));
+    while (quads_of(symbols, width, codes, {begin, end}) * kQuadWords > kRunWords) --end;
+    encode_run(symbols, width, codes, {begin, end}, words + quads * kQuadWords);
+    quads += static_cast<size_t>(quads_of(symbols, width, codes, {begin, end}));
     begin = end;
   }
-  if (rests == nullptr) return rows;
+  if (rests == nullptr) return quads;
   for (int tile = 0; tile < across; ++tile, tiles += kTileWords) {
     for (int lane = 0; lane < kLanes; ++lane) {
       uint32_t lane_words[kRestWords] = {};
@@ -108,33 +104,33 @@ extern "C" size_t infold_pairs_encode(const uint8_t* symbols, const uint16_t* re
       for (int word = 0; word < kRestWords; ++word) tiles[word_index(lane, word)] = lane_words[word];
     }
   }
-  return rows;
+  return quads;
 }
 
 // Decodes a stripe: bfloat16s, or, where there are no tiles, for each weight the index that its pair has in the table.
-// Of damaged words anything; reads `rows` rows of words.
-extern "C" void infold_pairs_decode(const uint32_t* table, const uint32_t* tiles, const uint32_t* words, size_t rows,
+// Of damaged words anything; reads so many quads of them.
+extern "C" void infold_pairs_decode(const uint32_t* table, const uint32_t* tiles, const uint32_t* words, size_t quads,
                                     const uint32_t* directory, int across, uint16_t* out) {
   constexpr int kShift = 2;
   const int width = across * kCols;
   for (int run = 0; run < most_runs(across); ++run) {
     const uint32_t* place = directory + run_place(0, run, across);
-    const size_t first = place[0] < rows ? place[0] : rows, end = place[2] < rows ? place[2] : rows;
-    // A run's rows, and what a stream reads behind them.
-    uint32_t held[kRunWords + 12 * kRowWords] = {};
-    for (size_t i = 0; i < kRunWords && first * kRowWords + i < end * kRowWords; ++i) {
-      held[i] = words[first * kRowWords + i];
+    const size_t first = place[0] < quads ? place[0] : quads, end = place[2] < quads ? place[2] : quads;
+    // A run's words, and those that a stream reads behind them.
+    uint32_t held[kRunWords + Stream<kShift>::kBehind] = {};
+    for (size_t i = 0; i < kRunWords && first * kQuadWords + i < end * kQuadWords; ++i) {
+      held[i] = words[first * kQuadWords + i];
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       Stream<kShift> stream;
-      stream.begin(held + lane);
+      stream.begin(held, lane);
       for (int tile = static_cast<int>(place[1]); tile >= 0 && tile < static_cast<int>(place[3]) && tile < across;
            ++tile) {
-        stream.begin_tile(held + lane);
+        stream.begin_tile(held);
         uint32_t entries[2], offsets[2], registers[2];
         for_pairs(lane, tile, [&](int step, int reg, int row, int col) {
           if (reg % 2 == 0) {
-            stream.decode(reinterpret_cast<const unsigned char*>(table), 0, held + lane, entries, offsets);
+            stream.decode(reinterpret_cast<const unsigned char*>(table), 0, held, entries, offsets);
             if (tiles != nullptr) {
               const uint32_t* rests = tiles + static_cast<size_t>(tile) * kTileWords;
               assemble(rests[word_index(lane, 2 * step + reg / 2)], entries, registers);

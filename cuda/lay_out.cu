@@ -141,7 +141,7 @@ __device__ void list_apart(const InfoldLayOut& p) {
 extern "C" __global__ void __launch_bounds__(kThreads) infold_histogram_bf16(InfoldHistogram p) {
   histogram<2 * kBytes, uint16_t>(p, [](uint32_t bits, uint32_t* counts) {
     atomic_add(counts + (bits >> 7 & 0xff), 1);
-    atomic_add(counts + kBytes + (bits >> 8 & 0x80 | bits & 0x7f), 1);
+    atomic_add(counts + kBytes + ((bits >> 8 & 0x80) | (bits & 0x7f)), 1);
   });
 }
 

@@ -1,8 +1,7 @@
 // The pair prefix table: neighbours in a row are coded together, by a prefix code of at most ten bits, in a stream of
 // bits for each lane. The next ten bits of a stream pick an entry, which holds both weights and the length of their
-// code. A lane's streams begin anew with each run of tiles; a run's words lie in rows of one for each lane, as many
-// rows as its longest stream takes, and few enough for a warp to keep them in shared memory. What has no code is listed
-// apart, and the weight's filler stands in its place.
+// code. The streams begin anew with each run of tiles, one behind the other, and a run's are few enough for a warp to
+// keep them in shared memory. What has no code is listed apart, and the weight's filler stands in its place.
 #pragma once
 
 #include <cstddef>
@@ -23,21 +22,25 @@ constexpr int kRestWords = window::kRestWords;
 constexpr int kTileWords = kLanes * kRestWords;
 constexpr uint32_t kRestMask = window::kRestMask;
 
-// A run's rows of words at most; and its tiles at least, but at a stripe's end: so many always fit.
-constexpr int kRunRows = 26;
+// Words that come in one load. A run begins with where each lane's stream does, in bits behind these numbers.
+constexpr int kQuadWords = 4;
+constexpr int kStartWords = kLanes / 2;
+
+// A run's words at most; and its tiles at least, but at a stripe's end: so many always fit.
+constexpr int kRunWords = 832;
 constexpr int kRunTiles = 5;
-static_assert(kRunTiles * kSteps * kRegisters * kIndexBits <= 32 * kRunRows, "rows of a run");
-constexpr int kRunWords = kRunRows * kLanes;
+constexpr int kTileBits = kLanes * kSteps * kRegisters * kIndexBits;
+static_assert(kRunTiles * kTileBits <= 32 * (kRunWords - kStartWords) && kRunWords % kQuadWords == 0, "a run's words");
 
 // Runs of a stripe of `across` tiles at most. The directory has so many places for each stripe and one for the end,
-// each of two words: the row of words and the tile that a run begins with.
+// each of two words: the quad of words and the tile that a run begins with.
 INFOLD_BOTH int most_runs(int across) { return (across + kRunTiles - 1) / kRunTiles; }
 INFOLD_BOTH size_t run_place(int stripe, int run, int across) {
   return 2 * (static_cast<size_t>(stripe) * (most_runs(across) + 1) + run);
 }
 
-// Tiles of a run at most, where its rows of words allow: as many as give eight warps as many runs each. Long runs waste
-// less behind streams that are shorter than the longest, short ones divide the work.
+// Tiles of a run at most, where its words allow: as many as give eight warps as many runs each. Long runs begin less
+// often, short ones divide the work.
 INFOLD_BOTH int run_tiles(int across) {
   constexpr int kWarps = 8, kLeast = 8, kMost = 16;
   const int turns = (across + kWarps * kMost - 1) / (kWarps * kMost);
@@ -131,37 +134,39 @@ INFOLD_BOTH uint32_t assemble_levels(uint32_t entry, uint32_t low_uppers, uint32
 template <int kShift>
 struct Stream {
   static constexpr uint32_t kMask = (kEntries - 1) << kShift;
-  static constexpr uint32_t kRowBytes = kLanes * sizeof(uint32_t);
-
   uint32_t current, next, ahead, position;
-  // The next row, in bytes: on the device the shared memory's address of this lane's word in it.
-  uint32_t row;
+  // Of the word after `ahead`, in bytes: on the device its address in shared memory, else its place in the run.
+  uint32_t place;
 
-  INFOLD_BOTH static uint32_t first_row(const uint32_t* words) {
+  INFOLD_BOTH static uint32_t address(const uint32_t* run) {
 #ifdef __CUDA_ARCH__
-    return static_cast<uint32_t>(__cvta_generic_to_shared(words));
+    return static_cast<uint32_t>(__cvta_generic_to_shared(run));
 #else
-    return static_cast<void>(words), 0;
+    return static_cast<void>(run), 0;
 #endif
   }
 
-  // From the beginning of a run, whose words of this lane begin at `words`.
-  INFOLD_BOTH void begin(const uint32_t* words) {
-    current = 0;
-    next = words[0];
-    ahead = words[kLanes];
-    row = first_row(words) + 2 * kRowBytes;
-    position = 32 - kShift;
+  // From where a lane's stream of a run begins, or before the run's end whatever is said of it.
+  INFOLD_BOTH void begin(const uint32_t* run, int lane) {
+    const uint32_t start = reinterpret_cast<const uint16_t*>(run)[lane];
+    const uint32_t from = (start < 32 * kRunWords ? start : 32 * kRunWords) + 32 - kShift;
+    const uint32_t word = kStartWords - 1 + from / 32;
+    current = run[word];
+    next = run[word + 1];
+    ahead = run[word + 2];
+    place = address(run) + (word + 3) * sizeof(uint32_t);
+    position = from % 32;
   }
 
-  // Whatever the bits are: a tile reads no farther than ten rows behind the run's.
-  INFOLD_BOTH void begin_tile(const uint32_t* words) {
-    const uint32_t last = first_row(words) + (kRunRows + 2) * kRowBytes;
-    row = row < last ? row : last;
+  // Whatever the bits are: a tile reads no farther than kBehind words behind the run's.
+  static constexpr int kBehind = 32;
+  INFOLD_BOTH void begin_tile(const uint32_t* run) {
+    const uint32_t last = address(run) + (kRunWords + kBehind - kSteps * kRegisters / 2) * sizeof(uint32_t);
+    place = place < last ? place : last;
   }
 
   // The entries of the next two codes, and their offsets in the table, to which `copy`, this lane's copy, belongs.
-  INFOLD_BOTH void decode(const unsigned char* table, uint32_t copy, const uint32_t* words, uint32_t (&entries)[2],
+  INFOLD_BOTH void decode(const unsigned char* table, uint32_t copy, const uint32_t* run, uint32_t (&entries)[2],
                           uint32_t (&offsets)[2]) {
     uint32_t bits = shift_right(current, next, position);
     offsets[0] = and_or(bits, kMask, copy);
@@ -170,11 +175,11 @@ struct Stream {
     offsets[1] = and_or(bits, kMask, copy);
     entries[1] = *reinterpret_cast<const uint32_t*>(table + offsets[1]);
     position += entries[0] + entries[1];
-    refill(words);
+    refill(run);
   }
 
   // Goes on to the next word where the position has passed one: by predicates, for lanes differ.
-  INFOLD_BOTH void refill(const uint32_t* words) {
+  INFOLD_BOTH void refill(const uint32_t* run) {
 #ifdef __CUDA_ARCH__
     asm volatile(
         "{\n"
@@ -188,15 +193,15 @@ struct Stream {
         "@passed ld.shared.b32 %3, [%4];\n"
         "@passed add.u32 %4, %4, %5;\n"
         "}"
-        : "+r"(position), "+r"(current), "+r"(next), "+r"(ahead), "+r"(row)
-        : "n"(kRowBytes));
+        : "+r"(position), "+r"(current), "+r"(next), "+r"(ahead), "+r"(place)
+        : "n"(sizeof(uint32_t)));
 #else
     if ((position & 32) == 0) return;
     position ^= 32;
     current = next;
     next = ahead;
-    ahead = words[row / sizeof(uint32_t)];
-    row += kRowBytes;
+    ahead = run[place / sizeof(uint32_t)];
+    place += sizeof(uint32_t);
 #endif
   }
 };

@@ -32,11 +32,11 @@ struct PairsLayout {
   uint32_t* shared;
   // The offset of this lane's copy.
   uint32_t copy;
-  // All words, and how many rows of them there are.
+  // All words, and how many quads of them there are.
   const uint32_t* words;
-  uint32_t rows;
+  uint32_t quads;
   // Of the run.
-  uint32_t first_row, end_row;
+  uint32_t first_quad, end_quad;
   uint32_t upper_bytes[2];
   pairs::Stream<kShift> stream;
 
@@ -45,15 +45,15 @@ struct PairsLayout {
     copy = threadIdx.x % kCopies * sizeof(uint32_t);
     upper_bytes[0] = w.head->upper_bytes[0];
     upper_bytes[1] = w.head->upper_bytes[1];
-    // The words begin a line after the escapes; whatever is said of these, within the payload.
+    // The words begin after the escapes; whatever is said of these, within the payload.
     const uint32_t* payload = reinterpret_cast<const uint32_t*>(w.head);
     const size_t end = w.payload_bytes / sizeof(uint32_t);
     size_t first = reinterpret_cast<const uint32_t*>(w.escapes) - payload;
     first += sizeof(InfoldEscape) / sizeof(uint32_t) * static_cast<size_t>(w.escape_starts[w.rows]);
-    first = (first + kLanes - 1) / kLanes * kLanes;
+    first = (first + pairs::kQuadWords - 1) / pairs::kQuadWords * pairs::kQuadWords;
     first = first < end ? first : end;
     words = payload + first;
-    rows = static_cast<uint32_t>((end - first) / kLanes);
+    quads = static_cast<uint32_t>((end - first) / pairs::kQuadWords);
 
     const uint32_t* entries = reinterpret_cast<const uint32_t*>(w.values) + (kLevels ? 2 * pairs::kEntries : 0);
     for (int i = threadIdx.x; i < pairs::kEntries * kCopies; i += blockDim.x) {
@@ -64,35 +64,34 @@ struct PairsLayout {
 
   __device__ const unsigned char* table() const { return reinterpret_cast<unsigned char*>(shared + kStreamWords); }
 
-  __device__ const uint32_t* lane_words() const {
-    return shared + threadIdx.x / kLanes * pairs::kRunWords + threadIdx.x % kLanes;
-  }
+  // This warp's run.
+  __device__ uint32_t* run() const { return shared + threadIdx.x / kLanes * pairs::kRunWords; }
 
   // Goes to a run of a stripe, and says which tiles are its.
   __device__ pairs::Run enter(const InfoldWeight& w, int stripe, int run, int across) {
     const uint32_t* place = w.escape_starts + w.rows + 1 + pairs::run_place(stripe, run, across);
     const uint32_t begin = place[1], end = place[3], last = across;
-    first_row = place[0] < rows ? place[0] : rows;
-    end_row = place[2] < rows ? place[2] : rows;
+    first_quad = place[0] < quads ? place[0] : quads;
+    end_quad = place[2] < quads ? place[2] : quads;
     return {static_cast<int>(begin < last ? begin : last), static_cast<int>(end < last ? end : last)};
   }
 
   // Brings a run's words to shared memory; for a warp together.
   __device__ void begin_run() {
-    const int count = static_cast<int>(end_row - first_row) * kLanes;
-    uint32_t* target = shared + threadIdx.x / kLanes * pairs::kRunWords;
+    const int count = static_cast<int>(end_quad - first_quad) * pairs::kQuadWords;
     // Nobody reads the last run's any more.
     sync_warp();
 #pragma unroll 1
-    for (int i = threadIdx.x % kLanes * 4; i < count && i < pairs::kRunWords; i += 4 * kLanes) {
-      copy_quad(target + i, words + static_cast<size_t>(first_row) * kLanes + i);
+    for (int i = threadIdx.x % kLanes * pairs::kQuadWords; i < count && i < pairs::kRunWords;
+         i += kLanes * pairs::kQuadWords) {
+      copy_quad(run() + i, words + static_cast<size_t>(first_quad) * pairs::kQuadWords + i);
     }
     wait_for_copies();
-    stream.begin(lane_words());
+    stream.begin(run(), threadIdx.x % kLanes);
   }
 
   // Before a tile's steps, which come in order.
-  __device__ void begin_tile() { stream.begin_tile(lane_words()); }
+  __device__ void begin_tile() { stream.begin_tile(run()); }
 
   __device__ static Tile load(const uint32_t* tiles, size_t tile, int lane) {
     Tile result = {};
@@ -110,7 +109,7 @@ struct PairsLayout {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t entries[2], offsets[2], registers[2];
-      stream.decode(table(), copy, lane_words(), entries, offsets);
+      stream.decode(table(), copy, run(), entries, offsets);
       if constexpr (kLevels) {
         registers[0] = pairs::assemble_levels(entries[0], upper_bytes[0], upper_bytes[1]);
         registers[1] = pairs::assemble_levels(entries[1], upper_bytes[0], upper_bytes[1]);
@@ -129,7 +128,7 @@ struct PairsLayout {
 #pragma unroll
     for (int i = 0; i < kSteps * kRegisters; i += 2) {
       uint32_t entries[2], offsets[2], registers[2];
-      stream.decode(table(), copy, lane_words(), entries, offsets);
+      stream.decode(table(), copy, run(), entries, offsets);
       if constexpr (!kLevels) pairs::assemble(tile.word(i / 2), entries, registers);
 #pragma unroll
       for (int reg = 0; reg < 2; ++reg) result.words[i + reg] = kLevels ? offsets[reg] >> kShift : registers[reg];

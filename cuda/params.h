@@ -21,7 +21,7 @@ struct InfoldWeight {
   const struct InfoldHead* head;
   const float* values; /* of each code; of pairs, of each index of the table, two of levels, and then the entries */
   const uint32_t* tiles;
-  const uint32_t* escape_starts; /* of each row's, and the end of all; of pairs, then of each run's rows of words */
+  const uint32_t* escape_starts; /* of each row's, and the end of all; of pairs, then of each run's words */
   const struct InfoldEscape* escapes;
   const void* scales; /* null for 1, else float32 or bfloat16 */
   int32_t scales_are_bf16;

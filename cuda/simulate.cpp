@@ -87,6 +87,9 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
   return false;
 }
 
+// Dynamic shared memory of a block of the fused product by pairs.
+extern "C" uint32_t infold_pairs_shared_bytes() { return in_linear::Pairs::kSharedBytes; }
+
 // Sizes of the parameters, and of what they are made of.
 extern "C" void infold_parameter_sizes(size_t (&sizes)[7]) {
   sizes[0] = sizeof(InfoldEscape);

@@ -25,6 +25,8 @@ QUANTISED = {
     "codes8": FusedConfig("int8"),
     "codes4 in groups": FusedConfig("int4", group_size=64),
 }
+#: Formats whose weights are coded in pairs too.
+IN_PAIRS = {"lossless": LOSSLESS, **{name: QUANTISED[name] for name in ("codes4", "codes5", "codes4 in groups")}}
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -92,6 +94,64 @@ def test_quantised_weights_go_there_and_back(name: str) -> None:
         assert torch.equal(tensor, canonical[field]), field
 
 
+@pytest.mark.parametrize("name", IN_PAIRS)
+def test_pairs_there_and_back_and_from_the_other_layouts(name: str) -> None:
+    linear = linear_of(130, 320)
+    packed = FusedDecompressLinear.from_linear(linear if name == "lossless" else linear.float(), IN_PAIRS[name])
+    canonical = {field: tensor.clone() for field, tensor in packed.state_dict().items()}
+    fixed = "window" if name == "lossless" else "codes"
+    for form in ("pairs", fixed, "pairs", "device", fixed, "compact", "pairs", "fast"):
+        packed.lay_out(form)
+        expected = {"pairs": ("pairs", "pairs_of_levels"), "compact": ("compact",), "fast": ("fast",)}
+        assert form == "device" or packed.layout in expected.get(form, ("window", "codes4", "codes5"))
+        for field, tensor in packed.state_dict().items():
+            assert torch.equal(tensor, canonical[field]), (form, field)
+
+
+def test_a_module_takes_a_weight_that_has_no_pairs() -> None:
+    linear = linear_of(64, 256).float()
+    packed = FusedDecompressLinear.from_linear(linear, QUANTISED["codes4"])
+    other = FusedDecompressLinear.from_linear(linear, QUANTISED["codes8"])
+    packed.lay_out("pairs")
+    assert packed.layout == "pairs_of_levels"
+    packed.load_state_dict(FusedDecompressLinear.from_linear(linear, QUANTISED["codes5"]).state_dict())
+    assert packed.layout == "pairs_of_levels"
+    packed.load_state_dict(other.state_dict())
+    assert packed.layout == "codes8"
+    assert torch.equal(packed.weight, other.weight)
+
+
+def test_pairs_take_fewer_bits() -> None:
+    weight = torch.randn(1024, 1024) * 0.02
+    for name, most in (("lossless", 10.9), ("codes4", 3.5), ("codes5", 4.5)):
+        packed = lay_out(pack(weight.bfloat16() if name == "lossless" else weight, IN_PAIRS[name]), "pairs")
+        assert 8 * packed.nbytes / weight.numel() < most, name
+
+
+def test_equal_times_keep_the_fixed_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = FusedDecompressLinear.from_linear(linear_of(64, 256), LOSSLESS)
+    for fixed, pairs, expected in ((1.0, 1.0, "window"), (1.01, 1.0, "window"), (1.1, 1.0, "pairs"), (1, 2, "window")):
+        calls = []
+
+        def measure(
+            _: object, forms: object, fixed: float = fixed, pairs: float = pairs, calls: list[object] = calls
+        ) -> dict[str, float]:
+            calls.append(forms)
+            return {"window": fixed, "pairs": pairs}
+
+        monkeypatch.setattr(infold.layout, "_measure_on_device", measure)
+        infold.layout.lay_out_for_device([[packed], [copy.deepcopy(packed)]], "auto")
+        assert packed.layout == expected
+        assert len(calls) == 1  # weights of one size are measured once
+    bytes_ = FusedDecompressLinear.from_linear(linear_of(64, 256).float(), QUANTISED["codes8"])
+    infold.layout.lay_out_for_device([[bytes_]], "auto")
+    assert bytes_.layout == "codes8"  # and what has one layout not at all
+    with pytest.raises(ValueError, match="layout: expected window or pairs for a weight of format lossless"):
+        infold.layout.lay_out_for_device([[packed]], "codes")
+    with pytest.raises(ValueError, match="layout: expected auto, window, codes or pairs on CUDA"):
+        infold.layout.lay_out_for_device([[packed]], "fast")
+
+
 def test_other_weights_are_refused_and_stay() -> None:
     packed = FusedDecompressLinear.from_linear(linear_of(64, 128).half(), LOSSLESS)
     before = packed.weight
@@ -99,16 +159,22 @@ def test_other_weights_are_refused_and_stay() -> None:
         packed.lay_out("device")
     assert packed.layout == "compact"
     assert torch.equal(packed.weight, before)
-    pruned = FusedDecompressLinear.from_linear(nn.Linear(64, 64, dtype=torch.bfloat16), LOSSLESS)
-    pruned.load_state_dict({**pruned.state_dict(), **_pruned()})
+    bytes_ = FusedDecompressLinear.from_linear(linear_of(64, 128).float(), QUANTISED["codes8"])
     with pytest.raises(ValueError, match="at most one weight in 64"):
-        pruned.lay_out("device")
+        bytes_.lay_out("pairs")
+    assert bytes_.layout == "compact"
 
 
-def _pruned() -> dict[str, torch.Tensor]:
-    weight = torch.randn(64, 64).bfloat16()
-    weight[::2] = 0
-    return dict(pack(weight, LOSSLESS)._asdict())
+def test_pruned_weights_have_pairs() -> None:
+    linear = linear_of(64, 64)
+    linear.weight.data[::2] = 0
+    packed = FusedDecompressLinear.from_linear(linear, LOSSLESS)
+    with pytest.raises(ValueError, match="at most one weight in 64"):
+        packed.lay_out("window")
+    packed.lay_out("device")
+    assert packed.layout == "pairs"
+    packed.lay_out("compact")
+    assert torch.equal(packed.weight, linear.weight)
 
 
 def test_the_cpus_operators_refuse_it() -> None:
@@ -238,6 +304,49 @@ def test_what_the_host_lays_out_for_cuda(layout: str) -> None:
     cut = moved._replace(payload=moved.payload[:-1500])
     with pytest.raises((RuntimeError, ValueError), match=r"infold/corrupt: field `(payload|directory)`"):
         lay_out(cut, "device")
+
+
+@cuda
+@pytest.mark.parametrize("name", IN_PAIRS)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_pairs_on_cuda(name: str, rows: int, cols: int) -> None:
+    linear = linear_of(rows, cols)
+    packed = FusedDecompressLinear.from_linear(linear if name == "lossless" else linear.float(), IN_PAIRS[name])
+    if packed.header.quantizer == "lossless" and packed.header.dtype != torch.bfloat16:
+        pytest.skip("too small to be quantised")
+    weight = packed.unpack(torch.float32)
+    packed.cuda().lay_out("pairs")
+    assert torch.equal(packed.unpack(torch.float32).cpu(), weight)
+    assert packed.bias is not None
+    bias = packed.bias.detach().cpu().double()
+    for batch in (1, 8, 9, 16, 17):
+        x = torch.randn(batch, cols).bfloat16()
+        y = packed(x.cuda()).cpu()
+        assert packed.layout in ("pairs", "pairs_of_levels")
+        exact = F.linear(x.double(), weight.double(), bias)
+        if name == "lossless":
+            close(y, exact, F.linear(x.double().abs(), weight.double().abs(), bias.abs()))
+        else:
+            limit = (x.double().square() @ weight.double().T.square()).sqrt() / 64 + exact.abs() / 128
+            assert ((y.double() - exact).abs() <= limit).all()
+    indices = torch.randint(rows, (7,))
+    embedding = FusedDecompressEmbedding(packed.packed)
+    assert torch.equal(embedding(indices.cuda()).cpu(), weight[indices].to(embedding.dtype))
+
+
+@cuda
+def test_prepare_measures_and_obeys_on_cuda() -> None:
+    model = nn.Sequential(*(FusedDecompressLinear.from_linear(linear_of(512, 1024), LOSSLESS) for _ in range(3))).cuda()
+    x = torch.randn(4, 1024, dtype=torch.bfloat16).cuda()
+    expected = model[0](x).float()
+    for layout in ("window", "pairs", "auto", "window", "auto"):
+        found = set(infold.prepare(model, layout).values())  # type: ignore[arg-type]
+        assert found <= ({"window", "pairs"} if layout == "auto" else {layout})
+        assert torch.allclose(model[0](x).float(), expected, rtol=1 / 64, atol=1e-3)
+    with pytest.raises(ValueError, match="layout: expected window or pairs for a weight of format lossless"):
+        infold.prepare(model, "codes")
+    with pytest.raises(ValueError, match="layout: expected auto, window, codes or pairs on CUDA"):
+        infold.prepare(model, "fast")
 
 
 @cuda

@@ -128,8 +128,12 @@ def test_auto_keeps_its_budget_and_says_what_it_took() -> None:
     assert taken <= least + one + least // 100
     with pytest.raises(ValueError, match=f"budget: expected at least {least} bytes, got 7"):
         infold.prepare(model, budget=7)
-    with pytest.raises(ValueError, match="layout: expected auto, compact or fast, got 'quick'"):
+    with pytest.raises(
+        ValueError, match="layout: expected auto, compact or fast, or window, codes or pairs on CUDA, got 'quick'"
+    ):
         infold.prepare(model, "quick")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layout: expected auto, compact or fast on the CPU, got 'pairs'"):
+        infold.prepare(model, "pairs")
 
 
 def test_the_report_counts_what_is_stored_and_what_is_resident() -> None:

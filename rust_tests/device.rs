@@ -17,6 +17,7 @@ use infold::parallel::{Serial, Threads};
 use support::*;
 
 unsafe extern "C" {
+    fn infold_pairs_shared_bytes() -> u32;
     fn infold_parameter_sizes(sizes: *mut [usize; 7]);
     fn infold_parameter_fields(linear: *mut Linear, unpack: *mut Unpack, inputs: *mut Inputs, wide: *mut Wide);
 }
@@ -193,6 +194,17 @@ fn every_kernel_that_is_loaded_is_emulated() {
 }
 
 #[test]
+fn pairs_ask_for_as_much_shared_memory_as_they_use() {
+    // SAFETY: a number.
+    let used = unsafe { infold_pairs_shared_bytes() };
+    let asked: Vec<_> = launch::kernels().filter(|kernel| kernel.name.starts_with("infold_linear_pairs")).collect();
+    assert_eq!(asked.len(), 4);
+    assert!(asked.iter().all(|kernel| kernel.shared == used));
+    // With eight kilobytes of partial sums, within what sm_89 has for a block.
+    assert!(used + (8 << 10) <= 99 << 10);
+}
+
+#[test]
 fn every_bf16_comes_back() {
     for base in [0, 1, 112, 239, 240] {
         let values = all_bits(base);
@@ -288,7 +300,7 @@ fn damage_is_an_error_or_other_numbers() {
 #[test]
 fn kernels_read_no_farther_than_the_payload() {
     let mut random = Random(12);
-    let (rows, cols) = (40, 700);
+    let (rows, cols) = (33, 700);
     let values = random.normals(rows * cols, 0.05);
     let lossless = pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap();
     for packed in [lossless, quantised(1, &values, rows, cols)] {
@@ -298,10 +310,10 @@ fn kernels_read_no_farther_than_the_payload() {
         let x = to_bf16(&random.normals(cols, 1.0));
         let mut y = Shifted::new(rows, 0);
         let mut out = vec![0f32; rows * cols];
-        for turn in 0..60 {
-            // What the kernels find their way by: the directory, and the lengths of codes in the table.
-            let place =
-                if turn % 3 == 0 { 16 + 4 * (turn * 97 % 1024) } else { directory.start + turn % directory.len() };
+        // What the kernels find their way by: the directory, and the lengths of codes in the table.
+        let table = 16 + 4 * (device.kind().values() - 1024);
+        let table = (table..table + 4 * 1024).step_by(4 * 31);
+        for place in directory.chain(table) {
             let before = device.payload[place];
             device.payload[place] = random.next() as u8;
             let guarded = Guarded::new(&device.payload);

@@ -20,6 +20,8 @@ LINEAR, UNPACK = "cuda/linear.cu", "cuda/unpack.cu"
 WIDE, MANY, BACKWARD = "cuda/wide.cu", "cuda/wide.cuh", "cuda/backward.cu"
 INPUTS, INPUT_TILES, INTRINSICS = "cuda/inputs.cu", "cuda/inputs.cuh", "cuda/intrinsics.cuh"
 LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
+PAIRS, PAIRS_LAYOUT, PAIRS_HOST = "cuda/pairs.cuh", "cuda/pairs_layout.cuh", "cuda/host_pairs.cpp"
+PAIRS_RUST, PREFIX = "src/cuda/weight/pairs.rs", "src/cuda/prefix.rs"
 LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
 #: (what, file, code, code with the fault).
 FAULTS = (
@@ -37,7 +39,12 @@ FAULTS = (
     ("end of the window", WINDOW, "if (exponent >= kWindow)", "if (exponent > kWindow)"),
     ("filler of the window", LAYOUTS, "window::filler(w.head->base))", "window::filler(w.head->base)) * 2"),
     ("word order of codes", LAYOUTS, LOAD_CODES, LOAD_CODES.replace("(lane,", "(lane ^ 1,")),
-    ("the fifths' word", LAYOUTS, "result.fifths = kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0", "result.fifths = 0"),
+    (
+        "the fifths' word",
+        LAYOUTS,
+        "result.fifths = kBits == 5 ? words[codes::place<kBits>(lane, 4)] : 0",
+        "result.fifths = 0",
+    ),
     (
         "pair of fifths",
         CODES,
@@ -65,12 +72,12 @@ FAULTS = (
         "reinterpret_cast<uintptr_t>(x) % 8 == 0",
     ),
     ("second group's rows", LINEAR, "(part + i) * kGroup + lane / 4,", "(part + i) * 4 + lane / 4,"),
-    ("tiles of a warp", LINEAR, "start += kAhead * kWarps", "start += kWarps"),
+    ("tiles of a warp", LINEAR, "start += kAhead * kStride", "start += kStride"),
     (
         "prefetch of the next tile",
         LINEAR,
-        "const int next = tile + kAhead * kWarps;",
-        "const int next = tile + kWarps;",
+        "const int next = tile + kAhead * kStride;",
+        "const int next = tile + kStride;",
     ),
     (
         "rows' scales",
@@ -158,6 +165,53 @@ FAULTS = (
         "bytes.extend(u32::to_le_bytes(start));\n        start += count;",
         "start += count;\n        bytes.extend(u32::to_le_bytes(start));",
     ),
+    ("pairs: a second register's rest", PAIRS, "window::rotate_right_8(rest), entries[1]", "rest, entries[1]"),
+    ("pairs: bytes of two levels", PAIRS, "0x7362", "0x7263"),
+    (
+        "pairs: upper bytes",
+        PAIRS,
+        "pick_bytes(low_uppers, high_uppers, entry)",
+        "pick_bytes(low_uppers, low_uppers, entry)",
+    ),
+    ("pairs: where a stream begins", PAIRS, "+ 32 - kShift;", "+ 31 - kShift;"),
+    ("pairs: the next word", PAIRS, "    current = next;\n    next = ahead;\n", "    current = next;\n"),
+    ("pairs: words of a stream", PAIRS, "    place += sizeof(uint32_t);\n", ""),
+    (
+        "pairs: a stream's end",
+        PAIRS,
+        "place = place < last ? place : last;",
+        "place = place < last - 3200 ? place : last - 3200;",
+    ),
+    (
+        "pairs: a lane's copy",
+        PAIRS_LAYOUT,
+        "copy = threadIdx.x % kCopies * sizeof(uint32_t);",
+        "copy = (threadIdx.x % kCopies + 1) * sizeof(uint32_t);",
+    ),
+    ("pairs: entries of the copies", PAIRS_LAYOUT, "entries[i / kCopies]", "entries[i % pairs::kEntries]"),
+    ("pairs: the barrier after the table", PAIRS_LAYOUT, "    }\n    __syncthreads();\n  }", "    }\n  }"),
+    (
+        "pairs: waiting for a run's words",
+        PAIRS_LAYOUT,
+        "wait_for_copies();\n    stream.begin",
+        "sync_warp();\n    stream.begin",
+    ),
+    (
+        "pairs: a run's words",
+        PAIRS_LAYOUT,
+        "place[2] < quads ? place[2] : quads",
+        "place[0] < quads ? place[0] : quads",
+    ),
+    ("pairs: words beyond the payload", PAIRS_LAYOUT, "place[2] < quads ? place[2] : quads", "place[2]"),
+    ("pairs: what stands in", PAIRS_LAYOUT, "return from_bf16(w.head->base);", "return 2 * from_bf16(w.head->base);"),
+    ("pairs: an embedding's row", UNPACK, "row < first_row || row >= end_row", "row >= end_row"),
+    ("pairs: first bits of the streams", PAIRS_HOST, "bit << 16 * (lane % 2)", "bit << 16 * (lane / 2 % 2)"),
+    ("pairs: a code across two words", PAIRS_HOST, "if (bits >> 32 != 0) at[1]", "if (bits >> 33 != 0) at[1]"),
+    ("pairs: order of a code's bits", PREFIX, "next.reverse_bits() >> (32 - length)", "next"),
+    ("pairs: packages taken", PREFIX, "taken = 2 * (taken - leaves);", "taken = 2 * taken - leaves;"),
+    ("pairs: rest of what is listed apart", PAIRS_RUST, "} else if is_bf16 {", "}\n                if is_bf16 {"),
+    ("pairs: stripes' runs", PAIRS_RUST, "[first + place[0], place[1]]", "[place[0], place[1]]"),
+    ("pairs: shared memory", LAUNCH, "8 * 832 * 4 + 16 * 4096", "8 * 832 * 4 + 15 * 4096"),
 )
 
 

@@ -26,7 +26,7 @@ const COLUMN_BYTES: usize = TILE_COLS * 2;
 
 /// Dynamic shared memory of the fused product by pairs: eight warps' runs and the table's copies, as `cuda/pairs_layout.cuh`
 /// lays them. Every device since sm_80 has as much for a block.
-const PAIRS_SHARED: u32 = 8 * 26 * 128 + 16 * 4096;
+const PAIRS_SHARED: u32 = 8 * 832 * 4 + 16 * 4096;
 
 /// A layout's kernels.
 struct Kernels {

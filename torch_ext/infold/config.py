@@ -8,8 +8,10 @@ from typing import Literal, get_args
 import torch
 
 Format = Literal["lossless", "ecsq", "int8", "int4"]
-MemoryLayout = Literal["compact", "fast", "window", "codes4", "codes5", "codes8"]
+MemoryLayout = Literal["compact", "fast", "window", "codes4", "codes5", "codes8", "pairs", "pairs_of_levels"]
 Layout = Literal["auto", "compact", "fast"]
+#: Those for CUDA, by what `infold.prepare` is asked for.
+DeviceLayout = Literal["window", "codes", "pairs"]
 Mode = Literal["fused", "exact"]
 
 #: Dtypes of dense weights that can be packed.

@@ -1,17 +1,19 @@
-"""How packed weights lie in memory: in the smallest form, or one that computes faster. Results are the same bits."""
+"""How packed weights lie in memory: in the smallest form, or one that computes faster. Weights are the same bits."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 
 from infold._library import ops
-from infold.config import Layout, MemoryLayout
+from infold.config import DeviceLayout, Layout, MemoryLayout
 from infold.nn import FusedDecompressLinear, PackedModule
 from infold.packed import CPU_LAYOUTS, Packed, lay_out
 
@@ -20,6 +22,8 @@ _SIZE_LIMIT = 1.3
 #: ...and at least this many times as fast.
 _SPEED_LIMIT = 1.05
 _MEASUREMENTS = 7
+#: On CUDA, times that differ by less are equal.
+_TIE = 1.02
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,30 @@ class _Choice:
 
 
 @torch.inference_mode(False)
-def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = None) -> dict[str, MemoryLayout]:
+def prepare(
+    model: nn.Module, layout: Layout | DeviceLayout = "auto", *, budget: int | None = None
+) -> dict[str, MemoryLayout]:
     """Lays every packed weight of ``model`` out in memory, in place and exactly; returns the layout of each layer.
 
     layout: ``"compact"`` is the smallest form, that of files and state dicts; ``"fast"`` is plain codes, 1.1 to 1.3
         times as large for trained weights; ``"auto"`` measures both on this machine with one row of activations and
         takes the fast one where it is faster and at most 1.3 times the size.
-        On CUDA, ``"auto"`` is the one that a weight has there: 12 bits a weight for lossless bfloat16 (``"window"``),
-        codes of 4, 5 or 8 bits for the quantised formats. A layer that was moved to another device is laid out for it
-        at its next forward; call this before a CUDA graph is recorded or a model is compiled.
+        On CUDA there are others: ``"window"``, 12 bits a weight of lossless bfloat16; ``"codes"`` of 4, 5 or 8 bits for
+        the quantised formats; ``"pairs"``, entropy-coded, for both, if levels have at most about four bits. ``"auto"``
+        measures those that a weight has and takes pairs where they are faster. A layer that was moved to another device
+        is laid out for it at its next forward, in a window or in codes if it can; call this before a CUDA graph is
+        recorded or a model is compiled.
     budget: with ``"auto"``, bytes that all packed weights may take on the CPU: fast where it saves the most time a
         byte.
 
-    Layers that share a weight keep sharing it. Results do not depend on the layout. As with any change to a module's
-    parameters, nobody may run the model meanwhile. Raises ValueError for another layout, for a budget with a layout
-    other than ``"auto"``, where even the compact form of all weights is over the budget, and on CUDA for a
-    lossless weight that is not bfloat16.
+    Layers that share a weight keep sharing it. Results do not depend on the layout; on CUDA, where sums are taken in
+    the order of the layout, their last bits may. As with any change to a module's parameters, nobody may run the model
+    meanwhile. Raises ValueError for another layout, for a budget with a layout other than ``"auto"``, where even the
+    compact form of all weights is over the budget, and on CUDA for a lossless weight that is not bfloat16 or one that
+    has no such layout.
     """
-    if layout not in ("auto", "compact", "fast"):
-        raise ValueError(f"layout: expected auto, compact or fast, got {layout!r}")
+    if layout not in (*get_args(Layout), *get_args(DeviceLayout)):
+        raise ValueError(f"layout: expected auto, compact or fast, or window, codes or pairs on CUDA, got {layout!r}")
     if budget is not None and not isinstance(budget, int):
         raise TypeError(f"budget: expected bytes as an int, got {budget!r}")
     if budget is not None and layout != "auto":
@@ -70,18 +79,17 @@ def prepare(model: nn.Module, layout: Layout = "auto", *, budget: int | None = N
     return {name: module.layout for name, module in modules.items()}
 
 
-def prepare_modules(modules: Iterable[PackedModule], layout: Layout, budget: int | None = None) -> None:
+def prepare_modules(modules: Iterable[PackedModule], layout: Layout | DeviceLayout, budget: int | None = None) -> None:
     """As `prepare`, for these modules."""
     by_weight: dict[int, list[PackedModule]] = {}
     on_device: dict[int, list[PackedModule]] = {}
     for module in modules:
         where = on_device if module.payload.is_cuda else by_weight
         where.setdefault(id(module.payload), []).append(module)
-    if on_device and layout != "auto":
-        raise ValueError(f"layout: expected auto on CUDA, got {layout!r}")
-    for group in on_device.values():
-        relay(group, "device")
-    chosen: dict[int, MemoryLayout] = dict.fromkeys(by_weight, "compact" if layout == "auto" else layout)
+    if by_weight and layout in get_args(DeviceLayout):
+        raise ValueError(f"layout: expected auto, compact or fast on the CPU, got {layout!r}")
+    lay_out_for_device(list(on_device.values()), layout)
+    chosen: dict[int, str] = dict.fromkeys(by_weight, "compact" if layout == "auto" else layout)
     if layout == "auto":
         measured: dict[tuple[object, ...], dict[MemoryLayout, float]] = {}
         choices = {key: _weigh(group, measured) for key, group in by_weight.items()}
@@ -132,4 +140,64 @@ def _measure(module: PackedModule, forms: dict[MemoryLayout, Packed]) -> dict[Me
                 start = time.perf_counter()
                 ops.fused_linear(x, *packed[:3], scales, None, *arguments)
                 times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def lay_out_for_device(groups: list[list[PackedModule]], layout: str) -> None:
+    """Lays weights on CUDA out, each a group of modules that share it: as asked, or as is fastest there."""
+    if groups and layout in CPU_LAYOUTS:
+        raise ValueError(f"layout: expected auto, window, codes or pairs on CUDA, got {layout!r}")
+    for module, *_ in groups:
+        quantizer, fixed = module.header.quantizer, _fixed_form(module)
+        if layout not in ("auto", "pairs", fixed):
+            raise ValueError(f"layout: expected {fixed} or pairs for a weight of format {quantizer}, got {layout!r}")
+    measured: dict[tuple[object, ...], dict[str, float]] = {}
+    for group in groups:
+        relay(group, _fastest(group[0], measured) if layout == "auto" else layout)
+
+
+def _fixed_form(module: PackedModule) -> str:
+    return "window" if module.header.quantizer == "lossless" else "codes"
+
+
+def _fastest(module: PackedModule, measured: dict[tuple[object, ...], dict[str, float]]) -> str:
+    """The form for CUDA whose product with one row of activations takes least; of equal ones that of fixed width."""
+    header, forms = module.header, {}
+    for name in (_fixed_form(module), "pairs"):
+        with contextlib.suppress(ValueError):
+            forms[name] = lay_out(module.packed, name)
+    if len(forms) < 2:
+        # Where there is none, this says why.
+        return next(iter(forms), "device")
+    # Weights of one kind and size are as fast as each other.
+    elements = header.out_features * header.in_features
+    bits = tuple(round(8 * packed.nbytes / elements, 1) for packed in forms.values())
+    where = (str(module.payload.device), header.quantizer, header.out_features, header.in_features, header.scale_shape)
+    key = (*where, bits)
+    if key not in measured:
+        measured[key] = _measure_on_device(module, forms)
+    fixed, pairs = measured[key].values()
+    return "pairs" if fixed > _TIE * pairs else next(iter(forms))
+
+
+def _measure_on_device(module: PackedModule, forms: dict[str, Packed]) -> dict[str, float]:
+    """Median milliseconds of a product with one row of activations, the forms in turn, from memory and not a cache."""
+    header, device = module.header, module.payload.device
+    x = torch.randn(1, header.in_features, device=device, dtype=torch.bfloat16)
+    scales = module.float_scales()
+    layouts = {name: ops.inspect_packed(*(part.cpu() for part in packed[:3]))[1:3] for name, packed in forms.items()}
+    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    with torch.inference_mode(), torch.cuda.device(device):
+        for turn in range(_MEASUREMENTS + 2):
+            for name, packed in forms.items():
+                arguments = (*layouts[name], header.out_features, header.in_features, header.dtype)
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                cache.fill_(turn)
+                start.record()
+                ops.fused_linear(x, *packed[:3], scales, None, *arguments)
+                end.record()
+                end.synchronize()
+                if turn >= 2:
+                    times[name].append(start.elapsed_time(end))
     return {name: statistics.median(values) for name, values in times.items()}

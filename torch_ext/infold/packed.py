@@ -12,8 +12,19 @@ from infold.config import FusedConfig, MemoryLayout
 
 QUANTIZERS = ("lossless", "ecsq", "int8", "int4")
 #: By number; those of the CPU first.
-LAYOUTS: tuple[MemoryLayout, ...] = ("compact", "fast", "window", "codes4", "codes5", "codes8")
+LAYOUTS: tuple[MemoryLayout, ...] = (
+    "compact",
+    "fast",
+    "window",
+    "codes4",
+    "codes5",
+    "codes8",
+    "pairs",
+    "pairs_of_levels",
+)
 CPU_LAYOUTS: tuple[MemoryLayout, ...] = LAYOUTS[:2]
+#: What `lay_out` may be asked for, and the operator's number: ``"device"`` is any for CUDA, of fixed width if it can.
+FORMS = {"compact": 0, "fast": 1, "device": 2, "window": 3, "codes": 3, "pairs": 6}
 PREDICTORS = ("none", "left", "top", "average", "planar")
 _DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
 
@@ -69,16 +80,21 @@ def pack(weight: Tensor, config: FusedConfig) -> Packed:
 
 @torch.inference_mode(False)
 def lay_out(packed: Packed, layout: str) -> Packed:
-    """The same weight in layout ``"compact"``, ``"fast"`` or ``"device"`` (the one of those for CUDA that it has).
+    """The same weight in layout ``"compact"``, ``"fast"``, or one for CUDA: ``"window"`` or ``"codes"``, whichever it
+    has; ``"pairs"``; or ``"device"``, the former or else the latter.
 
     It is the same exactly, and stays on its device; the scales are those that came.
 
-    Raises ValueError where a weight has none for CUDA.
+    Raises ValueError where a weight has none for CUDA, or not this one.
     """
     tensors = (tensor.detach() for tensor in packed[:3])
-    number = LAYOUTS.index("window" if layout == "device" else layout)
-    payload, directory, tables = ops.lay_out(*tensors, number)
+    payload, directory, tables = ops.lay_out(*tensors, FORMS[layout])
     return Packed(payload, directory, tables, packed.scales)
+
+
+def form_of(layout: MemoryLayout) -> str:
+    """What `lay_out` is asked for to give this layout."""
+    return "codes" if layout.startswith("codes") else "pairs" if layout.startswith("pairs") else layout
 
 
 def read_header(packed: Packed, name: str, *, verify: bool) -> Header:

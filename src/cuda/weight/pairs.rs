@@ -6,24 +6,23 @@
 //!          the table's entries
 //!          of bfloat16: tiles of signs and mantissas
 //!          where each row's escapes begin and the last's end
-//!          for each stripe: its runs, and their end: row of words, tile; padded to 16 bytes
-//!          escapes, as in the other layouts, padded to 128 bytes
-//!          rows of words
+//!          for each stripe: its runs, and their end: quad of words, tile; padded to 16 bytes
+//!          escapes, as in the other layouts, padded to 16 bytes
+//!          words, in quads: of each run where its streams begin, and these
 //! ```
 
 use super::pair_code::{Alphabet, Code, ENTRIES};
-use super::{Escape, Kind, LEAST_SHARE, Parts, STRIPE, TILE_COLS, Tables, word};
+use super::{ALIGN, Escape, Kind, LEAST_SHARE, Parts, STRIPE, TILE_COLS, Tables, word};
 use crate::codec::{Assembly, PackedWeight};
 use crate::parallel::{Pool, map};
 use crate::{Error, Result};
 
-/// Words of a row: one for each lane.
-const LANES: usize = 32;
-const ROW_BYTES: usize = LANES * size_of::<u32>();
+/// Words of a quad.
+const QUAD: usize = ALIGN / size_of::<u32>();
 
 unsafe extern "C" {
     fn infold_pairs_most_runs(across: i32) -> i32;
-    fn infold_pairs_most_rows(across: i32) -> usize;
+    fn infold_pairs_most_words(across: i32) -> usize;
     fn infold_pairs_encode(
         symbols: *const u8,
         rests: *const u16,
@@ -37,7 +36,7 @@ unsafe extern "C" {
         table: *const u32,
         tiles: *const u32,
         words: *const u32,
-        rows: usize,
+        quads: usize,
         directory: *const u32,
         across: i32,
         out: *mut u16,
@@ -92,11 +91,11 @@ fn encode_stripe(codes: &[u32], parts: Parts, alphabet: &Alphabet, code: &Code, 
     let rests = if is_bf16 { rests.as_ptr() } else { std::ptr::null() };
     // SAFETY: sixteen rows of whole tiles, a code for each pair, and room for a stripe's tiles, words and directory.
     let words = unsafe {
-        let mut words = vec![0; LANES * infold_pairs_most_rows(across as i32)];
+        let mut words = vec![0; infold_pairs_most_words(across as i32)];
         let (codes, across) = (code.codes.as_ptr(), across as i32);
         let (tiles, directory) = (tiles.as_mut_ptr(), directory.as_mut_ptr());
-        let rows = infold_pairs_encode(symbols.as_ptr(), rests, across, codes, tiles, words.as_mut_ptr(), directory);
-        words.truncate(LANES * rows);
+        let quads = infold_pairs_encode(symbols.as_ptr(), rests, across, codes, tiles, words.as_mut_ptr(), directory);
+        words.truncate(QUAD * quads);
         words
     };
     Stripe { tiles, words, directory, escapes }
@@ -145,14 +144,14 @@ pub fn to_device(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec
     let mut first = 0;
     for stripe in stripes() {
         write(&mut stripe.directory.chunks(2).flat_map(|place| [first + place[0], place[1]]));
-        first += (stripe.words.len() / LANES) as u32;
+        first += (stripe.words.len() / QUAD) as u32;
     }
     payload.resize(parts.escapes(), 0);
     for escape in rows().flatten() {
         payload.extend(escape.col.to_le_bytes());
         payload.extend(escape.value.to_bits().to_le_bytes());
     }
-    payload.resize(payload.len().next_multiple_of(ROW_BYTES), 0);
+    payload.resize(payload.len().next_multiple_of(ALIGN), 0);
     for word in stripes().flat_map(|stripe| &stripe.words) {
         payload.extend(word.to_le_bytes());
     }
@@ -162,13 +161,13 @@ pub fn to_device(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec
 /// How long a payload is, by its directory, after so many escapes; None where the directory is damaged.
 pub fn bytes(payload: &[u8], parts: Parts, escapes: usize) -> Option<usize> {
     let starts = || payload[parts.directory()].chunks(2 * size_of::<u32>()).map(|place| word(place, 0));
-    let rows = starts().next_back().unwrap_or(0) as usize;
-    starts().is_sorted().then(|| words_start(parts, escapes) + rows * ROW_BYTES)
+    let quads = starts().next_back().unwrap_or(0) as usize;
+    starts().is_sorted().then(|| words_start(parts, escapes) + quads * ALIGN)
 }
 
-/// Where the rows of words begin, after so many escapes.
+/// Where the words begin, after so many escapes.
 fn words_start(parts: Parts, escapes: usize) -> usize {
-    (parts.escapes() + escapes * size_of::<Escape>()).next_multiple_of(ROW_BYTES)
+    (parts.escapes() + escapes * size_of::<Escape>()).next_multiple_of(ALIGN)
 }
 
 /// A payload, read on the host.
@@ -203,11 +202,11 @@ impl<'a> Reading<'a> {
         let mut out = vec![0u16; STRIPE * width];
         let is_bf16 = parts.kind == Kind::Pairs;
         let tiles = if is_bf16 { tiles.as_ptr() } else { std::ptr::null() };
-        // SAFETY: a table, a stripe's tiles and directory, all rows of words, and room for sixteen rows of whole tiles.
+        // SAFETY: a table, a stripe's tiles and directory, all words, and room for sixteen rows of whole tiles.
         unsafe {
             let (table, words, directory) = (self.table.as_ptr(), self.words.as_ptr(), directory.as_ptr());
-            let rows = self.words.len() / LANES;
-            infold_pairs_decode(table, tiles, words, rows, directory, across as i32, out.as_mut_ptr());
+            let quads = self.words.len() / QUAD;
+            infold_pairs_decode(table, tiles, words, quads, directory, across as i32, out.as_mut_ptr());
         }
         let code = |(col, &index): (usize, &u16)| match self.levels.get(2 * usize::from(index) + col % 2) {
             Some(&level) if !is_bf16 => level,

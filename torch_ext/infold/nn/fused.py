@@ -17,6 +17,7 @@ from infold.packed import (
     LAYOUTS,
     Packed,
     float_scales,
+    form_of,
     frozen_scales,
     is_frozen,
     lay_out,
@@ -92,11 +93,12 @@ class PackedModule(nn.Module):
 
     @torch.inference_mode(False)
     def lay_out(self, layout: str) -> None:
-        """Lays the weight out in memory, in place and exactly: ``"compact"``, ``"fast"``, or ``"device"`` for CUDA.
+        """Lays the weight out in memory, in place and exactly: ``"compact"``, ``"fast"``, or for CUDA ``"window"``,
+        ``"codes"``, ``"pairs"`` or ``"device"``, whichever of them.
 
         Whoever shares it has to `refresh_header`.
         """
-        if self._form != layout:
+        if layout not in (form_of(self.layout), "device" if self._is_for_device else None):
             laid_out = lay_out(self.packed, layout)
             for field in _FIELDS[:3]:
                 getattr(self, field).data = getattr(laid_out, field)
@@ -111,12 +113,11 @@ class PackedModule(nn.Module):
                 self.lay_out("device" if self.payload.is_cuda else "fast")
 
     def _is_misplaced(self) -> bool:
-        return self.payload.is_cuda != (self._form == "device")
+        return self.payload.is_cuda != self._is_for_device
 
     @property
-    def _form(self) -> str:
-        """What `lay_out` is asked for to give this layout."""
-        return self.layout if self.layout in CPU_LAYOUTS else "device"
+    def _is_for_device(self) -> bool:
+        return self.layout not in CPU_LAYOUTS
 
     def canonical(self) -> Packed:
         """The packed weight in its compact form, the one that is stored."""
@@ -185,13 +186,22 @@ class PackedModule(nn.Module):
             if shape != expected:
                 error_msgs.append(f"size mismatch for {prefix}payload: a packed weight of {shape}, expected {expected}")
             else:
-                loaded = loaded if header.layout == self.header.layout else lay_out(loaded, self._form)
+                loaded = loaded if header.layout == self.header.layout else self._like_own(loaded)
                 self._take(loaded, assign=local_metadata.get("assign_to_params_buffers", False))
                 self.refresh_header()
         rest = {name: tensor for name, tensor in state_dict.items() if name not in {prefix + f for f in _FIELDS}}
         found: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, found, unexpected_keys, error_msgs)
         missing_keys.extend(name for name in found if name.removeprefix(prefix) not in _FIELDS)
+
+    def _like_own(self, loaded: Packed) -> Packed:
+        """A loaded weight in this one's layout, or, if it has no such, in the one that it has for this device."""
+        try:
+            return lay_out(loaded, form_of(self.layout))
+        except ValueError:
+            if not self._is_for_device:
+                raise
+            return lay_out(loaded, "device")
 
     def _take(self, loaded: Packed, *, assign: bool) -> None:
         """Makes a loaded weight this module's. Parameters keep their identity: modules that share them still do."""
