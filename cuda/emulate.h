@@ -223,6 +223,12 @@ T shuffle(T value, int lane) {
   return value;
 }
 
+inline uint32_t bits_of(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  return word;
+}
+
 inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 
 // A thread runs at a time.

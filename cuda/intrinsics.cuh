@@ -60,6 +60,8 @@ __device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); 
 __device__ __forceinline__ void atomic_add(uint32_t* to, uint32_t value) { atomicAdd(to, value); }
 __device__ __forceinline__ void atomic_add(unsigned long long* to, uint64_t value) { atomicAdd(to, value); }
 
+__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+
 // Ends the kernel and the context with it, as a failed assertion in PyTorch's own kernels does.
 __device__ __forceinline__ void fail() { __trap(); }
 

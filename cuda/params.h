@@ -96,3 +96,15 @@ struct InfoldLayOut {
   int32_t first_centroid;
   int32_t centroid_count;
 };
+
+/* A dense weight into levels. */
+struct InfoldQuantise {
+  const void* weights; /* float32 or bfloat16, (rows, cols) */
+  uint32_t* largest;   /* bits of the largest magnitude under each scale */
+  const float* scales; /* (rows, groups of columns) */
+  int32_t* levels;     /* (rows, cols) */
+  int32_t rows;
+  int32_t cols;
+  int32_t group_cols; /* under one scale */
+  float max;          /* the largest level */
+};

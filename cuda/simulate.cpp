@@ -1,4 +1,5 @@
 // Every kernel on the host, for the tests; and what Rust must agree with.
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,9 @@ namespace lay_out {
 }
 namespace linear {
 #include "linear.cu"
+}
+namespace quantise {
+#include "quantise.cu"
 }
 namespace unpack {
 #include "unpack.cu"
@@ -53,6 +57,10 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       {"infold_tiles_codes4", launch<InfoldLayOut, lay_out::infold_tiles_codes4>},
       {"infold_tiles_codes5", launch<InfoldLayOut, lay_out::infold_tiles_codes5>},
       {"infold_tiles_codes8", launch<InfoldLayOut, lay_out::infold_tiles_codes8>},
+      {"infold_largest_f32", launch<InfoldQuantise, quantise::infold_largest_f32>},
+      {"infold_largest_bf16", launch<InfoldQuantise, quantise::infold_largest_bf16>},
+      {"infold_quantise_f32", launch<InfoldQuantise, quantise::infold_quantise_f32>},
+      {"infold_quantise_bf16", launch<InfoldQuantise, quantise::infold_quantise_bf16>},
   };
   for (const auto& entry : kKernels) {
     if (std::strcmp(kernel, entry.name) == 0) return entry.launch(blocks, threads, parameters), true;
@@ -96,14 +104,16 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
 }
 
 // The same for what lays weights out.
-extern "C" void infold_lay_out_sizes(size_t (&sizes)[4]) {
+extern "C" void infold_lay_out_sizes(size_t (&sizes)[5]) {
   sizes[0] = sizeof(InfoldPlane);
   sizes[1] = sizeof(InfoldDecode);
   sizes[2] = sizeof(InfoldHistogram);
   sizes[3] = sizeof(InfoldLayOut);
+  sizes[4] = sizeof(InfoldQuantise);
 }
 
-extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* histogram, InfoldLayOut* lay_out) {
+extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* histogram, InfoldLayOut* lay_out,
+                                      InfoldQuantise* quantise) {
   const auto pointer = [](auto& field, uintptr_t number) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
   };
@@ -136,4 +146,12 @@ extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* his
   pointer(lay_out->centroids, 10);
   lay_out->first_centroid = 11;
   lay_out->centroid_count = 12;
+  pointer(quantise->weights, 1);
+  pointer(quantise->largest, 2);
+  pointer(quantise->scales, 3);
+  pointer(quantise->levels, 4);
+  quantise->rows = 5;
+  quantise->cols = 6;
+  quantise->group_cols = 7;
+  quantise->max = 8;
 }

@@ -10,28 +10,35 @@ use emulation::{Emulator, Guarded};
 use half::bf16;
 use infold::codec::*;
 use infold::cuda::lay_out::{self, Source};
-use infold::cuda::params::{Decode, Histogram, LayOut, Plane};
+use infold::cuda::params::{Decode, Histogram, LayOut, Plane, Quantise};
 use infold::cuda::weight::{Kind, Tables, from_device, to_device};
 use infold::parallel::Serial;
 use infold::{Error, Result};
 use support::*;
 
 unsafe extern "C" {
-    fn infold_lay_out_sizes(sizes: *mut [usize; 4]);
-    fn infold_lay_out_fields(decode: *mut Decode, histogram: *mut Histogram, lay_out: *mut LayOut);
+    fn infold_lay_out_sizes(sizes: *mut [usize; 5]);
+    fn infold_lay_out_fields(
+        decode: *mut Decode,
+        histogram: *mut Histogram,
+        lay_out: *mut LayOut,
+        quantise: *mut Quantise,
+    );
 }
 
 #[test]
 fn parameters_lie_where_the_kernels_expect_them() {
-    let mut sizes = [0; 4];
-    let (mut decode, mut histogram, mut out) = (MaybeUninit::uninit(), MaybeUninit::uninit(), MaybeUninit::uninit());
-    // SAFETY: four sizes; every field is written.
-    let (decode, histogram, out): (Decode, Histogram, LayOut) = unsafe {
+    let mut sizes = [0; 5];
+    let (mut decode, mut histogram) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    let (mut out, mut quantise) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    // SAFETY: five sizes; every field is written.
+    let (decode, histogram, out, quantise): (Decode, Histogram, LayOut, Quantise) = unsafe {
         infold_lay_out_sizes(&mut sizes);
-        infold_lay_out_fields(decode.as_mut_ptr(), histogram.as_mut_ptr(), out.as_mut_ptr());
-        (decode.assume_init(), histogram.assume_init(), out.assume_init())
+        infold_lay_out_fields(decode.as_mut_ptr(), histogram.as_mut_ptr(), out.as_mut_ptr(), quantise.as_mut_ptr());
+        (decode.assume_init(), histogram.assume_init(), out.assume_init(), quantise.assume_init())
     };
-    assert_eq!([size_of::<Plane>(), size_of::<Decode>(), size_of::<Histogram>(), size_of::<LayOut>()], sizes);
+    let own = [size_of::<Plane>(), size_of::<Decode>(), size_of::<Histogram>(), size_of::<LayOut>()];
+    assert_eq!((own.as_slice(), size_of::<Quantise>()), (&sizes[..4], sizes[4]));
     let plane =
         |first| Plane { coding: first, width: first + 1, streams: first + 2, escapes: first + 3, lo: first + 4 };
     assert_eq!([decode.before, decode.own], [plane(7), plane(12)]);
@@ -45,6 +52,9 @@ fn parameters_lie_where_the_kernels_expect_them() {
     let pointers = [out.tiles as usize, out.row_counts as usize, out.escape_starts as usize];
     assert_eq!((pointers, [out.escapes as usize, out.centroids as usize]), ([6, 7, 8], [9, 10]));
     assert_eq!([out.first_centroid, out.centroid_count], [11, 12]);
+    let pointers = [quantise.weights as usize, quantise.largest as usize, quantise.scales as usize];
+    assert_eq!((pointers, quantise.levels as usize), ([1, 2, 3], 4));
+    assert_eq!(([quantise.rows, quantise.cols, quantise.group_cols], quantise.max), ([5, 6, 7], 8.0));
 }
 
 /// A weight in the emulated device's memory.
@@ -277,17 +287,16 @@ fn damage_is_decoded_as_on_the_host() {
 fn forged_headers_are_decoded_as_on_the_host() {
     for (number, packed) in victims().iter().enumerate() {
         for at in 6..packed.tables.len().min(90) {
-            for value in [0, 1, 2, 5, 9, 250].into_iter().skip((at + number) % 3).step_by(3) {
-                let mut tables = packed.tables.clone();
-                tables[at] = value;
-                readers::mend_checksum(&mut tables);
-                let Ok(header) = Header::parse(&tables) else { continue };
-                if header.geometry.elements() > 1 << 13 {
-                    continue;
-                }
-                let compared = compare_both(&packed.payload, &packed.directory, &tables);
-                assert_eq!(compared, Ok(()), "weight {number}, byte {at} is {value}");
+            let value = [0, 1, 2, 5, 9, 250][(at + number) % 6];
+            let mut tables = packed.tables.clone();
+            tables[at] = value;
+            readers::mend_checksum(&mut tables);
+            let Ok(header) = Header::parse(&tables) else { continue };
+            if header.geometry.elements() > 1 << 13 {
+                continue;
             }
+            let compared = compare_both(&packed.payload, &packed.directory, &tables);
+            assert_eq!(compared, Ok(()), "weight {number}, byte {at} is {value}");
         }
     }
 }

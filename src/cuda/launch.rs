@@ -1,6 +1,6 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
-use super::params::{Decode, Histogram, LayOut, Linear, Unpack, Weight};
+use super::params::{Decode, Histogram, LayOut, Linear, Quantise, Unpack, Weight};
 use super::weight::{Kind, STRIPE};
 
 /// Rows of x that the fused product takes; more are multiplied by the unpacked weight.
@@ -30,6 +30,11 @@ const DECODE: [[&str; 2]; 3] = [
 const HISTOGRAM: [&str; 2] = ["infold_histogram_bf16", "infold_histogram_levels"];
 const APART: [&str; 2] = ["infold_apart_bf16", "infold_apart_levels"];
 const TILES: [&str; 4] = ["infold_tiles_window", "infold_tiles_codes4", "infold_tiles_codes5", "infold_tiles_codes8"];
+/// Of float32 and of bfloat16.
+const LARGEST: [&str; 2] = ["infold_largest_f32", "infold_largest_bf16"];
+const QUANTISE: [&str; 2] = ["infold_quantise_f32", "infold_quantise_bf16"];
+/// So many blocks at most find maxima or levels.
+const QUANTISE_BLOCKS: u64 = 4224;
 /// Threads of a decoder's block.
 const DECODE_THREADS: u32 = 128;
 const WARP: u32 = 32;
@@ -52,7 +57,9 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
     let linear = linear.chain(UNPACK.map(|name| Kernel { file: "unpack", name, shared: 0 }));
     let decode = DECODE.into_iter().flatten().map(|name| Kernel { file: "decode", name, shared: 0 });
     let lay_out = HISTOGRAM.into_iter().chain(APART).chain(TILES);
-    linear.chain(decode).chain(lay_out.map(|name| Kernel { file: "lay_out", name, shared: 0 }))
+    let lay_out = lay_out.map(|name| Kernel { file: "lay_out", name, shared: 0 });
+    let quantise = LARGEST.into_iter().chain(QUANTISE).map(|name| Kernel { file: "quantise", name, shared: 0 });
+    linear.chain(decode).chain(lay_out).chain(quantise)
 }
 
 /// A kind's place in the lists of kernels.
@@ -116,4 +123,19 @@ pub fn apart(kind: Kind, parameters: LayOut) -> Launch<LayOut> {
 pub fn tiles(kind: Kind, parameters: LayOut, tiles: usize) -> Launch<LayOut> {
     let blocks = (tiles as u32).div_ceil(THREADS / WARP);
     Launch { kernel: TILES[place(kind)], blocks, threads: THREADS, shared: 0, parameters }
+}
+
+/// The largest magnitude under each scale, of which there are `parts`.
+pub fn largest(parameters: Quantise, parts: usize, bf16: bool) -> Launch<Quantise> {
+    by_parts(LARGEST[usize::from(bf16)], parameters, parts)
+}
+
+/// The levels of a weight.
+pub fn quantise(parameters: Quantise, parts: usize, bf16: bool) -> Launch<Quantise> {
+    by_parts(QUANTISE[usize::from(bf16)], parameters, parts)
+}
+
+fn by_parts(kernel: &'static str, parameters: Quantise, parts: usize) -> Launch<Quantise> {
+    let blocks = (parts as u64).div_ceil(u64::from(THREADS / WARP)).min(QUANTISE_BLOCKS) as u32;
+    Launch { kernel, blocks, threads: THREADS, shared: 0, parameters }
 }
