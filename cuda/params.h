@@ -90,7 +90,7 @@ struct InfoldLayOut {
   int32_t values; /* that have a code, from there on */
   uint32_t* tiles;
   uint32_t* row_counts;          /* written where there is no list: how many each row lists apart */
-  const uint32_t* escape_starts; /* of each row's */
+  const uint32_t* escape_starts; /* of each row's, and the end of all */
   struct InfoldEscape* escapes;  /* null to count them */
   const float* centroids;        /* r(q) of levels from the first on; others are their own */
   int32_t first_centroid;

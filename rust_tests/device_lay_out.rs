@@ -4,12 +4,15 @@ mod emulation;
 mod readers;
 mod support;
 
+use std::cell::Cell;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use emulation::{Emulator, Guarded};
 use half::bf16;
 use infold::codec::*;
-use infold::cuda::lay_out::{self, Source};
+use infold::cuda::launch::Launch;
+use infold::cuda::lay_out::{self, Codes, Device, Source};
 use infold::cuda::params::{Decode, Histogram, LayOut, Plane, Quantise};
 use infold::cuda::weight::{Kind, Tables, from_device, to_device};
 use infold::parallel::Serial;
@@ -348,6 +351,56 @@ fn every_bf16_is_decoded_and_laid_out_at_every_base() {
         let tables = Tables { kind: Kind::Window, lo: base, header: packed.header.clone() };
         assert!(from_device(&payload.values::<u8>(), &tables, &Serial).unwrap() == packed, "base {base}");
     }
+}
+
+/// A device on which somebody does something whenever it is written to.
+struct Meddling<'a>(&'a dyn Fn());
+
+impl Device for Meddling<'_> {
+    type Memory = Guarded;
+
+    fn allocate(&self, bytes: usize) -> Result<Guarded> {
+        Emulator.allocate(bytes)
+    }
+
+    fn address(&self, memory: &Guarded) -> *mut u8 {
+        Emulator.address(memory)
+    }
+
+    fn write(&self, memory: &Guarded, at: usize, bytes: &[u8]) -> Result<()> {
+        (self.0)();
+        Emulator.write(memory, at, bytes)
+    }
+
+    fn read(&self, memory: &Guarded, bytes: Range<usize>) -> Result<Vec<u8>> {
+        Emulator.read(memory, bytes)
+    }
+
+    unsafe fn launch<P>(&self, launch: Launch<P>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { Emulator.launch(launch) }
+    }
+}
+
+/// A dense weight that is packed belongs to the user, who may write to it meanwhile: wrong numbers, but inside the payload.
+#[test]
+fn codes_that_change_meanwhile_stay_in_their_place() {
+    let packed = lossless(&vec![1.0; 32 * 64], 32, 64);
+    let mut bits = vec![0x3f80u16; 32 * 64];
+    bits[70] = 0;
+    let codes = Codes { memory: Guarded::new(&bits), levels: false };
+    let (writes, place) = (Cell::new(0), codes.memory.pointer().cast::<u16>());
+    let meddle = || {
+        writes.set(writes.get() + 1);
+        // The first are the centroids, and the payload's front, when escapes were counted.
+        if writes.get() > 1 {
+            // SAFETY: the codes, which no kernel reads now.
+            unsafe { place.write_bytes(0xff, bits.len()) };
+        }
+    };
+    let payload = lay_out::encode(&Meddling(&meddle), &codes, &packed.header, (Kind::Window, 112)).unwrap();
+    // One escape, as was counted, of the first column now; and what memory held after it.
+    assert!(payload.values::<u8>().ends_with(&[[0, 0, 0, 0, 0, 0, 0xff, 0xff], [0xa5; 8]].concat()));
 }
 
 #[test]

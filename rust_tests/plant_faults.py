@@ -124,8 +124,13 @@ FAULTS = (
     ("decode: order of the lanes' words", DECODE, "takers & ((1u << lane) - 1)", "takers & ((2u << lane) - 1)"),
     ("decode: words that were taken", DECODE, "at += count_bits(takers) * Lane::kWord", "at += count_bits(takers)"),
     ("decode: lanes without a row", DECODE, "is_there && coder.step", "coder.step"),
-    ("decode: escapes that come too late", DECODE, "block == kNoBlock || block < before", "block == kNoBlock"),
-    ("decode: escapes of no place", DECODE, "block == kNoBlock || block < before", "block < before"),
+    ("decode: escapes that come too late", DECODE, "is_lost = block < before;", "is_lost = false;"),
+    (
+        "decode: escapes of no place",
+        CANONICAL,
+        "constexpr uint32_t kNoBlock = ~0u;",
+        "constexpr uint32_t kNoBlock = 0;",
+    ),
     ("decode: escapes that were passed", DECODE, "next += count_bits(passed);", "next += 1;"),
     ("decode: a level's escape", CANONICAL, "return is_any ? value", "return !is_any ? value"),
     ("decode: the second plane", DECODE, "p.plane == 0 ? code : out[col] | code", "code"),
@@ -166,6 +171,7 @@ FAULTS = (
     ("laying out: the fifths' word", LAY_OUT, "if (To::kWords % 4 != 0) tile", "if (To::kWords % 4 == 3) tile"),
     ("laying out: order of a row's escapes", LAY_OUT, "apart & ((1u << lane) - 1)", "apart & ((2u << lane) - 1)"),
     ("laying out: escapes of the columns before", LAY_OUT, "next += count_bits(apart);", "next = count_bits(apart);"),
+    ("laying out: room for a row's escapes", LAY_OUT, "if (index < p.escape_starts[row + 1]) ", ""),
     (
         "laying out: the value of an escape",
         LAY_OUT,
