@@ -353,6 +353,16 @@ fn every_bf16_is_decoded_and_laid_out_at_every_base() {
     }
 }
 
+#[test]
+fn far_levels_are_counted_together() {
+    let levels = [i32::MIN, -4097, -4096, -4096, -1, 0, 0, 0, 4095, 4096, 4096, 4096, 4097, i32::MAX];
+    let codes = Codes { memory: Guarded::new(&levels), levels: true };
+    let counts = lay_out::histogram(&Emulator, &codes, levels.len()).unwrap();
+    let expected = [(0, 2), (4095, 1), (4096, 3), (8191, 1), (8192, 3), (8193, 4)];
+    let found: Vec<_> = counts.into_iter().enumerate().filter(|&(_, count)| count > 0).collect();
+    assert_eq!(found, expected);
+}
+
 /// A device on which somebody does something whenever it is written to.
 struct Meddling<'a>(&'a dyn Fn());
 
