@@ -354,6 +354,20 @@ fn every_bf16_is_decoded_and_laid_out_at_every_base() {
 }
 
 #[test]
+fn what_is_listed_apart_keeps_its_centroid() {
+    let mut random = Random(36);
+    let mut values = random.normals(33 * 600, 0.05);
+    // So many that their levels have symbols, and so few that they have no code.
+    values.iter_mut().step_by(601).for_each(|value| *value = value.signum() * 0.4);
+    let packed = pack_ecsq(Weights::F32(&values), 33, 600, EcsqTarget::Bits(4.0), &Serial).unwrap();
+    let (payload, tables) = to_device(&open(&packed), &Serial).unwrap();
+    assert_eq!(Tables::parse(&tables).unwrap().unwrap().kind, Kind::Codes5);
+    let last = f32::from_le_bytes(payload[payload.len() - 4..].try_into().unwrap());
+    assert!(last.abs() > 16.0 && last.fract() != 0.0, "{last}");
+    compare(&packed.payload, &packed.directory, &packed.tables).unwrap();
+}
+
+#[test]
 fn far_levels_are_counted_together() {
     let levels = [i32::MIN, -4097, -4096, -4096, -1, 0, 0, 0, 4095, 4096, 4096, 4096, 4097, i32::MAX];
     let codes = Codes { memory: Guarded::new(&levels), levels: true };
