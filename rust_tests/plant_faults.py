@@ -183,7 +183,7 @@ FAULTS = (
     ("quantise: the sign of a magnitude", QUANTISE, "& 0x7fffffff;", "& 0xffffffff;"),
     ("quantise: lanes of a maximum", QUANTISE, "step > 0; step /= 2", "step > 1; step /= 2"),
     ("quantise: rounding of ties", QUANTISE, "rintf(", "roundf("),
-    ("quantise: the largest level", QUANTISE, "level > p.max ? p.max : level", "level > p.max ? p.max - 1 : level"),
+    ("quantise: the scale of a part", QUANTISE, "p.scales[part]", "p.scales[0]"),
     ("pack: low bits of levels", PACK, "((1 << low_bits) - 1)] += count", "((1 << low_bits) - 1) / 2] += count"),
     ("pack: tiles that are asked for", PACK, "if asked.is_empty()", "if asked.len() < 1 << 20"),
 )
