@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def small() -> None:
         for rows, cols in ((16, 128), (33, 200), (70, 1000)):
             linear = torch.nn.Linear(cols, rows, dtype=torch.bfloat16)
             linear.weight.data[0, 0] = 1.5
+            pack(linear.weight.data.cuda(), config)
             packed = infold.nn.FusedDecompressLinear.from_linear(linear, config).cuda()
             packed.lay_out(form)
             for batch, dtype in itertools.product((1, 8, 9, 16, 17, 65, 129), (torch.bfloat16, torch.float16)):
@@ -309,6 +311,34 @@ def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
         del copies, payload, source, target
 
 
+def seconds(run: Callable[[], object], repeats: int = 7) -> float:
+    """Median seconds of what waits for the device itself."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def layout_rates(rows_out: list[dict[str, Any]]) -> None:
+    """Laying out from the canonical form, and packing; ECSQ is packed on the host."""
+    rows, cols = 14336, 4096
+    weight = gaussian(rows, cols)
+    there = weight.cuda()
+    for name, config in CONFIGS.items():
+        packed = Packed(*(tensor.cuda() for tensor in pack(weight, config)))
+        rates = {"laid_out": rows * cols / seconds(lambda packed=packed: lay_out(packed, "device"))}  # type: ignore[misc]
+        if config.format != "ecsq":
+            rates["packed"] = rows * cols / seconds(lambda config=config: pack(there, config))  # type: ignore[misc]
+        print(
+            f"{name}: " + ", ".join(f"{what} {rate / 1e9:.2f} G weights/s" for what, rate in rates.items()), flush=True
+        )
+        rows_out.append({"case": f"laying out, {name}, {cols} -> {rows}", "weights_per_s": rates})
+
+
 def build() -> ctypes.CDLL:
     """The kernels that decode and do nothing more, which the library has no operators for."""
     capability = "{}{}".format(*torch.cuda.get_device_capability())
@@ -338,12 +368,12 @@ class Rows(list[dict[str, Any]]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parts = ("tests", "sanitizer", "decoders", "linear", "small")
+    parts = ("tests", "sanitizer", "decoders", "layouts", "linear", "small")
     parser.add_argument("--only", choices=parts, help="one part; small: what the sanitizer runs")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = Rows(arguments.json)
-    wanted = [arguments.only] if arguments.only else parts[:4]
+    wanted = [arguments.only] if arguments.only else parts[:5]
     if "small" in wanted:
         small()
     if "tests" in wanted:
@@ -352,6 +382,8 @@ def main() -> None:
         rows.sanitizer = sanitize()
     if "decoders" in wanted:
         decoder_rates(rows)
+    if "layouts" in wanted:
+        layout_rates(rows)
     if "linear" in wanted:
         linear_rates(rows)
 

@@ -43,6 +43,7 @@ Tensor run(const Tensor& payload, Call&& rust) {
 
 template <class Call>
 Packed run_pack(const Tensor& weight, Call&& rust) {
+  const c10::OptionalDeviceGuard device(gpu_of(weight));
   Outputs outputs;
   check(rust(outputs));
   const auto back = [&](std::size_t index) { return outputs.at(index).to(weight.device()); };

@@ -73,8 +73,8 @@ struct Escapes {
     return payload.word<4>(at + uint64_t{index} * kEscapeBytes + 4);
   }
 
-  // Those before the first one that lies in no block, or in one before its predecessor's: a reader who goes from block
-  // to block never comes to the others.
+  // Those before the first one that lies in a block before its predecessor's: a reader who goes from block to block
+  // never comes to the others. One that lies in no block is never reached, and comes after all blocks.
   __device__ Escapes(const Payload& payload, const Stream& stream, const Tile& tile, int lane)
       : at(stream.escapes), count(stream.escape_count), next(0) {
     for (uint32_t first = 0; first < count; first += kGroup) {
@@ -83,7 +83,7 @@ struct Escapes {
       if (index < count) {
         const uint32_t block = tile.block_of(position(payload, index));
         const uint32_t before = index == 0 ? 0 : tile.block_of(position(payload, index - 1));
-        is_lost = block == kNoBlock || block < before;
+        is_lost = block < before;
       }
       const uint32_t lost = warp_ballot(is_lost);
       if (lost != 0) {
@@ -100,7 +100,7 @@ struct Escapes {
       const uint32_t own = next + lane;
       const uint32_t at = own < count ? position(payload, own) : 0;
       const uint32_t found = own < count ? tile.block_of(at) : kNoBlock;
-      const uint32_t passed = warp_ballot(found <= index && found != kNoBlock);
+      const uint32_t passed = warp_ballot(found <= index);
       for (uint32_t here = warp_ballot(found == index); here != 0; here &= here - 1) {
         if (lane == lowest(here)) {
           const int row = at & ((1 << kEscapeRowBits) - 1), col = static_cast<int>(at >> kEscapeRowBits);

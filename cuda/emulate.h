@@ -317,6 +317,12 @@ inline uint32_t transposed(uint32_t pair) {
 
 inline int first_bit(uint32_t word) { return __builtin_ctz(word); }
 
+inline uint32_t bits_of(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  return word;
+}
+
 inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 
 // A thread runs at a time.

@@ -202,6 +202,8 @@ __device__ __forceinline__ void multiply_add_async(float (&sums)[32], const uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+
 // Ends the kernel and the context with it, as a failed assertion in PyTorch's own kernels does.
 __device__ __forceinline__ void fail() { __trap(); }
 

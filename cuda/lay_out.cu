@@ -129,7 +129,8 @@ __device__ void list_apart(const InfoldLayOut& p) {
     const uint32_t apart = warp_ballot(is_apart);
     if (is_apart && p.escapes != nullptr) {
       const uint32_t index = next + count_bits(apart & ((1u << lane) - 1));
-      p.escapes[index] = {static_cast<uint32_t>(col), From::value(p, code)};
+      // Where somebody has written to the codes since they were counted, there may be more.
+      if (index < p.escape_starts[row + 1]) p.escapes[index] = {static_cast<uint32_t>(col), From::value(p, code)};
     }
     next += count_bits(apart);
   }

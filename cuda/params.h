@@ -130,9 +130,21 @@ struct InfoldLayOut {
   int32_t values; /* that have a code, from there on */
   uint32_t* tiles;
   uint32_t* row_counts;          /* written where there is no list: how many each row lists apart */
-  const uint32_t* escape_starts; /* of each row's */
+  const uint32_t* escape_starts; /* of each row's, and the end of all */
   struct InfoldEscape* escapes;  /* null to count them */
   const float* centroids;        /* r(q) of levels from the first on; others are their own */
   int32_t first_centroid;
   int32_t centroid_count;
+};
+
+/* A dense weight into levels. */
+struct InfoldQuantise {
+  const void* weights; /* float32 or bfloat16, (rows, cols) */
+  uint32_t* largest;   /* bits of the largest magnitude under each scale */
+  const float* scales; /* (rows, groups of columns) */
+  int32_t* levels;     /* (rows, cols) */
+  int32_t rows;
+  int32_t cols;
+  int32_t group_cols; /* under one scale */
+  float max;          /* the largest level */
 };

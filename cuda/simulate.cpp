@@ -1,4 +1,5 @@
 // Every kernel on the host, for the tests; and what Rust must agree with.
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -24,6 +25,9 @@ namespace in_inputs {
 }
 namespace in_linear {
 #include "linear.cu"
+}
+namespace in_quantise {
+#include "quantise.cu"
 }
 namespace in_unpack {
 #include "unpack.cu"
@@ -78,6 +82,10 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNEL(lay_out, InfoldHistogram, infold_histogram_levels),
       INFOLD_KERNEL(lay_out, InfoldLayOut, infold_apart_bf16),
       INFOLD_KERNEL(lay_out, InfoldLayOut, infold_apart_levels),
+      INFOLD_KERNEL(quantise, InfoldQuantise, infold_largest_f32),
+      INFOLD_KERNEL(quantise, InfoldQuantise, infold_largest_bf16),
+      INFOLD_KERNEL(quantise, InfoldQuantise, infold_quantise_f32),
+      INFOLD_KERNEL(quantise, InfoldQuantise, infold_quantise_bf16),
   };
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL
@@ -152,14 +160,16 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
 }
 
 // The same for what lays weights out.
-extern "C" void infold_lay_out_sizes(size_t (&sizes)[4]) {
+extern "C" void infold_lay_out_sizes(size_t (&sizes)[5]) {
   sizes[0] = sizeof(InfoldPlane);
   sizes[1] = sizeof(InfoldDecode);
   sizes[2] = sizeof(InfoldHistogram);
   sizes[3] = sizeof(InfoldLayOut);
+  sizes[4] = sizeof(InfoldQuantise);
 }
 
-extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* histogram, InfoldLayOut* lay_out) {
+extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* histogram, InfoldLayOut* lay_out,
+                                      InfoldQuantise* quantise) {
   const auto pointer = [](auto& field, uintptr_t number) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
   };
@@ -192,4 +202,12 @@ extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* his
   pointer(lay_out->centroids, 10);
   lay_out->first_centroid = 11;
   lay_out->centroid_count = 12;
+  pointer(quantise->weights, 1);
+  pointer(quantise->largest, 2);
+  pointer(quantise->scales, 3);
+  pointer(quantise->levels, 4);
+  quantise->rows = 5;
+  quantise->cols = 6;
+  quantise->group_cols = 7;
+  quantise->max = 8;
 }

@@ -350,6 +350,52 @@ def test_prepare_measures_and_obeys_on_cuda() -> None:
 
 
 @cuda
+@pytest.mark.parametrize("name", ["lossless", *QUANTISED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "cols"), [(70, 200), (33, 4097), (1024, 4096)])
+def test_packing_on_cuda_gives_the_cpus_bits(name: str, dtype: torch.dtype, rows: int, cols: int) -> None:
+    config = QUANTISED.get(name, LOSSLESS)
+    weight = weight_of(rows, cols).to(dtype)
+    expected = pack(weight, config)
+    packed = pack(weight.cuda(), config)
+    assert all(tensor.is_cuda for tensor in packed)
+    on_device = "ecsq" not in config.format and (dtype == torch.bfloat16 or config is not LOSSLESS)
+    assert (ops.inspect_packed(*(tensor.cpu() for tensor in packed[:3]))[2] >= 2) == on_device
+    for own, other in zip(expected, lay_out(packed, "compact"), strict=True):
+        assert torch.equal(own, other.cpu())
+
+
+@cuda
+def test_what_the_host_packs_for_cuda() -> None:
+    pruned = torch.randn(64, 64).bfloat16()
+    pruned[::2] = 0
+    infinite = torch.randn(64, 64).bfloat16()
+    infinite[3, 5] = torch.inf
+    for weight, config in ((pruned, LOSSLESS), (infinite, LOSSLESS), (torch.zeros(64, 64), QUANTISED["codes8"])):
+        for own, other in zip(pack(weight, config), lay_out(pack(weight.cuda(), config), "compact"), strict=True):
+            assert torch.equal(own, other.cpu())
+    with pytest.raises(ValueError, match=r"weight\[3, 5\] is inf"):
+        pack(infinite.cuda(), QUANTISED["codes8"])
+
+
+@cuda
+@pytest.mark.parametrize("name", ["lossless", *QUANTISED])
+def test_a_model_is_converted_on_cuda(name: str) -> None:
+    config = QUANTISED.get(name, LOSSLESS)
+    model = nn.Sequential(linear_of(256, 512), nn.ReLU(), linear_of(70, 256))
+    there = copy.deepcopy(model).cuda()
+    infold.convert(model, config, progress=False)
+    report = infold.convert(there, config, progress=False)
+    assert [layer.layout for layer in report.layers] == [name.split()[0] if name != "lossless" else "window"] * 2
+    own, other = model.state_dict(), there.state_dict()
+    assert all(torch.equal(own[field], other[field].cpu()) for field in own)
+    with pytest.warns(UserWarning, match="left dense: 0: layout for CUDA: expected lossless bfloat16"):
+        infold.convert(nn.Sequential(nn.Linear(64, 64)).cuda(), LOSSLESS, progress=False)
+    with pytest.warns(UserWarning, match="layout 'fast' is one of the CPU's"):
+        infold.convert(nn.Sequential(linear_of(64, 64)).cuda(), FusedConfig("lossless", layout="fast"), progress=False)
+
+
+@cuda
 def test_conv_on_cuda() -> None:
     conv = nn.Conv2d(32, 48, 3, padding=1, dtype=torch.bfloat16)
     packed = FusedDecompressConv.from_conv(conv, LOSSLESS).cuda()

@@ -4,34 +4,44 @@ mod emulation;
 mod readers;
 mod support;
 
+use std::cell::Cell;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use emulation::{Emulator, Guarded};
 use half::bf16;
 use infold::codec::*;
-use infold::cuda::lay_out::{self, Source};
-use infold::cuda::params::{Decode, Histogram, LayOut, Plane};
+use infold::cuda::launch::Launch;
+use infold::cuda::lay_out::{self, Codes, Device, Source};
+use infold::cuda::params::{Decode, Histogram, LayOut, Plane, Quantise};
 use infold::cuda::weight::{Family, Kind, Tables, from_device, to_device_in};
 use infold::parallel::Serial;
 use infold::{Error, Result};
 use support::*;
 
 unsafe extern "C" {
-    fn infold_lay_out_sizes(sizes: *mut [usize; 4]);
-    fn infold_lay_out_fields(decode: *mut Decode, histogram: *mut Histogram, lay_out: *mut LayOut);
+    fn infold_lay_out_sizes(sizes: *mut [usize; 5]);
+    fn infold_lay_out_fields(
+        decode: *mut Decode,
+        histogram: *mut Histogram,
+        lay_out: *mut LayOut,
+        quantise: *mut Quantise,
+    );
 }
 
 #[test]
 fn parameters_lie_where_the_kernels_expect_them() {
-    let mut sizes = [0; 4];
-    let (mut decode, mut histogram, mut out) = (MaybeUninit::uninit(), MaybeUninit::uninit(), MaybeUninit::uninit());
-    // SAFETY: four sizes; every field is written.
-    let (decode, histogram, out): (Decode, Histogram, LayOut) = unsafe {
+    let mut sizes = [0; 5];
+    let (mut decode, mut histogram) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    let (mut out, mut quantise) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    // SAFETY: five sizes; every field is written.
+    let (decode, histogram, out, quantise): (Decode, Histogram, LayOut, Quantise) = unsafe {
         infold_lay_out_sizes(&mut sizes);
-        infold_lay_out_fields(decode.as_mut_ptr(), histogram.as_mut_ptr(), out.as_mut_ptr());
-        (decode.assume_init(), histogram.assume_init(), out.assume_init())
+        infold_lay_out_fields(decode.as_mut_ptr(), histogram.as_mut_ptr(), out.as_mut_ptr(), quantise.as_mut_ptr());
+        (decode.assume_init(), histogram.assume_init(), out.assume_init(), quantise.assume_init())
     };
-    assert_eq!([size_of::<Plane>(), size_of::<Decode>(), size_of::<Histogram>(), size_of::<LayOut>()], sizes);
+    let own = [size_of::<Plane>(), size_of::<Decode>(), size_of::<Histogram>(), size_of::<LayOut>()];
+    assert_eq!((own.as_slice(), size_of::<Quantise>()), (&sizes[..4], sizes[4]));
     let plane =
         |first| Plane { coding: first, width: first + 1, streams: first + 2, escapes: first + 3, lo: first + 4 };
     assert_eq!([decode.before, decode.own], [plane(7), plane(12)]);
@@ -45,6 +55,9 @@ fn parameters_lie_where_the_kernels_expect_them() {
     let pointers = [out.tiles as usize, out.row_counts as usize, out.escape_starts as usize];
     assert_eq!((pointers, [out.escapes as usize, out.centroids as usize]), ([6, 7, 8], [9, 10]));
     assert_eq!([out.first_centroid, out.centroid_count], [11, 12]);
+    let pointers = [quantise.weights as usize, quantise.largest as usize, quantise.scales as usize];
+    assert_eq!((pointers, quantise.levels as usize), ([1, 2, 3], 4));
+    assert_eq!(([quantise.rows, quantise.cols, quantise.group_cols], quantise.max), ([5, 6, 7], 8.0));
 }
 
 /// A weight in the emulated device's memory.
@@ -279,17 +292,16 @@ fn damage_is_decoded_as_on_the_host() {
 fn forged_headers_are_decoded_as_on_the_host() {
     for (number, packed) in victims().iter().enumerate() {
         for at in 6..packed.tables.len().min(90) {
-            for value in [0, 1, 2, 5, 9, 250].into_iter().skip((at + number) % 3).step_by(3) {
-                let mut tables = packed.tables.clone();
-                tables[at] = value;
-                readers::mend_checksum(&mut tables);
-                let Ok(header) = Header::parse(&tables) else { continue };
-                if header.geometry.elements() > 1 << 13 {
-                    continue;
-                }
-                let compared = compare_both(&packed.payload, &packed.directory, &tables);
-                assert_eq!(compared, Ok(()), "weight {number}, byte {at} is {value}");
+            let value = [0, 1, 2, 5, 9, 250][(at + number) % 6];
+            let mut tables = packed.tables.clone();
+            tables[at] = value;
+            readers::mend_checksum(&mut tables);
+            let Ok(header) = Header::parse(&tables) else { continue };
+            if header.geometry.elements() > 1 << 13 {
+                continue;
             }
+            let compared = compare_both(&packed.payload, &packed.directory, &tables);
+            assert_eq!(compared, Ok(()), "weight {number}, byte {at} is {value}");
         }
     }
 }
@@ -341,6 +353,80 @@ fn every_bf16_is_decoded_and_laid_out_at_every_base() {
         let tables = Tables { kind: Kind::Window, lo: base, header: packed.header.clone() };
         assert!(from_device(&payload.values::<u8>(), &tables, &Serial).unwrap() == packed, "base {base}");
     }
+}
+
+#[test]
+fn what_is_listed_apart_keeps_its_centroid() {
+    let mut random = Random(36);
+    let mut values = random.normals(33 * 600, 0.05);
+    // So many that their levels have symbols, and so few that they have no code.
+    values.iter_mut().step_by(601).for_each(|value| *value = value.signum() * 0.4);
+    let packed = pack_ecsq(Weights::F32(&values), 33, 600, EcsqTarget::Bits(4.0), &Serial).unwrap();
+    let (payload, tables) = to_device_in(Family::Fixed, &open(&packed), &Serial).unwrap();
+    assert_eq!(Tables::parse(&tables).unwrap().unwrap().kind, Kind::Codes5);
+    let last = f32::from_le_bytes(payload[payload.len() - 4..].try_into().unwrap());
+    assert!(last.abs() > 16.0 && last.fract() != 0.0, "{last}");
+    compare(&packed.payload, &packed.directory, &packed.tables).unwrap();
+}
+
+#[test]
+fn far_levels_are_counted_together() {
+    let levels = [i32::MIN, -4097, -4096, -4096, -1, 0, 0, 0, 4095, 4096, 4096, 4096, 4097, i32::MAX];
+    let codes = Codes { memory: Guarded::new(&levels), levels: true };
+    let counts = lay_out::histogram(&Emulator, &codes, levels.len()).unwrap();
+    let expected = [(0, 2), (4095, 1), (4096, 3), (8191, 1), (8192, 3), (8193, 4)];
+    let found: Vec<_> = counts.into_iter().enumerate().filter(|&(_, count)| count > 0).collect();
+    assert_eq!(found, expected);
+}
+
+/// A device on which somebody does something whenever it is written to.
+struct Meddling<'a>(&'a dyn Fn());
+
+impl Device for Meddling<'_> {
+    type Memory = Guarded;
+
+    fn allocate(&self, bytes: usize) -> Result<Guarded> {
+        Emulator.allocate(bytes)
+    }
+
+    fn address(&self, memory: &Guarded) -> *mut u8 {
+        Emulator.address(memory)
+    }
+
+    fn write(&self, memory: &Guarded, at: usize, bytes: &[u8]) -> Result<()> {
+        (self.0)();
+        Emulator.write(memory, at, bytes)
+    }
+
+    fn read(&self, memory: &Guarded, bytes: Range<usize>) -> Result<Vec<u8>> {
+        Emulator.read(memory, bytes)
+    }
+
+    unsafe fn launch<P>(&self, launch: Launch<P>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { Emulator.launch(launch) }
+    }
+}
+
+/// A dense weight that is packed belongs to the user, who may write to it meanwhile: wrong numbers, but inside the payload.
+#[test]
+fn codes_that_change_meanwhile_stay_in_their_place() {
+    let packed = lossless(&vec![1.0; 32 * 64], 32, 64);
+    let mut bits = vec![0x3f80u16; 32 * 64];
+    bits[70] = 0;
+    let codes = Codes { memory: Guarded::new(&bits), levels: false };
+    let (writes, place) = (Cell::new(0), codes.memory.pointer().cast::<u16>());
+    let meddle = || {
+        writes.set(writes.get() + 1);
+        // The first are the centroids, and the payload's front, when escapes were counted.
+        if writes.get() > 1 {
+            // SAFETY: the codes, which no kernel reads now.
+            unsafe { place.write_bytes(0xff, bits.len()) };
+        }
+    };
+    let payload = lay_out::encode(&Meddling(&meddle), &codes, &packed.header, (Kind::Window, 112)).unwrap();
+    // One escape, as was counted, of the first column now; and what memory held after it.
+    assert!(payload.values::<u8>().ends_with(&[[0, 0, 0, 0, 0, 0, 0xff, 0xff], [0xa5; 8]].concat()));
 }
 
 #[test]

@@ -22,6 +22,8 @@ INPUTS, INPUT_TILES, INTRINSICS = "cuda/inputs.cu", "cuda/inputs.cuh", "cuda/int
 LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
 PAIRS, PAIRS_LAYOUT, PAIRS_HOST = "cuda/pairs.cuh", "cuda/pairs_layout.cuh", "cuda/host_pairs.cpp"
 PAIRS_RUST, PREFIX = "src/cuda/weight/pairs.rs", "src/cuda/prefix.rs"
+CANONICAL, DECODE, LAY_OUT, QUANTISE = "cuda/decode.cuh", "cuda/decode.cu", "cuda/lay_out.cu", "cuda/quantise.cu"
+DEVICE, PACK = "src/cuda/lay_out.rs", "src/cuda/pack.rs"
 LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
 #: (what, file, code, code with the fault).
 FAULTS = (
@@ -212,13 +214,93 @@ FAULTS = (
     ("pairs: rest of what is listed apart", PAIRS_RUST, "} else if is_bf16 {", "}\n                if is_bf16 {"),
     ("pairs: stripes' runs", PAIRS_RUST, "[first + place[0], place[1]]", "[place[0], place[1]]"),
     ("pairs: shared memory", LAUNCH, "8 * 832 * 4 + 16 * 4096", "8 * 832 * 4 + 15 * 4096"),
+    ("decode: bytes beyond the payload", CANONICAL, "at < size ? bytes[at] : 0", "at <= size ? bytes[at] : 0"),
+    ("decode: blocks of a tile", CANONICAL, "index % groups() * kGroup, col", "index % 1 * kGroup, col"),
+    ("decode: rows of the last tile", DECODE, "rows < p.tile_rows ? rows : p.tile_rows", "p.tile_rows"),
+    (
+        "decode: where plain bits of the second rows begin",
+        CANONICAL,
+        "groups_before * block.cols",
+        "groups_before * 64",
+    ),
+    ("decode: end of the last tile", CANONICAL, ": payload.size;\n  const bool fits", ": start;\n  const bool fits"),
+    ("decode: what does not fit in its tile", CANONICAL, "fits &= size <= left", "fits &= size <= left + 3"),
+    ("decode: states of a stream", CANONICAL, "states + static_cast<uint64_t>(stream) *", "states + 0 *"),
+    ("decode: words of a stream", CANONICAL, "if (i == stream) result.words", "if (i == 0) result.words"),
+    ("decode: the flag of escapes", CANONICAL, "payload.word<4>(heads) & kHasEscapes", "payload.word<4>(heads) & 0"),
+    ("decode: offset of a slot", CANONICAL, "(entry >> 8 & 0xfff)", "(entry >> 8 & 0x7f)"),
+    ("decode: order of the lanes' words", DECODE, "takers & ((1u << lane) - 1)", "takers & ((2u << lane) - 1)"),
+    ("decode: words that were taken", DECODE, "at += count_bits(takers) * Lane::kWord", "at += count_bits(takers)"),
+    ("decode: lanes without a row", DECODE, "is_there && coder.step", "coder.step"),
+    ("decode: escapes that come too late", DECODE, "is_lost = block < before;", "is_lost = false;"),
+    (
+        "decode: escapes of no place",
+        CANONICAL,
+        "constexpr uint32_t kNoBlock = ~0u;",
+        "constexpr uint32_t kNoBlock = 0;",
+    ),
+    ("decode: escapes that were passed", DECODE, "next += count_bits(passed);", "next += 1;"),
+    ("decode: a level's escape", CANONICAL, "return is_any ? value", "return !is_any ? value"),
+    ("decode: the second plane", DECODE, "p.plane == 0 ? code : out[col] | code", "code"),
+    (
+        "decode: the barrier before a block is stored",
+        DECODE,
+        "    sync_warp();\n    const bool is_any",
+        "    const bool is_any",
+    ),
+    (
+        "decode: the barrier after a block is stored",
+        DECODE,
+        "lane, values);\n    sync_warp();\n  }\n}",
+        "lane, values);\n  }\n}",
+    ),
+    ("decode: the plane before", DEVICE, "before = parameters.own;", ""),
+    (
+        "laying out: places of levels",
+        LAY_OUT,
+        "const uint32_t place = level + kFarthest;",
+        "const uint32_t place = level + kFarthest - 1;",
+    ),
+    (
+        "laying out: levels that are far out",
+        LAY_OUT,
+        "place < kCounted ? place : kCounted",
+        "place <= kCounted - 2 ? place : kCounted",
+    ),
+    ("laying out: the barrier before counting", LAY_OUT, "counts[i] = 0;\n  __syncthreads();", "counts[i] = 0;"),
+    (
+        "laying out: the barrier after counting",
+        LAY_OUT,
+        "  }\n  __syncthreads();\n  unsigned long long",
+        "  }\n  unsigned long long",
+    ),
+    ("laying out: columns beyond the weight", LAY_OUT, "|| col >= p.cols) continue;", "|| col > p.cols) continue;"),
+    ("laying out: levels without a code", LAY_OUT, "if (index < 1u << kBits) codes::encode", "codes::encode"),
+    ("laying out: the fifths' word", LAY_OUT, "if (To::kWords % 4 != 0) tile", "if (To::kWords % 4 == 3) tile"),
+    ("laying out: order of a row's escapes", LAY_OUT, "apart & ((1u << lane) - 1)", "apart & ((2u << lane) - 1)"),
+    ("laying out: escapes of the columns before", LAY_OUT, "next += count_bits(apart);", "next = count_bits(apart);"),
+    ("laying out: room for a row's escapes", LAY_OUT, "if (index < p.escape_starts[row + 1]) ", ""),
+    (
+        "laying out: the value of an escape",
+        LAY_OUT,
+        "return p.centroids[index];",
+        "return static_cast<float>(static_cast<int32_t>(code));",
+    ),
+    ("laying out: the window's width", DEVICE, "{ WINDOW } else", "{ WINDOW + 1 } else"),
+    ("quantise: columns under one scale", QUANTISE, "part % groups * p.group_cols", "part % groups * kLanes"),
+    ("quantise: the sign of a magnitude", QUANTISE, "& 0x7fffffff;", "& 0xffffffff;"),
+    ("quantise: lanes of a maximum", QUANTISE, "step > 0; step /= 2", "step > 1; step /= 2"),
+    ("quantise: rounding of ties", QUANTISE, "rintf(", "roundf("),
+    ("quantise: the scale of a part", QUANTISE, "p.scales[part]", "p.scales[0]"),
+    ("pack: low bits of levels", PACK, "((1 << low_bits) - 1)] += count", "((1 << low_bits) - 1) / 2] += count"),
+    ("pack: tiles that are asked for", PACK, "if asked.is_empty()", "if asked.len() < 1 << 20"),
 )
 
 
 def test_fails() -> bool:
     environment = {**os.environ, "CARGO_TARGET_DIR": str(COPY / "target")}
     command = ["cargo", "test", "--release", "--no-default-features", "--locked", "--quiet"]
-    command += ["--test", "device", "--test", "device_lay_out"]
+    command += ["--test", "device", "--test", "device_lay_out", "--test", "device_pack"]
     return subprocess.run(command, cwd=COPY, env=environment, capture_output=True, check=False).returncode != 0
 
 

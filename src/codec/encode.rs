@@ -48,6 +48,7 @@ pub trait Codes: Sync {
 }
 
 /// What the encoder cannot see from the codes.
+#[derive(Clone)]
 pub struct Description {
     pub geometry: Geometry,
     pub element: Element,
@@ -96,17 +97,32 @@ pub fn pack_lossless(weights: Weights, rows: usize, cols: usize, pool: &dyn Pool
 
 /// Encodes `codes`, which stand for `weights`.
 pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, pool: &dyn Pool) -> Result<Packed> {
-    let Description { geometry, element, quantizer, scale_grid, scales, symbols } = description;
+    let (geometry, element) = (description.geometry, description.element);
     let tile_codes = |tile: usize| codes_of(codes, geometry, tile);
-
-    let planned = usize::from(symbols.is_some());
+    let planned = usize::from(description.symbols.is_some());
     let histograms = byte_histograms(geometry, element, planned, &tile_codes, pool);
+    let scales = description.scales.clone();
+    let header = plan_header(description, weights.dtype(), &histograms, &tile_codes, pool);
+    encode_as(header, codes, scales, pool)
+}
+
+/// Chooses each plane's coding. `histograms` are of the planes that are not planned yet; `tile_codes` gives the codes of a
+/// tile, if a predictor may pay.
+pub fn plan_header(
+    description: Description,
+    dtype: Dtype,
+    histograms: &[Histogram],
+    tile_codes: &(dyn Fn(usize) -> Vec<u32> + Sync),
+    pool: &dyn Pool,
+) -> Header {
+    let Description { geometry, element, quantizer, scale_grid, scales, symbols } = description;
+    let planned = usize::from(symbols.is_some());
     let mut plans: Vec<Plan> = (planned..element.planes())
-        .zip(&histograms)
+        .zip(histograms)
         .map(|(plane, histogram)| plan(histogram, element.plane_width(plane)))
         .collect();
     let mut allowance = ALIAS_PREMIUM * plans.iter().map(|plan| plan.bits).sum::<f64>();
-    for (plan, histogram) in plans.iter_mut().zip(&histograms).filter(|(plan, _)| plan.coding.is_modelled()) {
+    for (plan, histogram) in plans.iter_mut().zip(histograms).filter(|(plan, _)| plan.coding.is_modelled()) {
         if let Some(alias) = plan_alias(histogram).filter(|alias| alias.bits <= plan.bits + allowance) {
             allowance -= alias.bits - plan.bits;
             *plan = alias;
@@ -122,12 +138,11 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
     };
     let mut planes: Vec<Plane> = plans.into_iter().map(plane).collect();
     planes[0].centroids = centroids.unwrap_or_default();
-    let predictor = choose_predictor(&mut planes[0], geometry, element, &tile_codes, pool);
-
-    let header = Header {
+    let predictor = choose_predictor(&mut planes[0], geometry, element, tile_codes, pool);
+    Header {
         version: Layout::Compact.version(),
         layout: Layout::Compact,
-        dtype: weights.dtype(),
+        dtype,
         quantizer,
         predictor,
         geometry,
@@ -137,8 +152,7 @@ pub fn encode(codes: &dyn Codes, weights: Weights, description: Description, poo
         directory_crc: 0,
         scales_crc: checksum_scales(&scales),
         origin: None,
-    };
-    encode_as(header, codes, scales, pool)
+    }
 }
 
 fn codes_of(codes: &dyn Codes, geometry: Geometry, tile: usize) -> Vec<u32> {

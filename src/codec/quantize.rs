@@ -26,7 +26,7 @@ pub enum EcsqTarget {
 }
 
 /// A quantised weight that saves less than 3% is stored lossless instead.
-const WORTHWHILE: f64 = 0.97;
+pub const WORTHWHILE: f64 = 0.97;
 /// Levels beyond this are escapes; the histogram holds the rest.
 const WINDOW: i32 = 4096;
 /// Plain low bits must save this share to be worth a second plane.
@@ -203,28 +203,6 @@ impl Statistics {
         }
     }
 
-    /// The cheapest split of the levels into symbols and plain low bits: (low bits, plan, bits for the whole weight).
-    fn plan(&self, geometry: Geometry) -> (u32, Plan, f64) {
-        let elements = self.levels.total() as f64;
-        let candidate = |low_bits: u32| {
-            let plan = plan(&self.levels.without_low_bits(low_bits), Some(8));
-            let bits = plan.bits + f64::from(low_bits) * elements;
-            (low_bits, plan, bits)
-        };
-        let better = |best: (u32, Plan, f64), other: (u32, Plan, f64)| {
-            if other.2 < LOW_BITS_GAIN * best.2 { other } else { best }
-        };
-        let cheapest = (1..=8).map(candidate).fold(candidate(0), better);
-        let premium = if geometry.elements() >= ALIAS_FROM { ALIAS_PREMIUM } else { 0.0 };
-        let limit = cheapest.2 * (1.0 + premium);
-        let quick = (0..=6).filter_map(|low_bits| {
-            let plan = plan_alias(&self.levels.without_low_bits(low_bits))?;
-            let bits = plan.bits + f64::from(low_bits) * elements;
-            (bits <= limit && cheapest.1.coding.is_modelled()).then_some((low_bits, plan, bits))
-        });
-        quick.min_by(|a, b| a.2.total_cmp(&b.2)).unwrap_or(cheapest)
-    }
-
     /// How far each symbol's centroid lies from its integer, in 1/256 of a step, and Σ (w − s·r(q))² with them.
     fn centroids(&self, coding: &Coding, low_bits: u32) -> (Vec<i8>, f64) {
         if low_bits > 0 || !coding.is_modelled() {
@@ -245,6 +223,28 @@ impl Statistics {
         });
         (centroids.collect(), distortion)
     }
+}
+
+/// The cheapest split of levels into symbols and plain low bits: (low bits, plan, bits for the whole weight).
+pub fn plan_levels(levels: &Histogram, geometry: Geometry) -> (u32, Plan, f64) {
+    let elements = levels.total() as f64;
+    let candidate = |low_bits: u32| {
+        let plan = plan(&levels.without_low_bits(low_bits), Some(8));
+        let bits = plan.bits + f64::from(low_bits) * elements;
+        (low_bits, plan, bits)
+    };
+    let better = |best: (u32, Plan, f64), other: (u32, Plan, f64)| {
+        if other.2 < LOW_BITS_GAIN * best.2 { other } else { best }
+    };
+    let cheapest = (1..=8).map(candidate).fold(candidate(0), better);
+    let premium = if geometry.elements() >= ALIAS_FROM { ALIAS_PREMIUM } else { 0.0 };
+    let limit = cheapest.2 * (1.0 + premium);
+    let quick = (0..=6).filter_map(|low_bits| {
+        let plan = plan_alias(&levels.without_low_bits(low_bits))?;
+        let bits = plan.bits + f64::from(low_bits) * elements;
+        (bits <= limit && cheapest.1.coding.is_modelled()).then_some((low_bits, plan, bits))
+    });
+    quick.min_by(|a, b| a.2.total_cmp(&b.2)).unwrap_or(cheapest)
 }
 
 /// Runs `body` over a fixed division of `rows` and returns the results in order.
@@ -293,7 +293,12 @@ fn row_norms(weights: Weights, geometry: Geometry, pool: &dyn Pool) -> Result<Ve
 
 /// Whether a weight is zero or so near to it that its steps would leave the normal floats.
 fn too_small(norms: &[(f64, f32)]) -> bool {
-    norms.iter().all(|&(_, largest)| largest < SMALLEST)
+    norms.iter().all(|&(_, largest)| is_too_small(largest))
+}
+
+/// The same of the largest weight.
+pub fn is_too_small(largest: f32) -> bool {
+    largest < SMALLEST
 }
 
 /// A scale that is not zero, exact in bf16 where the grid stores it so, and, for `up`, no smaller than asked.
@@ -311,7 +316,7 @@ fn storable(scale: f64, grid: ScaleGrid, up: bool) -> f32 {
 
 /// Packs to levels at `levels`' scales, of which `statistics` are all.
 fn pack_levels(levels: &Levels, statistics: &Statistics, quantizer: Quantizer, pool: &dyn Pool) -> Result<Packed> {
-    let (low_bits, plan, _) = statistics.plan(levels.geometry);
+    let (low_bits, plan, _) = plan_levels(&statistics.levels, levels.geometry);
     let centroids = match quantizer {
         Quantizer::Ecsq => statistics.centroids(&plan.coding, low_bits).0,
         _ => Vec::new(),
@@ -333,14 +338,38 @@ fn pack_levels(levels: &Levels, statistics: &Statistics, quantizer: Quantizer, p
 }
 
 /// Symmetric integers of at most `max` with one scale for each cell of `grid`, from the largest weight there.
+#[derive(Debug, Clone, Copy)]
+pub struct Symmetric {
+    pub quantizer: Quantizer,
+    pub grid: ScaleGrid,
+    pub max: f32,
+}
+
+impl Symmetric {
+    /// int8, one scale a row.
+    pub const INT8: Self = Self { quantizer: Quantizer::Int8, grid: ScaleGrid::Row, max: 127.0 };
+
+    /// int4, one scale for each row and `group` columns (a multiple of 64).
+    pub fn int4(group: usize) -> Result<Self> {
+        if group == 0 || !group.is_multiple_of(super::geometry::CHUNK) || group >= super::format::MAX_DIMENSION {
+            return Err(Error::argument("group_size", "a positive multiple of 64", group));
+        }
+        Ok(Self { quantizer: Quantizer::Int4, grid: ScaleGrid::Group(group), max: 7.0 })
+    }
+
+    /// The scale of weights of which this is the largest magnitude.
+    pub fn scale(self, largest: f32) -> f32 {
+        storable(f64::from(largest / self.max), self.grid, true)
+    }
+}
+
 fn pack_symmetric(
     weights: Weights,
     (rows, cols): (usize, usize),
-    grid: ScaleGrid,
-    max: f32,
-    quantizer: Quantizer,
+    symmetric: Symmetric,
     pool: &dyn Pool,
 ) -> Result<Packed> {
+    let Symmetric { quantizer, grid, max } = symmetric;
     let geometry = check_shape(weights, rows, cols)?;
     if too_small(&row_norms(weights, geometry, pool)?) {
         return pack_lossless(weights, rows, cols, pool);
@@ -353,7 +382,7 @@ fn pack_symmetric(
             weights.values(row * cols, &mut values);
             scales.extend(values.chunks(size).map(|group| {
                 let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                storable(f64::from(largest / max), grid, true)
+                symmetric.scale(largest)
             }));
         }
         scales
@@ -364,15 +393,12 @@ fn pack_symmetric(
 
 /// int8, symmetric, one scale a row, entropy-coded.
 pub fn pack_int8(weights: Weights, rows: usize, cols: usize, pool: &dyn Pool) -> Result<Packed> {
-    pack_symmetric(weights, (rows, cols), ScaleGrid::Row, 127.0, Quantizer::Int8, pool)
+    pack_symmetric(weights, (rows, cols), Symmetric::INT8, pool)
 }
 
 /// int4, symmetric, one scale for each row and `group` columns (a multiple of 64), entropy-coded.
 pub fn pack_int4(weights: Weights, rows: usize, cols: usize, group: usize, pool: &dyn Pool) -> Result<Packed> {
-    if group == 0 || !group.is_multiple_of(super::geometry::CHUNK) || group >= super::format::MAX_DIMENSION {
-        return Err(Error::argument("group_size", "a positive multiple of 64", group));
-    }
-    pack_symmetric(weights, (rows, cols), ScaleGrid::Group(group), 7.0, Quantizer::Int4, pool)
+    pack_symmetric(weights, (rows, cols), Symmetric::int4(group)?, pool)
 }
 
 /// A candidate of the ECSQ search.
@@ -526,7 +552,7 @@ impl<'a> Search<'a> {
         };
         let levels = Levels { weights, geometry, grid, scales, max: MAX_LEVEL };
         let statistics = Statistics::measure(&levels, every, pool);
-        let (low_bits, plan, bits) = statistics.plan(geometry);
+        let (low_bits, plan, bits) = plan_levels(&statistics.levels, geometry);
         // A sample stands for the whole.
         let bits = bits * elements / statistics.levels.total().max(1) as f64;
         let (_, distortion) = statistics.centroids(&plan.coding, low_bits);

@@ -1,6 +1,6 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
-use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Unpack, Weight, Wide};
+use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Quantise, Unpack, Weight, Wide};
 use super::weight::{Family, Kind, STRIPE, TILE_COLS};
 
 const THREADS: u32 = 256;
@@ -118,6 +118,11 @@ const DECODE: [[&str; 2]; 3] = [
 /// Of bfloat16s and of levels.
 const HISTOGRAM: [&str; 2] = ["infold_histogram_bf16", "infold_histogram_levels"];
 const APART: [&str; 2] = ["infold_apart_bf16", "infold_apart_levels"];
+/// Of float32 and of bfloat16.
+const LARGEST: [&str; 2] = ["infold_largest_f32", "infold_largest_bf16"];
+const QUANTISE: [&str; 2] = ["infold_quantise_f32", "infold_quantise_bf16"];
+/// So many blocks at most find maxima or levels.
+const QUANTISE_BLOCKS: u64 = 4224;
 /// Threads of a decoder's block.
 const DECODE_THREADS: u32 = 128;
 const WARP: u32 = 32;
@@ -150,7 +155,8 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
     let lay_out = HISTOGRAM.into_iter().chain(APART).map(move |name| plain("lay_out", name));
-    inputs.into_iter().chain(Kind::ALL.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out)
+    let quantise = LARGEST.into_iter().chain(QUANTISE).map(move |name| plain("quantise", name));
+    inputs.into_iter().chain(Kind::ALL.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out).chain(quantise)
 }
 
 /// Shared memory of the product of many columns: its tiles of x and of W.
@@ -340,4 +346,19 @@ pub fn apart(kind: Kind, parameters: LayOut) -> Launch<LayOut> {
 pub fn tiles(kind: Kind, parameters: LayOut, tiles: usize) -> Launch<LayOut> {
     let blocks = (tiles as u32).div_ceil(THREADS / WARP);
     Launch::new(kind.kernels().tiles.unwrap_or_default(), blocks, parameters)
+}
+
+/// The largest magnitude under each scale, of which there are `parts`.
+pub fn largest(parameters: Quantise, parts: usize, bf16: bool) -> Launch<Quantise> {
+    by_parts(LARGEST[usize::from(bf16)], parameters, parts)
+}
+
+/// The levels of a weight.
+pub fn quantise(parameters: Quantise, parts: usize, bf16: bool) -> Launch<Quantise> {
+    by_parts(QUANTISE[usize::from(bf16)], parameters, parts)
+}
+
+fn by_parts(kernel: &'static str, parameters: Quantise, parts: usize) -> Launch<Quantise> {
+    let blocks = (parts as u64).div_ceil(u64::from(THREADS / WARP)).min(QUANTISE_BLOCKS) as u32;
+    Launch { kernel, blocks, threads: THREADS, shared: 0, parameters }
 }

@@ -54,6 +54,19 @@ pub struct Codes<M> {
     pub levels: bool,
 }
 
+impl<M> Codes<M> {
+    /// Some of the codes, as the codec has them.
+    pub fn read<D: Device<Memory = M>>(&self, device: &D, range: Range<usize>) -> Result<Vec<u32>> {
+        let size = if self.levels { size_of::<i32>() } else { size_of::<u16>() };
+        let bytes = device.read(&self.memory, range.start * size..range.end * size)?;
+        Ok(if self.levels {
+            bytes.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect()
+        } else {
+            bytes.as_chunks().0.iter().map(|&bytes| u32::from(u16::from_le_bytes(bytes))).collect()
+        })
+    }
+}
+
 fn is_level(header: &Header) -> bool {
     matches!(header.element, Element::Level { .. })
 }
@@ -78,8 +91,8 @@ fn view(plane: &codec::Plane) -> Plane {
     Plane { coding: number, width, streams: plane.streams as i32, escapes, lo: coding.lo() }
 }
 
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+pub(super) fn words(words: impl IntoIterator<Item = u32>) -> Vec<u8> {
+    words.into_iter().flat_map(u32::to_le_bytes).collect()
 }
 
 /// The codes of a weight that [`takes`] says yes to; None for a damaged one.
@@ -93,7 +106,7 @@ pub unsafe fn decode<D: Device>(device: &D, source: Source, header: &Header) -> 
     let damage = device.upload(&[0; size_of::<u64>()])?;
     let mut before = Plane::default();
     for (index, plane) in header.planes.iter().enumerate() {
-        let slots = device.upload(&words(&Table::new(&plane.coding).slots()))?;
+        let slots = device.upload(&words(Table::new(&plane.coding).slots()))?;
         let parameters = Decode {
             payload: source.payload,
             payload_bytes: source.payload_bytes as u64,
@@ -145,7 +158,7 @@ pub fn encode<D: Device>(
     let parts = Parts::new(kind, geometry.rows, geometry.cols);
     let assembly = Assembly::new(header);
     let (first_centroid, centroids) = assembly.centroids();
-    let points = device.upload(&words(&centroids.iter().map(|point| point.to_bits()).collect::<Vec<_>>()))?;
+    let points = device.upload(&words(centroids.iter().map(|point| point.to_bits())))?;
     let row_counts = device.allocate(geometry.rows * size_of::<u32>())?;
     let mut parameters = LayOut {
         codes: device.address(&codes.memory).cast::<c_void>(),

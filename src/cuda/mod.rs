@@ -4,6 +4,7 @@
 pub mod driver;
 pub mod launch;
 pub mod lay_out;
+pub mod pack;
 pub mod params;
 mod prefix;
 pub mod weight;

@@ -183,3 +183,17 @@ pub struct LayOut {
     pub first_centroid: i32,
     pub centroid_count: i32,
 }
+
+/// A dense weight into levels.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Quantise {
+    pub weights: *const c_void,
+    pub largest: *mut u32,
+    pub scales: *const f32,
+    pub levels: *mut i32,
+    pub rows: i32,
+    pub cols: i32,
+    pub group_cols: i32,
+    pub max: f32,
+}

@@ -1,18 +1,21 @@
-//! PyTorch's memory on a GPU and its current stream, as laying weights out there needs them.
+//! PyTorch's memory on a GPU and its current stream, as laying weights out and packing there need them.
 #![allow(unsafe_code)] // launches
 
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use super::pack::scales;
 use super::tensor::{contiguous, slice};
 use crate::Result;
 use crate::bridge::current_stream;
-use crate::codec::Header;
+use crate::codec::{Dtype, Geometry, Header, MAX_DIMENSION, Symmetric};
 use crate::cuda::driver::{self, Stream};
 use crate::cuda::launch::Launch;
-use crate::cuda::lay_out::{self, Source};
+use crate::cuda::lay_out::{self, Codes, Source};
+use crate::cuda::pack::{self, Dense, Laid};
 use crate::cuda::weight::{Family, Kind as DeviceKind, Tables};
+use crate::parallel::Pool;
 
 /// The GPU that a tensor is on.
 pub struct Gpu {
@@ -39,6 +42,19 @@ impl Gpu {
         let mut copy = tensor.f_empty_like()?;
         copy.f_copy_(&tensor)?;
         Ok(Some(copy))
+    }
+
+    /// payload, directory and tables of a weight that is laid out.
+    fn tensors(&self, payload: Tensor, tables: &[u8]) -> Result<Vec<Tensor>> {
+        let directory = Tensor::f_empty([0], (Kind::Int, self.device))?;
+        Ok(vec![payload, directory, Tensor::f_from_slice(tables)?.f_to_device(self.device)?])
+    }
+
+    /// The same and its scales.
+    fn packed(&self, laid: Laid<Tensor>) -> Result<Vec<Tensor>> {
+        let mut tensors = self.tensors(laid.payload, &laid.tables)?;
+        tensors.push(scales(&laid.header, &laid.scales)?.f_to_device(self.device)?);
+        Ok(tensors)
     }
 }
 
@@ -96,6 +112,45 @@ pub fn lay_out([payload, directory, tables]: [&Tensor; 3], layout: i64) -> Resul
     };
     // SAFETY: tensors on this device, of the sizes that were checked, which live until the results were read.
     let Some((payload, tables)) = (unsafe { lay_out::to_device(&gpu, source, &header) })? else { return Ok(None) };
-    let directory = Tensor::f_empty([0], (Kind::Int, gpu.device))?;
-    Ok(Some(vec![payload, directory, Tensor::f_from_slice(&tables)?.f_to_device(gpu.device)?]))
+    Ok(Some(gpu.tensors(payload, &tables)?))
+}
+
+/// Packs a dense weight without loss on its own GPU, into the layout that it has there: payload, directory, tables and scales.
+/// None where that is for the host to do, or to say what is wrong.
+pub fn pack_lossless(weight: &Tensor, pool: &dyn Pool) -> Result<Option<Vec<Tensor>>> {
+    let (Some(gpu), Some((rows, cols))) = (Gpu::of(weight), shape(weight)) else { return Ok(None) };
+    if weight.f_kind()? != Kind::BFloat16 {
+        return Ok(None);
+    }
+    let codes = Codes { memory: bytes(weight)?, levels: false };
+    let laid = pack::lossless(&gpu, &codes, Geometry::new(rows, cols), pool)?;
+    laid.map(|laid| gpu.packed(laid)).transpose()
+}
+
+/// The same to int8 or int4.
+pub fn pack_symmetric(weight: &Tensor, symmetric: Symmetric, pool: &dyn Pool) -> Result<Option<Vec<Tensor>>> {
+    let (Some(gpu), Some((rows, cols))) = (Gpu::of(weight), shape(weight)) else { return Ok(None) };
+    let (memory, dtype) = match weight.f_kind()? {
+        Kind::BFloat16 => (bytes(weight)?, Dtype::Bf16),
+        Kind::Float => (bytes(weight)?, Dtype::F32),
+        Kind::Half => (bytes(&weight.f_to_kind(Kind::Float)?)?, Dtype::F16),
+        _ => return Ok(None),
+    };
+    let laid = pack::symmetric(&gpu, &Dense { memory, dtype, rows, cols }, symmetric, pool)?;
+    laid.map(|laid| gpu.packed(laid)).transpose()
+}
+
+/// The shape of a dense weight that can be packed on a GPU.
+fn shape(weight: &Tensor) -> Option<(usize, usize)> {
+    match weight.size()[..] {
+        [rows, cols] if rows.min(cols) > 0 && rows.max(cols) < MAX_DIMENSION as i64 => {
+            Some((rows as usize, cols as usize))
+        }
+        _ => None,
+    }
+}
+
+/// A dense weight's memory, a row after the other.
+fn bytes(weight: &Tensor) -> Result<Tensor> {
+    Ok(weight.f_contiguous()?.f_view([-1])?.f_view_dtype(Kind::Uint8)?)
 }

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::tensor::{contiguous, of_bytes, slice};
 use super::{device, gpu};
-use crate::codec::{self, Codec, Dtype, EcsqTarget, Header, Layout, Packed, PackedWeight, Weights};
+use crate::codec::{self, Codec, Dtype, EcsqTarget, Header, Layout, Packed, PackedWeight, Symmetric, Weights};
 use crate::cuda::weight::Tables;
 use crate::parallel::Pool;
 use crate::{Error, Result};
@@ -27,16 +27,23 @@ fn pack(weight: &Tensor, pack: impl FnOnce(Weights, usize, usize) -> Result<Pack
 
 /// payload, directory, tables and scales. A weight without scales has an empty one.
 fn tensors(packed: Packed, pool: &dyn Pool) -> Result<Vec<Tensor>> {
-    let grid = packed.header.scale_grid;
-    let (rows, groups) = grid.shape(packed.header.geometry).unwrap_or((0, 0));
-    let scales = Tensor::f_from_slice(&packed.scales)?.f_reshape([rows as i64, groups as i64])?;
-    let kind = if grid.bytes_each() == 2 { Kind::BFloat16 } else { Kind::Float };
     let mut tensors = without_scales(&packed, pool)?;
-    tensors.push(scales.f_to_kind(kind)?);
+    tensors.push(scales(&packed.header, &packed.scales)?);
     Ok(tensors)
 }
 
+/// A weight's scales in their dtype and shape.
+pub fn scales(header: &Header, scales: &[f32]) -> Result<Tensor> {
+    let grid = header.scale_grid;
+    let (rows, groups) = grid.shape(header.geometry).unwrap_or((0, 0));
+    let kind = if grid.bytes_each() == 2 { Kind::BFloat16 } else { Kind::Float };
+    Ok(Tensor::f_from_slice(scales)?.f_reshape([rows as i64, groups as i64])?.f_to_kind(kind)?)
+}
+
 pub fn lossless(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
+    if let Some(packed) = gpu::pack_lossless(weight, pool)? {
+        return Ok(packed);
+    }
     tensors(pack(weight, |weights, rows, cols| codec::pack_lossless(weights, rows, cols, pool))?, pool)
 }
 
@@ -51,11 +58,17 @@ pub fn ecsq(weight: &Tensor, bits: f64, max_error: f64, pool: &dyn Pool) -> Resu
 }
 
 pub fn int8(weight: &Tensor, pool: &dyn Pool) -> Result<Vec<Tensor>> {
+    if let Some(packed) = gpu::pack_symmetric(weight, Symmetric::INT8, pool)? {
+        return Ok(packed);
+    }
     tensors(pack(weight, |weights, rows, cols| codec::pack_int8(weights, rows, cols, pool))?, pool)
 }
 
 pub fn int4(weight: &Tensor, group_size: i64, pool: &dyn Pool) -> Result<Vec<Tensor>> {
     let group = usize::try_from(group_size).unwrap_or(0);
+    if let Some(packed) = gpu::pack_symmetric(weight, Symmetric::int4(group)?, pool)? {
+        return Ok(packed);
+    }
     tensors(pack(weight, |weights, rows, cols| codec::pack_int4(weights, rows, cols, group, pool))?, pool)
 }
 

@@ -78,7 +78,7 @@ def convert(
         skipped = any(fnmatchcase(name, pattern) for name in all_names for pattern in skip)
         if layer_config is None or skipped or (filter_fn and not filter_fn(module, all_names[0])):
             continue
-        reason = _refusal(module)
+        reason = _refusal(module, layer_config)
         if reason:
             report.refused[all_names[0]] = reason
         else:
@@ -104,6 +104,8 @@ def convert(
                     trainable_scales=layer_config.trainable_scales,
                     name=name,
                 )
+                # On a GPU it has to have a layout there.
+                new.settle()
             except ValueError as error:
                 report.refused[name] = str(error)
                 continue
@@ -144,7 +146,7 @@ def _lay_out(
         report.layers[index] = replace(layer, layout=module.layout, resident_bytes=module.packed.nbytes)
 
 
-def _refusal(module: nn.Module) -> str | None:
+def _refusal(module: nn.Module, config: FusedConfig) -> str | None:
     """Why a layer cannot be packed."""
     if is_subclass(module):
         return f"{type(module).__name__} is a subclass that may compute something else"
@@ -156,8 +158,10 @@ def _refusal(module: nn.Module) -> str | None:
     weight = weight_of(module)
     if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet; run the model once first"
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}; pack on the CPU"
+    if weight.device.type not in ("cpu", "cuda"):
+        return f"its weight is on {weight.device}; pack on the CPU or on CUDA"
+    if weight.is_cuda and config.layout != "auto":
+        return f"layout {config.layout!r} is one of the CPU's, and its weight is on {weight.device}"
     if weight.dtype not in WEIGHT_DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
     if weight.numel() == 0:

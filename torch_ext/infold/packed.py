@@ -59,7 +59,10 @@ class Header(NamedTuple):
 
 @torch.inference_mode(False)
 def pack(weight: Tensor, config: FusedConfig) -> Packed:
-    """Packs a dense (out_features, in_features) weight of dtype float32, float16 or bfloat16 on the CPU.
+    """Packs a dense (out_features, in_features) weight of dtype float32, float16 or bfloat16.
+
+    On CUDA it is packed there into the layout that it has there: lossless bfloat16, int8 and int4. Others are packed on
+    the CPU, in their compact form. Taken back, all of them are the same bytes as packed on the CPU.
 
     Raises ValueError for another shape or dtype, for a weight that is not finite in a quantised format, and where
     ``round_to`` makes infinities of finite values.

@@ -104,7 +104,7 @@ class PackedModule(nn.Module):
                 getattr(self, field).data = getattr(laid_out, field)
         self.refresh_header()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Lays the weight out for its device, where ``.to(device)`` has moved it since."""
         if self._is_misplaced() and not torch.compiler.is_compiling():
             # Another module that shares the weight may have laid it out.
@@ -157,7 +157,7 @@ class PackedModule(nn.Module):
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What operators take first. Comes before `_layout`."""
-        self._settle()
+        self.settle()
         return self.payload, self.directory, self.tables, self.float_scales()
 
     def _layout(self) -> tuple[int, int, int, int]:
