@@ -66,8 +66,8 @@ __device__ void backward(const InfoldWide& p) {
 }
 
 // The first of a row's escapes that is not before a column.
-__device__ uint32_t first_escape(const InfoldWeight& w, int row, int col) {
-  uint32_t low = w.escape_starts[row], high = w.escape_starts[row + 1];
+__device__ uint32_t first_escape(const InfoldWeight& w, const EscapeRange& range, int col) {
+  uint32_t low = range.begin, high = range.end;
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
     if (static_cast<int>(w.escapes[middle].col) < col) {
@@ -93,11 +93,14 @@ __device__ void finish(const InfoldWide& p) {
   }
   for (int first_row = 0; first_row < w.rows; first_row += wide::kThreads) {
     const int own = first_row + static_cast<int>(threadIdx.x);
-    const uint32_t begin = own < w.rows ? first_escape(w, own, first) : 0;
-    const uint32_t end = own < w.rows ? first_escape(w, own, first + kRows) : 0;
-    begins[threadIdx.x] = begin;
-    ends[threadIdx.x] = end;
-    const uint32_t vote = warp_ballot(begin < end);
+    EscapeRange here = {};
+    if (own < w.rows) {
+      const EscapeRange all = escapes_of(w, own);
+      here = {first_escape(w, all, first), first_escape(w, all, first + kRows)};
+    }
+    begins[threadIdx.x] = here.begin;
+    ends[threadIdx.x] = here.end;
+    const uint32_t vote = warp_ballot(here.begin < here.end);
     if (lane == 0) votes[warp] = vote;
     __syncthreads();
     // A thread has its column, and takes all rows in order.
@@ -110,7 +113,7 @@ __device__ void finish(const InfoldWide& p) {
             const InfoldEscape escape = w.escapes[i];
             // Of a damaged list, whose columns are in no order, not all are here.
             const uint32_t within = escape.col - static_cast<uint32_t>(first);
-            if (within >= kRows) continue;
+            if (within >= kRows || escape.col >= static_cast<uint32_t>(w.cols)) continue;
             const float scale = scale_of(w, row, escape.col);
             outputs[within][column] +=
                 wide::correction(escape.value, Layout::filler(w), scale, w.scales != nullptr) * g;

@@ -215,8 +215,6 @@ inline void wait_for_copies() {
 
 inline int uniform(int value) { return value; }
 
-inline void prefetch(const void*) {}
-
 inline uint16_t load_half(const uint16_t* half) { return *half; }
 
 inline float from_bf16(uint32_t bits) {

@@ -55,9 +55,6 @@ __device__ __forceinline__ void wait_for_copies() {
 // A value that is the same in all lanes of a warp, so that the compiler knows.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 
-// Brings the line that a word is in nearer, to the L2 cache.
-__device__ __forceinline__ void prefetch(const void* word) { asm volatile("prefetch.global.L2 [%0];" ::"l"(word)); }
-
 // sums += a · b by mma.m16n8k16 in bfloat16, for the warp together.
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "

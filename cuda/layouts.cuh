@@ -174,4 +174,25 @@ __device__ inline float scale_of(const InfoldWeight& w, int row, int col) {
                            : static_cast<const float*>(w.scales)[index];
 }
 
+// Where a row's escapes begin and end; whatever the payload says of them, within it.
+struct EscapeRange {
+  uint32_t begin, end;
+};
+__device__ inline EscapeRange escapes_of(const InfoldWeight& w, int row) {
+  const ptrdiff_t before = reinterpret_cast<const char*>(w.escapes) - reinterpret_cast<const char*>(w.head);
+  const uint64_t room = (w.payload_bytes - before) / sizeof(InfoldEscape);
+  const uint32_t begin = w.escape_starts[row], end = w.escape_starts[row + 1];
+  return {begin < room ? begin : static_cast<uint32_t>(room), end < room ? end : static_cast<uint32_t>(room)};
+}
+
+// Calls `visit` with each escape of a row whose column is there, or with every `stride`th from `first` on.
+template <class Visit>
+__device__ void for_escapes(const InfoldWeight& w, int row, uint32_t first, uint32_t stride, const Visit& visit) {
+  const EscapeRange range = escapes_of(w, row);
+  for (uint32_t i = range.begin + first; i < range.end; i += stride) {
+    const InfoldEscape escape = w.escapes[i];
+    if (escape.col < static_cast<uint32_t>(w.cols)) visit(escape);
+  }
+}
+
 }  // namespace infold

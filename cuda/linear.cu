@@ -41,10 +41,9 @@ __device__ float listed_apart(const InfoldLinear& p, float filler, int row, int 
   const InfoldWeight& w = p.weight;
   const uint16_t* x = p.x + static_cast<size_t>(column) * w.cols;
   float sum = 0;
-  for (uint32_t i = w.escape_starts[row]; i < w.escape_starts[row + 1]; ++i) {
-    const InfoldEscape escape = w.escapes[i];
+  for_escapes(w, row, 0, 1, [&](const InfoldEscape& escape) {
     sum += (escape.value - filler) * from_bf16(x[escape.col]) * scale_of(w, row, escape.col);
-  }
+  });
   return sum;
 }
 

@@ -61,12 +61,10 @@ __device__ void put_run(const InfoldUnpack& p, const Layout& layout, const Tile&
 template <class Layout>
 __device__ void put_apart(const InfoldUnpack& p, int row, size_t at) {
   const InfoldWeight& w = p.weight;
-  const uint32_t end = w.escape_starts[row + 1];
-  for (uint32_t i = w.escape_starts[row] + threadIdx.x; i < end; i += blockDim.x) {
-    const InfoldEscape escape = w.escapes[i];
+  for_escapes(w, row, threadIdx.x, blockDim.x, [&](const InfoldEscape& escape) {
     const float scale = scale_of(w, row, escape.col);
     put<Layout>(p, at + escape.col, w.scales == nullptr ? escape.value : escape.value * scale);
-  }
+  });
 }
 
 template <class Layout>

@@ -55,11 +55,10 @@ __device__ void forward(const InfoldWide& p) {
 __device__ float listed_apart(const InfoldWide& p, float filler, int row, int column) {
   const InfoldWeight& w = p.weight;
   float sum = 0;
-  for (uint32_t i = w.escape_starts[row]; i < w.escape_starts[row + 1]; ++i) {
-    const InfoldEscape escape = w.escapes[i];
+  for_escapes(w, row, 0, 1, [&](const InfoldEscape& escape) {
     const float x = from_bf16(p.x[inputs::place(p.columns, column, static_cast<int>(escape.col))]);
     sum += wide::correction(escape.value, filler, scale_of(w, row, escape.col), is_grouped(w)) * x;
-  }
+  });
   return sum;
 }
 

@@ -146,9 +146,9 @@ def test_equal_times_keep_the_fixed_width(monkeypatch: pytest.MonkeyPatch) -> No
     bytes_ = FusedDecompressLinear.from_linear(linear_of(64, 256).float(), QUANTISED["codes8"])
     infold.layout.lay_out_for_device([[bytes_]], "auto")
     assert bytes_.layout == "codes8"  # and what has one layout not at all
-    with pytest.raises(ValueError, match="layout: expected window or pairs for a weight of format lossless"):
+    with pytest.raises(ValueError, match="layout: expected window or pairs or raw for a weight of format lossless"):
         infold.layout.lay_out_for_device([[packed]], "codes")
-    with pytest.raises(ValueError, match="layout: expected auto, window, codes or pairs on CUDA"):
+    with pytest.raises(ValueError, match="layout: expected auto, window, codes, pairs or raw on CUDA"):
         infold.layout.lay_out_for_device([[packed]], "fast")
 
 
@@ -156,13 +156,49 @@ def test_other_weights_are_refused_and_stay() -> None:
     packed = FusedDecompressLinear.from_linear(linear_of(64, 128).half(), LOSSLESS)
     before = packed.weight
     with pytest.raises(ValueError, match="layout for CUDA: expected lossless bfloat16, ecsq, int8 or int4"):
-        packed.lay_out("device")
+        packed.lay_out("window")
     assert packed.layout == "compact"
     assert torch.equal(packed.weight, before)
     bytes_ = FusedDecompressLinear.from_linear(linear_of(64, 128).float(), QUANTISED["codes8"])
-    with pytest.raises(ValueError, match="at most one weight in 64"):
-        bytes_.lay_out("pairs")
+    for form, expected in (("pairs", "at most one weight in 64"), ("raw", "expected a lossless weight, got Int8")):
+        with pytest.raises(ValueError, match=expected):
+            bytes_.lay_out(form)
     assert bytes_.layout == "compact"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_that_lie_as_they_are(dtype: torch.dtype) -> None:
+    linear = linear_of(70, 100).to(dtype)
+    packed = FusedDecompressLinear.from_linear(linear, LOSSLESS)
+    canonical = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    packed.lay_out("raw" if dtype == torch.bfloat16 else "device")
+    assert packed.layout == {torch.bfloat16: "raw_bf16", torch.float16: "raw_f16", torch.float32: "raw_f32"}[dtype]
+    assert torch.equal(packed.payload.view(dtype).view(70, 100), linear.weight)
+    assert all(torch.equal(tensor, canonical[name]) for name, tensor in packed.state_dict().items())
+    assert torch.equal(packed.weight, linear.weight)
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_that_lie_as_they_are_on_cuda(dtype: torch.dtype) -> None:
+    linear = linear_of(70, 100).to(dtype)
+    packed = FusedDecompressLinear.from_linear(linear, LOSSLESS).cuda()
+    packed.lay_out("raw")
+    embedding = FusedDecompressEmbedding(packed.packed)
+    conv = nn.Conv2d(4, 8, 3, dtype=dtype)
+    packed_conv = FusedDecompressConv.from_conv(conv, LOSSLESS).cuda()
+    linear.cuda(), conv.cuda()
+    for own in (dtype, torch.float32):
+        x = torch.randn(5, 100, device="cuda", dtype=own, requires_grad=True)
+        expected = F.linear(x, linear.weight.to(own), linear.bias.to(own))
+        assert torch.equal(packed(x), expected)
+        gradient = torch.randn_like(expected)
+        dx, *_ = torch.autograd.grad(packed(x), x, gradient)
+        assert torch.equal(dx, gradient @ linear.weight.to(own))
+    indices = torch.randint(70, (3, 4), device="cuda")
+    assert torch.equal(embedding(indices), linear.weight[indices])
+    image = torch.randn(2, 4, 9, 9, device="cuda", dtype=dtype)
+    assert torch.equal(packed_conv(image), conv(image))
 
 
 def test_pruned_weights_have_pairs() -> None:
@@ -343,9 +379,9 @@ def test_prepare_measures_and_obeys_on_cuda() -> None:
         found = set(infold.prepare(model, layout).values())  # type: ignore[arg-type]
         assert found <= ({"window", "pairs"} if layout == "auto" else {layout})
         assert torch.allclose(model[0](x).float(), expected, rtol=1 / 64, atol=1e-3)
-    with pytest.raises(ValueError, match="layout: expected window or pairs for a weight of format lossless"):
+    with pytest.raises(ValueError, match="layout: expected window or pairs or raw for a weight of format lossless"):
         infold.prepare(model, "codes")
-    with pytest.raises(ValueError, match="layout: expected auto, window, codes or pairs on CUDA"):
+    with pytest.raises(ValueError, match="layout: expected auto, window, codes, pairs or raw on CUDA"):
         infold.prepare(model, "fast")
 
 
@@ -389,8 +425,8 @@ def test_a_model_is_converted_on_cuda(name: str) -> None:
     assert [layer.layout for layer in report.layers] == [name.split()[0] if name != "lossless" else "window"] * 2
     own, other = model.state_dict(), there.state_dict()
     assert all(torch.equal(own[field], other[field].cpu()) for field in own)
-    with pytest.warns(UserWarning, match="left dense: 0: layout for CUDA: expected lossless bfloat16"):
-        infold.convert(nn.Sequential(nn.Linear(64, 64)).cuda(), LOSSLESS, progress=False)
+    floats = infold.convert(nn.Sequential(nn.Linear(64, 64)).cuda(), LOSSLESS, progress=False)
+    assert [layer.layout for layer in floats.layers] == ["raw_f32"]
     with pytest.warns(UserWarning, match="layout 'fast' is one of the CPU's"):
         infold.convert(nn.Sequential(linear_of(64, 64)).cuda(), FusedConfig("lossless", layout="fast"), progress=False)
 

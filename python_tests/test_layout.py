@@ -129,7 +129,7 @@ def test_auto_keeps_its_budget_and_says_what_it_took() -> None:
     with pytest.raises(ValueError, match=f"budget: expected at least {least} bytes, got 7"):
         infold.prepare(model, budget=7)
     with pytest.raises(
-        ValueError, match="layout: expected auto, compact or fast, or window, codes or pairs on CUDA, got 'quick'"
+        ValueError, match="layout: expected auto, compact or fast, or window, codes, pairs or raw on CUDA, got 'quick'"
     ):
         infold.prepare(model, "quick")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layout: expected auto, compact or fast on the CPU, got 'pairs'"):

@@ -219,19 +219,45 @@ fn every_bf16_comes_back() {
 }
 
 #[test]
-fn other_weights_are_refused() {
+fn what_has_no_code_lies_as_it_is() {
     let mut random = Random(7);
-    let values = random.normals(64 * 64, 0.05);
-    let float = pack_lossless(Weights::F32(&values), 64, 64, &Serial).unwrap();
-    let any: Vec<bf16> = (0..4096).map(|_| bf16::from_bits(random.next() as u16)).collect();
-    let noise = pack_lossless(Weights::Bf16(&any), 64, 64, &Serial).unwrap();
-    for (packed, expected) in [(float, "lossless bfloat16, ecsq, int8 or int4"), (noise, "outside sixteen exponents")] {
-        let error = Device::new(&packed).err().unwrap().to_string();
+    let values = random.normals(40 * 70, 0.05);
+    let half: Vec<f16> = values.iter().map(|&value| f16::from_f32(value)).collect();
+    let any: Vec<bf16> = (0..2800).map(|_| bf16::from_bits(random.next() as u16)).collect();
+    let le_bytes = |words: Vec<u16>| words.into_iter().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+    let cases = [
+        (Weights::F32(&values), Kind::RawF32, values.iter().flat_map(|value| value.to_le_bytes()).collect()),
+        (Weights::F16(&half), Kind::RawF16, le_bytes(half.iter().map(|value| value.to_bits()).collect())),
+        (Weights::Bf16(&any), Kind::RawBf16, le_bytes(bits(&any))),
+    ];
+    for (weights, kind, expected) in cases {
+        let packed = pack_lossless(weights, 40, 70, &Serial).unwrap();
+        for packed in [&packed, &in_layout(&packed, Layout::Fast)] {
+            let (payload, tables) = to_device(&open(packed), &Serial).unwrap();
+            assert!(payload == expected, "{kind:?}");
+            let parsed = Tables::parse(&tables).unwrap().unwrap();
+            assert_eq!(parsed.kind, kind);
+            let back = from_device(&payload, &parsed, &Threads(2)).unwrap();
+            assert!(back == pack_lossless(weights, 40, 70, &Serial).unwrap());
+            assert!(from_device(&payload[1..], &parsed, &Serial).is_err());
+            // Floats of one dtype are not another's.
+            for other in [Kind::RawBf16, Kind::RawF16, Kind::RawF32, Kind::Window, Kind::Codes4].map(|kind| kind as u8)
+            {
+                let forged = [&tables[..4], &[other], &tables[5..]].concat();
+                assert_eq!(
+                    Tables::parse(&forged).unwrap().is_ok(),
+                    other == kind as u8 || kind == Kind::RawBf16 && other == 2
+                );
+            }
+        }
+    }
+    let bytes = pack_int8(Weights::F32(&values), 40, 70, &Serial).unwrap();
+    for (family, expected) in
+        [(Family::Pairs, "at most one weight in 64 without a code"), (Family::Raw, "a lossless weight")]
+    {
+        let error = to_device_in(family, &open(&bytes), &Serial).err().unwrap().to_string();
         assert!(error.contains(expected), "{error}");
     }
-    let bytes = pack_int8(Weights::F32(&values), 64, 64, &Serial).unwrap();
-    let error = Device::in_family(Family::Pairs, &bytes).err().unwrap().to_string();
-    assert!(error.contains("at most one weight in 64 without a code"), "{error}");
 }
 
 #[test]
@@ -297,45 +323,69 @@ fn damage_is_an_error_or_other_numbers() {
     }
 }
 
+/// The kernels' view of a payload that ends where memory does.
+fn guarded_weight(device: &Device, guarded: &Guarded) -> Weight {
+    let (payload, base) = (guarded.pointer().cast_const(), device.words.as_ptr().cast::<u8>());
+    // SAFETY: the same places in the copy.
+    let moved = |pointer: *const u8| unsafe { payload.add(pointer.offset_from(base) as usize) };
+    let own = device.weight(false);
+    Weight {
+        head: payload.cast(),
+        values: moved(own.values.cast()).cast(),
+        tiles: moved(own.tiles.cast()).cast(),
+        escape_starts: moved(own.escape_starts.cast()).cast(),
+        escapes: moved(own.escapes.cast()).cast(),
+        ..own
+    }
+}
+
 #[test]
 fn kernels_read_no_farther_than_the_payload() {
     let mut random = Random(12);
     let (rows, cols) = (33, 700);
-    let values = random.normals(rows * cols, 0.05);
+    let mut values = random.normals(rows * cols, 0.05);
+    values.iter_mut().step_by(997).for_each(|value| *value = 1.5);
     let lossless = pack_lossless(Weights::Bf16(&to_bf16(&values)), rows, cols, &Serial).unwrap();
-    for packed in [lossless, quantised(1, &values, rows, cols)] {
-        let mut device = Device::in_family(Family::Pairs, &packed).unwrap();
-        let escapes = device.weight(false).escape_starts as usize - device.words.as_ptr() as usize;
-        let directory = escapes + 4 * (rows + 1)..escapes + 4 * (rows + 1) + 3 * 2 * 4 * 4;
-        let x = to_bf16(&random.normals(cols, 1.0));
-        let mut y = Shifted::new(rows, 0);
+    let packed = [lossless, quantised(1, &values, rows, cols)];
+    for (packed, family) in packed.iter().flat_map(|packed| FAMILIES.map(|family| (packed, family))) {
+        let mut device = Device::in_family(family, packed).unwrap();
+        let starts = device.weight(false).escape_starts as usize - device.words.as_ptr() as usize;
+        let escapes = device.weight(false).escapes as usize - device.words.as_ptr() as usize;
+        let x = Guarded::new(&to_bf16(&random.normals(17 * cols.max(rows), 1.0)));
+        let mut y = vec![0u16; 17 * cols.max(rows)];
         let mut out = vec![0f32; rows * cols];
-        // What the kernels find their way by: the directory, and the lengths of codes in the table.
-        let table = 16 + 4 * (device.kind().values() - 1024);
-        let table = (table..table + 4 * 1024).step_by(4 * 31);
-        for place in directory.chain(table) {
+        // What the kernels find their way by: where escapes begin, and the first one's column; and of pairs the directory of
+        // runs, and the lengths of codes in the table.
+        let all_starts = starts..starts + 4 * (rows + 1);
+        let places: Vec<usize> = match family {
+            Family::Pairs => {
+                let table = 16 + 4 * (device.kind().values() - 1024);
+                let table = (table..table + 4 * 1024).step_by(4 * 31);
+                all_starts.step_by(7).chain(starts + 4 * (rows + 1)..escapes).chain(table).collect()
+            }
+            _ => all_starts.step_by(3).chain(escapes..escapes + 4).collect(),
+        };
+        for place in places {
             let before = device.payload[place];
             device.payload[place] = random.next() as u8;
-            let guarded = Guarded::new(&device.payload);
-            let payload = guarded.pointer().cast_const();
-            let base = device.words.as_ptr().cast::<u8>();
-            // SAFETY: the same places in the copy.
-            let moved = |pointer: *const u8| unsafe { payload.add(pointer.offset_from(base) as usize) };
-            let own = device.weight(false);
-            let weight = Weight {
-                head: payload.cast(),
-                values: moved(own.values.cast()).cast(),
-                tiles: moved(own.tiles.cast()).cast(),
-                escape_starts: moved(own.escape_starts.cast()).cast(),
-                escapes: moved(own.escapes.cast()).cast(),
-                ..own
-            };
-            let (x, bias, y) = (x.as_ptr().cast(), std::ptr::null(), y.pointer().cast());
+            // Loads of four words have to be aligned.
+            let mut padded = device.payload.clone();
+            padded.resize(padded.len().next_multiple_of(16), 0);
+            let guarded = Guarded::new(&padded);
+            let weight = guarded_weight(&device, &guarded);
+            let (bias, y) = (std::ptr::null(), y.as_mut_ptr().cast());
             let dtype = Dtype::Bf16;
-            emulate(launch::linear(device.kind(), Linear { weight, x, bias, y, dtype, batch: 1, parts: 1 }));
+            let parameters = Linear { weight, x: x.pointer().cast(), bias, y, dtype, batch: 1, parts: 1 };
+            emulate(launch::linear(device.kind(), parameters));
             let (indices, out) = (std::ptr::null(), out.as_mut_ptr().cast());
-            let parameters = Unpack { weight, indices, out, dtype: Dtype::F32 };
-            emulate(launch::unpack(device.kind(), parameters, None));
+            emulate(launch::unpack(device.kind(), Unpack { weight, indices, out, dtype: Dtype::F32 }, None));
+            if family == Family::Fixed {
+                for (direction, order, terms, sums) in
+                    [(Direction::Forward, Order::Fragment, cols, rows), (Direction::Backward, Order::Plain, rows, cols)]
+                {
+                    run_wide(&device, direction, wide_of(weight, y), inputs_of(&x, 17, terms, order), sums);
+                }
+            }
             device.payload[place] = before;
         }
     }
@@ -445,6 +495,30 @@ fn weight_in_product(device: &Device, packed: &Packed, rounded_again: bool) -> V
     unscaled(packed).into_iter().zip(device.listed_apart()).enumerate().map(effective).collect()
 }
 
+/// bfloat16 inputs of a product.
+fn inputs_of(x: &Guarded, batch: usize, cols: usize, order: Order) -> Inputs {
+    let (x, out, dtype) = (x.pointer().cast(), std::ptr::null_mut(), Dtype::Bf16);
+    Inputs { x, out, dtype, batch: batch as i32, cols: cols as i32, parts: 1, columns: 0, order }
+}
+
+/// A product of seventeen rows in bfloat16, less what [`run_wide`] fills in.
+fn wide_of(weight: Weight, y: *mut std::ffi::c_void) -> Wide {
+    Wide {
+        weight,
+        x: std::ptr::null(),
+        sums: std::ptr::null_mut(),
+        bias: std::ptr::null(),
+        y,
+        dtype: Dtype::Bf16,
+        batch: 17,
+        parts: 1,
+        columns: 0,
+        splits: 0,
+        first_row: 0,
+        row_count: 0,
+    }
+}
+
 /// Runs the kernels of a product of many columns, of inputs of `terms` to `sums`.
 fn run_wide(device: &Device, direction: Direction, whole: Wide, inputs: Inputs, sums: usize) {
     let terms = inputs.cols as usize;
@@ -489,29 +563,13 @@ fn check_product(
     let (guarded, mut y) = (Guarded::new(&x_bytes), vec![0u16; batch * rows * width]);
     let parts = dtype.parts();
     let product = Product::of(device.kind(), batch, parts, on_hopper);
-    let inputs = Inputs {
-        x: guarded.pointer().cast(),
-        out: std::ptr::null_mut(),
-        dtype,
-        batch: batch as i32,
-        cols: cols as i32,
-        parts: parts as i32,
-        columns: 0,
-        order: Order::Fragment,
-    };
+    let inputs = Inputs { dtype, parts: parts as i32, ..inputs_of(&guarded, batch, cols, Order::Fragment) };
     let whole = Wide {
-        weight: device.weight(half_scales),
-        x: std::ptr::null(),
-        sums: std::ptr::null_mut(),
         bias: if with_bias { bias_bytes.as_ptr().cast() } else { std::ptr::null() },
-        y: y.as_mut_ptr().cast(),
         dtype,
         batch: inputs.batch,
         parts: inputs.parts,
-        columns: 0,
-        splits: 0,
-        first_row: 0,
-        row_count: 0,
+        ..wide_of(device.weight(half_scales), y.as_mut_ptr().cast())
     };
     if product == Product::Narrow {
         let mut split = Shifted::new(batch * parts * cols, 0);

@@ -34,7 +34,7 @@ struct Kernels {
     linear: &'static [&'static str],
     /// In both directions, by [`WIDE`].
     wide: Option<[Many; 2]>,
-    unpack: &'static str,
+    unpack: Option<&'static str>,
     /// What lays weights out.
     tiles: Option<&'static str>,
 }
@@ -71,7 +71,7 @@ macro_rules! of_fixed_width {
         Kernels {
             linear: narrow!($layout: 8, 16, 32, 64),
             wide: Some([many!("wide", "finish", $layout), many!("backward", "backward_finish", $layout)]),
-            unpack: concat!("infold_unpack_", $layout),
+            unpack: Some(concat!("infold_unpack_", $layout)),
             tiles: Some(concat!("infold_tiles_", $layout)),
         }
     };
@@ -82,7 +82,7 @@ macro_rules! of_pairs {
         Kernels {
             linear: narrow!($layout: 8, 16),
             wide: None,
-            unpack: concat!("infold_unpack_", $layout),
+            unpack: Some(concat!("infold_unpack_", $layout)),
             tiles: None,
         }
     };
@@ -97,6 +97,9 @@ impl Kind {
             Self::Codes8 => of_fixed_width!("codes8"),
             Self::Pairs => of_pairs!("pairs"),
             Self::PairsOfLevels => of_pairs!("pairs_of_levels"),
+            Self::RawBf16 | Self::RawF16 | Self::RawF32 => {
+                Kernels { linear: &[], wide: None, unpack: None, tiles: None }
+            }
         }
     }
 
@@ -149,14 +152,15 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
             let product = move |(columns, name)| Kernel { shared: wide_shared(kind, columns), ..plain(file, name) };
             WIDE.into_iter().zip(products).map(product).chain([plain(file, finish)])
         });
+        let unpack = unpack.map(|name| plain("unpack", name));
         let tiles = tiles.map(|name| plain("lay_out", name));
-        linear.iter().map(narrow).chain(wide).chain([plain("unpack", unpack)]).chain(tiles)
+        linear.iter().map(narrow).chain(wide).chain(unpack).chain(tiles)
     };
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
     let lay_out = HISTOGRAM.into_iter().chain(APART).map(move |name| plain("lay_out", name));
     let quantise = LARGEST.into_iter().chain(QUANTISE).map(move |name| plain("quantise", name));
-    inputs.into_iter().chain(Kind::ALL.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out).chain(quantise)
+    inputs.into_iter().chain(Kind::COMPUTED.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out).chain(quantise)
 }
 
 /// Shared memory of the product of many columns: its tiles of x and of W.
@@ -189,7 +193,7 @@ fn stripes(weight: &Weight) -> u32 {
 
 /// Which of `sizes` is enough for so many columns.
 fn place(sizes: &[usize], columns: usize) -> usize {
-    sizes.partition_point(|&size| size < columns).min(sizes.len() - 1)
+    sizes.partition_point(|&size| size < columns).min(sizes.len().saturating_sub(1))
 }
 
 /// How a product is computed, by its columns: rows of x times the bfloat16s that each value is the sum of.
@@ -209,6 +213,7 @@ impl Product {
         let Kernels { linear, wide, .. } = kind.kernels();
         let [.., many] = WIDE;
         match rows * parts {
+            _ if linear.is_empty() => Self::Unpacked,
             columns if columns <= NARROW_ON_HOPPER => Self::Narrow,
             columns if on_hopper && wide.is_some() && columns <= many => Self::Wide,
             // The kernels of more columns take a value as one.
@@ -227,7 +232,8 @@ impl Product {
 /// y = x·Wᵀ + bias for what [`Product::Narrow`] is for.
 pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
     let names = kind.kernels().linear;
-    let kernel = names[place(&NARROW[..names.len()], (parameters.batch * parameters.parts) as usize)];
+    let place = place(&NARROW[..names.len()], (parameters.batch * parameters.parts) as usize);
+    let kernel = names.get(place).copied().unwrap_or_default();
     let most = if kind == Kind::Window { u32::MAX } else { TABLE_BLOCKS };
     let blocks = stripes(&parameters.weight).min(most);
     Launch { shared: kind.narrow_shared(), ..Launch::new(kernel, blocks, parameters) }
@@ -318,7 +324,7 @@ impl WidePlan {
 /// The dense weight, or `indices` of its rows.
 pub fn unpack(kind: Kind, parameters: Unpack, indices: Option<u32>) -> Launch<Unpack> {
     let blocks = indices.unwrap_or(stripes(&parameters.weight));
-    Launch::new(kind.kernels().unpack, blocks, parameters)
+    Launch::new(kind.kernels().unpack.unwrap_or_default(), blocks, parameters)
 }
 
 /// A plane of the canonical form, into bfloat16s or levels.

@@ -13,6 +13,7 @@
 
 mod pair_code;
 mod pairs;
+mod raw;
 
 use std::ops::Range;
 
@@ -66,6 +67,10 @@ pub enum Kind {
     Pairs = 6,
     /// The same of levels.
     PairsOfLevels = 7,
+    /// Lossless weights as they are.
+    RawBf16 = 8,
+    RawF16 = 9,
+    RawF32 = 10,
 }
 
 /// Layouts of which a weight has at most one.
@@ -75,25 +80,46 @@ pub enum Family {
     Fixed,
     /// A pair prefix table.
     Pairs,
+    /// Floats as they are, for which there are no kernels.
+    Raw,
 }
 
 impl Kind {
     const CODES: [Self; 3] = [Self::Codes4, Self::Codes5, Self::Codes8];
 
-    /// By number.
-    pub const ALL: [Self; 6] =
+    /// Those that have kernels.
+    pub const COMPUTED: [Self; 6] =
         [Self::Window, Self::Codes4, Self::Codes5, Self::Codes8, Self::Pairs, Self::PairsOfLevels];
+    const RAW: [Self; 3] = [Self::RawBf16, Self::RawF16, Self::RawF32];
 
     pub fn from_number(number: i64) -> Option<Self> {
-        Self::ALL.into_iter().find(|&kind| kind as i64 == number)
+        Self::COMPUTED.into_iter().chain(Self::RAW).find(|&kind| kind as i64 == number)
     }
 
     pub fn family(self) -> Family {
-        if matches!(self, Self::Pairs | Self::PairsOfLevels) { Family::Pairs } else { Family::Fixed }
+        match self {
+            Self::Window | Self::Codes4 | Self::Codes5 | Self::Codes8 => Family::Fixed,
+            Self::Pairs | Self::PairsOfLevels => Family::Pairs,
+            Self::RawBf16 | Self::RawF16 | Self::RawF32 => Family::Raw,
+        }
     }
 
+    /// Whether its values are the dense weight's own bits.
     pub fn is_lossless(self) -> bool {
-        matches!(self, Self::Window | Self::Pairs)
+        matches!(self, Self::Window | Self::Pairs) || self.family() == Family::Raw
+    }
+
+    /// Whether it is for a weight of this header.
+    fn is_for(self, header: &Header) -> bool {
+        let dtype = match self {
+            Self::RawF16 => Dtype::F16,
+            Self::RawF32 => Dtype::F32,
+            _ => Dtype::Bf16,
+        };
+        if self.is_lossless() {
+            return header.quantizer == Quantizer::Lossless && header.dtype == dtype;
+        }
+        matches!(header.element, Element::Level { .. })
     }
 
     /// Bits of a weight in its tile.
@@ -104,6 +130,8 @@ impl Kind {
             Self::Codes5 => 5,
             Self::Codes8 | Self::Pairs => 8,
             Self::PairsOfLevels => 0,
+            Self::RawBf16 | Self::RawF16 => 16,
+            Self::RawF32 => 32,
         }
     }
 
@@ -119,6 +147,7 @@ impl Kind {
             Self::Codes4 | Self::Codes5 | Self::Codes8 => 1 << self.bits(),
             Self::Pairs => pair_code::ENTRIES,
             Self::PairsOfLevels => 3 * pair_code::ENTRIES,
+            Self::RawBf16 | Self::RawF16 | Self::RawF32 => 0,
         }
     }
 }
@@ -167,7 +196,7 @@ impl Parts {
     fn directory(self) -> Range<usize> {
         let start = self.start(self.rows + 1);
         let words = match self.kind.family() {
-            Family::Fixed => 0,
+            Family::Fixed | Family::Raw => 0,
             Family::Pairs => self.stripes() * pairs::directory_words(self.cols),
         };
         start..start + words * size_of::<u32>()
@@ -225,11 +254,9 @@ impl Tables {
                 return Err(Error::corrupt("device tables", "a layout and a header", format!("{} bytes", bytes.len())));
             }
             let number = i64::from(word(bytes, 4));
-            let kind = Kind::from_number(number).ok_or_else(|| Error::corrupt("device layout", "2 to 7", number))?;
+            let kind = Kind::from_number(number).ok_or_else(|| Error::corrupt("device layout", "2 to 10", number))?;
             let header = Header::parse(&bytes[TABLES_HEAD..])?;
-            let is_window = header.quantizer == Quantizer::Lossless && header.dtype == Dtype::Bf16;
-            let is_level = matches!(header.element, Element::Level { .. });
-            if header.layout != Layout::Compact || kind.is_lossless() != is_window || (is_window == is_level) {
+            if header.layout != Layout::Compact || !kind.is_for(&header) {
                 return Err(Error::corrupt("device layout", "one for the weight's format", number));
             }
             Ok(Self { kind, lo: word(bytes, 8) as i32, header })
@@ -328,18 +355,23 @@ pub(super) fn escape_starts(parts: Parts, counts: impl Iterator<Item = u32>) -> 
     (bytes, start)
 }
 
-/// A weight's payload and tables for the device: in a layout of fixed width, or else by pairs. One that has no layout
-/// there is an error.
+/// A weight's payload and tables for the device: in a layout of fixed width, or else by pairs, or else as it is. One that
+/// has no layout there is an error.
 pub fn to_device(weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec<u8>)> {
     to_device_in(Family::Fixed, weight, pool).or_else(|error| {
-        if error.is_argument() { pairs::to_device(weight, pool).map_err(|_| error) } else { Err(error) }
+        if !error.is_argument() {
+            return Err(error);
+        }
+        pairs::to_device(weight, pool).or_else(|_| raw::to_device(weight, pool)).map_err(|_| error)
     })
 }
 
 /// The same in a layout of this family.
 pub fn to_device_in(family: Family, weight: &PackedWeight, pool: &dyn Pool) -> Result<(Vec<u8>, Vec<u8>)> {
-    if family == Family::Pairs {
-        return pairs::to_device(weight, pool);
+    match family {
+        Family::Fixed => {}
+        Family::Pairs => return pairs::to_device(weight, pool),
+        Family::Raw => return raw::to_device(weight, pool),
     }
     let (header, geometry) = (&weight.header, weight.geometry());
     check(header)?;
@@ -434,7 +466,7 @@ impl<'a> Reader<'a> {
         let escapes = reader.start(parts.rows);
         let fixed = parts.bytes_with(escapes);
         let expected = match tables.kind.family() {
-            Family::Fixed => Some(fixed),
+            Family::Fixed | Family::Raw => Some(fixed),
             Family::Pairs => pairs::bytes(payload, parts, escapes),
         };
         if !ordered || Some(payload.len()) != expected {
@@ -518,6 +550,9 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 /// The canonical form again, less its scales.
 pub fn from_device(payload: &[u8], tables: &Tables, pool: &dyn Pool) -> Result<Packed> {
+    if tables.kind.family() == Family::Raw {
+        return raw::from_device(payload, &tables.header, pool);
+    }
     let reader = Reader::new(payload, tables)?;
     encode_as(tables.header.clone(), &reader, Vec::new(), pool)
 }

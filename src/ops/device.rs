@@ -34,7 +34,7 @@ fn pointer(tensor: &Tensor, what: &'static str, kind: Kind, device: Device) -> R
 /// A weight's layout, by the number that came with it.
 fn layout_of(weight: &Weight) -> Result<DeviceKind> {
     let kind = DeviceKind::from_number(weight.layout);
-    kind.ok_or_else(|| Error::argument("layout", "2 to 7 on CUDA, as infold.prepare makes it", weight.layout))
+    kind.ok_or_else(|| Error::argument("layout", "2 to 10 on CUDA, as infold.prepare makes it", weight.layout))
 }
 
 /// A weight's layout and the kernels' view of it. The scales are theirs as long as the second result lives.
@@ -247,9 +247,30 @@ pub fn input_gradient(gradient: &Tensor, weight: &Weight, rows: usize, size: &[i
     Ok(Some(out))
 }
 
+/// The dense weight where it lies as it is: a view of the payload.
+pub fn raw(weight: &Weight) -> Result<Option<Tensor>> {
+    let kind = match layout_of(weight)? {
+        DeviceKind::RawBf16 => Kind::BFloat16,
+        DeviceKind::RawF16 => Kind::Half,
+        DeviceKind::RawF32 => Kind::Float,
+        _ => return Ok(None),
+    };
+    let bytes = weight.out_features as usize * weight.in_features as usize * kind.elt_size_in_bytes();
+    if weight.payload.numel() != bytes {
+        return Err(Error::corrupt("payload", format!("{bytes} bytes"), weight.payload.numel()));
+    }
+    let dense = weight.payload.f_contiguous()?.f_view_dtype(kind)?;
+    Ok(Some(dense.f_view([weight.out_features, weight.in_features])?))
+}
+
 /// Rows of the dense weight in `out`'s dtype: those that `indices` (int64) name, or all of them.
 pub fn unpack(weight: &Weight, indices: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
     let (device, kind) = (weight.payload.device(), out.kind());
+    if let Some(dense) = raw(weight)? {
+        let rows = indices.map(|indices| dense.f_index_select(0, &indices.f_flatten(0, -1)?)).transpose()?;
+        out.f_copy_(&rows.unwrap_or(dense).f_view_as(out)?)?;
+        return Ok(());
+    }
     let Some(dtype) = dtype_of(kind) else {
         let mut floats = Tensor::f_empty(out.size(), (Kind::Float, device))?;
         unpack(weight, indices, &mut floats)?;
@@ -324,7 +345,7 @@ fn by_scale(weight: &Weight, terms: &Tensor, shape: &[i64]) -> Result<Tensor> {
 
 /// Lays a weight out for its device, or takes a device's form back; `tensors` (payload, directory, tables) and the results
 /// are on the CPU. `layout` is that of a family: 2 of any, which are those of fixed width where the weight has one, 3 to 5
-/// of these alone, 6 and 7 of pairs. None for a change between the codec's layouts.
+/// of these alone, 6 and 7 of pairs, 8 to 10 of weights as they are. None for a change between the codec's layouts.
 pub fn lay_out(tensors: [&Tensor; 3], layout: i64, pool: &dyn Pool) -> Result<Option<Vec<Tensor>>> {
     let [payload, directory, tables] = tensors;
     match (Tables::parse(slice(tables)?).transpose()?, DeviceKind::from_number(layout)) {

@@ -162,6 +162,9 @@ impl Weight {
     fn with_dense<R>(&self, kind: Kind, pool: &dyn Pool, body: impl FnOnce(&Tensor) -> Result<R>) -> Result<R> {
         let elements = self.out_features * self.in_features;
         if device::is_cuda(&self.payload) {
+            if let Some(dense) = device::raw(self)? {
+                return body(&dense.f_to_kind(kind)?);
+            }
             // PyTorch's allocator keeps it, for each stream.
             let mut dense = Tensor::f_empty([self.out_features, self.in_features], (kind, self.payload.device()))?;
             device::unpack(self, None, &mut dense)?;

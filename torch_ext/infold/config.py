@@ -8,10 +8,22 @@ from typing import Literal, get_args
 import torch
 
 Format = Literal["lossless", "ecsq", "int8", "int4"]
-MemoryLayout = Literal["compact", "fast", "window", "codes4", "codes5", "codes8", "pairs", "pairs_of_levels"]
+MemoryLayout = Literal[
+    "compact",
+    "fast",
+    "window",
+    "codes4",
+    "codes5",
+    "codes8",
+    "pairs",
+    "pairs_of_levels",
+    "raw_bf16",
+    "raw_f16",
+    "raw_f32",
+]
 Layout = Literal["auto", "compact", "fast"]
 #: Those for CUDA, by what `infold.prepare` is asked for.
-DeviceLayout = Literal["window", "codes", "pairs"]
+DeviceLayout = Literal["window", "codes", "pairs", "raw"]
 Mode = Literal["fused", "exact"]
 
 #: Dtypes of dense weights that can be packed.

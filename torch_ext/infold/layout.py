@@ -22,6 +22,7 @@ _SIZE_LIMIT = 1.3
 #: ...and at least this many times as fast.
 _SPEED_LIMIT = 1.05
 _MEASUREMENTS = 7
+_ON_CUDA = "window, codes, pairs or raw"
 #: On CUDA, times that differ by less are equal.
 _TIE = 1.02
 
@@ -55,21 +56,21 @@ def prepare(
         times as large for trained weights; ``"auto"`` measures both on this machine with one row of activations and
         takes the fast one where it is faster and at most 1.3 times the size.
         On CUDA there are others: ``"window"``, 12 bits a weight of lossless bfloat16; ``"codes"`` of 4, 5 or 8 bits for
-        the quantised formats; ``"pairs"``, entropy-coded, for both, if levels have at most about four bits. ``"auto"``
-        measures those that a weight has and takes pairs where they are faster. A layer that was moved to another device
-        is laid out for it at its next forward, in a window or in codes if it can; call this before a CUDA graph is
-        recorded or a model is compiled.
+        the quantised formats; ``"pairs"``, entropy-coded, for both, if levels have at most about four bits; ``"raw"``,
+        lossless weights as they are, which lossless float16 and float32 always get. ``"auto"`` measures the first that
+        a weight has and pairs, and takes pairs where they are faster. A layer that was moved to another device is laid
+        out for it at its next forward, in a window or in codes if it can; call this before a CUDA graph is recorded or
+        a model is compiled.
     budget: with ``"auto"``, bytes that all packed weights may take on the CPU: fast where it saves the most time a
         byte.
 
     Layers that share a weight keep sharing it. Results do not depend on the layout; on CUDA, where sums are taken in
     the order of the layout, their last bits may. As with any change to a module's parameters, nobody may run the model
     meanwhile. Raises ValueError for another layout, for a budget with a layout other than ``"auto"``, where even the
-    compact form of all weights is over the budget, and on CUDA for a lossless weight that is not bfloat16 or one that
-    has no such layout.
+    compact form of all weights is over the budget, and on CUDA for a weight that has no such layout.
     """
     if layout not in (*get_args(Layout), *get_args(DeviceLayout)):
-        raise ValueError(f"layout: expected auto, compact or fast, or window, codes or pairs on CUDA, got {layout!r}")
+        raise ValueError(f"layout: expected auto, compact or fast, or {_ON_CUDA} on CUDA, got {layout!r}")
     if budget is not None and not isinstance(budget, int):
         raise TypeError(f"budget: expected bytes as an int, got {budget!r}")
     if budget is not None and layout != "auto":
@@ -146,11 +147,13 @@ def _measure(module: PackedModule, forms: dict[MemoryLayout, Packed]) -> dict[Me
 def lay_out_for_device(groups: list[list[PackedModule]], layout: str) -> None:
     """Lays weights on CUDA out, each a group of modules that share it: as asked, or as is fastest there."""
     if groups and layout in CPU_LAYOUTS:
-        raise ValueError(f"layout: expected auto, window, codes or pairs on CUDA, got {layout!r}")
+        raise ValueError(f"layout: expected auto, {_ON_CUDA} on CUDA, got {layout!r}")
     for module, *_ in groups:
         quantizer, fixed = module.header.quantizer, _fixed_form(module)
-        if layout not in ("auto", "pairs", fixed):
-            raise ValueError(f"layout: expected {fixed} or pairs for a weight of format {quantizer}, got {layout!r}")
+        forms = (fixed, "pairs", "raw") if quantizer == "lossless" else (fixed, "pairs")
+        if layout not in ("auto", *forms):
+            expected = " or ".join(forms)
+            raise ValueError(f"layout: expected {expected} for a weight of format {quantizer}, got {layout!r}")
     measured: dict[tuple[object, ...], dict[str, float]] = {}
     for group in groups:
         relay(group, _fastest(group[0], measured) if layout == "auto" else layout)

@@ -21,10 +21,13 @@ LAYOUTS: tuple[MemoryLayout, ...] = (
     "codes8",
     "pairs",
     "pairs_of_levels",
+    "raw_bf16",
+    "raw_f16",
+    "raw_f32",
 )
 CPU_LAYOUTS: tuple[MemoryLayout, ...] = LAYOUTS[:2]
 #: What `lay_out` may be asked for, and the operator's number: ``"device"`` is any for CUDA, of fixed width if it can.
-FORMS = {"compact": 0, "fast": 1, "device": 2, "window": 3, "codes": 3, "pairs": 6}
+FORMS = {"compact": 0, "fast": 1, "device": 2, "window": 3, "codes": 3, "pairs": 6, "raw": 8}
 PREDICTORS = ("none", "left", "top", "average", "planar")
 _DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
 
@@ -97,7 +100,7 @@ def lay_out(packed: Packed, layout: str) -> Packed:
 
 def form_of(layout: MemoryLayout) -> str:
     """What `lay_out` is asked for to give this layout."""
-    return "codes" if layout.startswith("codes") else "pairs" if layout.startswith("pairs") else layout
+    return next((form for form in ("codes", "pairs", "raw") if layout.startswith(form)), layout)
 
 
 def read_header(packed: Packed, name: str, *, verify: bool) -> Header:
