@@ -7,6 +7,7 @@
 
 #include "decode.cuh"
 #include "inputs.cuh"
+#include "narrow.cuh"
 #include "pairs_layout.cuh"
 #include "values.cuh"
 #include "wide.cuh"
@@ -29,6 +30,9 @@ namespace in_linear {
 namespace in_quantise {
 #include "quantise.cu"
 }
+namespace in_stream {
+#include "stream.cu"
+}
 namespace in_unpack {
 #include "unpack.cu"
 }
@@ -46,6 +50,8 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_16),     \
       INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_32),     \
       INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_64),     \
+      INFOLD_KERNEL(stream, InfoldLinear, infold_stream_##layout##_8),      \
+      INFOLD_KERNEL(stream, InfoldLinear, infold_stream_##layout##_16),     \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_64),           \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_128),          \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_256),          \

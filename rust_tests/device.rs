@@ -376,7 +376,7 @@ fn kernels_read_no_farther_than_the_payload() {
             let (bias, y) = (std::ptr::null(), y.as_mut_ptr().cast());
             let dtype = Dtype::Bf16;
             let parameters = Linear { weight, x: x.pointer().cast(), bias, y, dtype, batch: 1, parts: 1 };
-            emulate(launch::linear(device.kind(), parameters));
+            emulate(launch::linear(device.kind(), parameters, place % 2 == 0));
             let (indices, out) = (std::ptr::null(), out.as_mut_ptr().cast());
             emulate(launch::unpack(device.kind(), Unpack { weight, indices, out, dtype: Dtype::F32 }, None));
             if family == Family::Fixed {
@@ -579,7 +579,8 @@ fn check_product(
             emulate(launch::input_rows(Inputs { out: split.pointer(), ..inputs }));
         }
         let Wide { weight, bias, y, dtype, batch, parts, .. } = whole;
-        let mut launched = launch::linear(device.kind(), Linear { weight, x, bias, y, dtype, batch, parts });
+        let parameters = Linear { weight, x, bias, y, dtype, batch, parts };
+        let mut launched = launch::linear(device.kind(), parameters, on_hopper);
         // As where there are more stripes than blocks.
         launched.blocks = launched.blocks.min(3);
         emulate(launched);
@@ -658,7 +659,14 @@ fn wide_weights_take_each_warp_several_times() {
                 continue;
             }
             check_product(&device, &packed, Case { batch: 33, ..PLAIN }, &mut random).unwrap();
-            for (batch, dtype) in [(17, Dtype::Bf16), (70, Dtype::F16), (30, Dtype::F32)] {
+            for (batch, dtype) in [
+                (3, Dtype::Bf16),
+                (16, Dtype::Bf16),
+                (5, Dtype::F32),
+                (17, Dtype::Bf16),
+                (70, Dtype::F16),
+                (30, Dtype::F32),
+            ] {
                 let case = Case { batch, dtype, on_hopper: true, ..PLAIN };
                 check_product(&device, &packed, case, &mut random).unwrap();
             }

@@ -16,7 +16,7 @@ COPY = ROOT / "build" / "faults"
 PARTS = ("src", "cuda", "rust_tests", "benchmarks", "build.rs", "Cargo.toml", "Cargo.lock")
 
 WINDOW, CODES, LAYOUTS = "cuda/window.cuh", "cuda/codes.cuh", "cuda/layouts.cuh"
-LINEAR, UNPACK = "cuda/linear.cu", "cuda/unpack.cu"
+LINEAR, NARROW, STREAM, UNPACK = "cuda/linear.cu", "cuda/narrow.cuh", "cuda/stream.cu", "cuda/unpack.cu"
 WIDE, MANY, BACKWARD = "cuda/wide.cu", "cuda/wide.cuh", "cuda/backward.cu"
 INPUTS, INPUT_TILES, INTRINSICS = "cuda/inputs.cu", "cuda/inputs.cuh", "cuda/intrinsics.cuh"
 LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
@@ -63,17 +63,17 @@ FAULTS = (
     ("copies of the table", LAYOUTS, "shared + threadIdx.x % kCopies", "shared + threadIdx.x % kCopies * 2"),
     ("entries of the table", LAYOUTS, "const uint32_t entry = i / kCopies;", "const uint32_t entry = i % kEntries;"),
     ("the barrier after the table", LAYOUTS, "__syncthreads();\n  }", "}"),
-    ("order of columns", LINEAR, "lane % 4 * 16);", "lane % 4 * 8);"),
-    ("pair of x in a step", LINEAR, "x[i].pairs[2 * step + 1]);", "x[i].pairs[2 * step]);"),
-    ("rows of x beyond the batch", LINEAR, "column >= p.batch * p.parts", "column > p.batch * p.parts"),
-    ("columns beyond x", LINEAR, "if (col + i < cols) result.pairs", "if (col + i <= cols) result.pairs"),
+    ("order of columns", NARROW, "lane % 4 * 16);", "lane % 4 * 8);"),
+    ("pair of x in a step", NARROW, "x[i].pairs[2 * step + 1]);", "x[i].pairs[2 * step]);"),
+    ("rows of x beyond the batch", NARROW, "column >= p.batch * p.parts", "column > p.batch * p.parts"),
+    ("columns beyond x", NARROW, "if (col + i < cols) result.pairs", "if (col + i <= cols) result.pairs"),
     (
         "aligned loads of x",
-        LINEAR,
+        NARROW,
         "reinterpret_cast<uintptr_t>(x) % 16 == 0",
         "reinterpret_cast<uintptr_t>(x) % 8 == 0",
     ),
-    ("second group's rows", LINEAR, "(part + i) * kGroup + lane / 4,", "(part + i) * 4 + lane / 4,"),
+    ("second group's rows", NARROW, "(part + i) * kGroup + lane / 4,", "(part + i) * 4 + lane / 4,"),
     ("tiles of a warp", LINEAR, "start += kAhead * kStride", "start += kStride"),
     (
         "prefetch of the next tile",
@@ -83,21 +83,21 @@ FAULTS = (
     ),
     (
         "rows' scales",
-        LINEAR,
-        "const int row = stripe * kRows + lane / 4 + i / 2 * 8;",
+        NARROW,
+        "const int row = stripe * kRows + lane / 4 + 8 * half;",
         "const int row = stripe * kRows + lane / 4;",
     ),
-    ("groups' scales", LINEAR, "scale_of(w, row, tile * kCols)", "scale_of(w, row, 0)"),
-    ("sums of the next group", LINEAR, "            sums[group][i] = 0;\n", ""),
-    ("place of a sum", LINEAR, "shares[warp][lane / 4 + i / 2 * 8]", "shares[warp][lane / 4 + i / 2 * 4]"),
-    ("one warp's part", LINEAR, "for (int share = 0; share < kWarps", "for (int share = 1; share < kWarps"),
-    ("the barrier before the sum", LINEAR, "__syncthreads();\n      // A row", "// A row"),
-    ("the barrier after the sum", LINEAR, "      __syncthreads();\n    }\n  }", "    }\n  }"),
-    ("what stands in for an escape", LINEAR, "(escape.value - filler)", "escape.value"),
-    ("an escape's x", LINEAR, "from_bf16(x[escape.col])", "from_bf16(x[0])"),
-    ("the bias", LINEAR, "load_value(p.bias, row,", "load_value(p.bias, out_row,"),
-    ("rows beyond the weight", LINEAR, "out_row < kRows && row < w.rows && batch", "out_row < kRows && batch"),
-    ("a value's parts in a row of x", LINEAR, "out * p.parts + part;", "out * p.parts;"),
+    ("groups' scales", NARROW, "scale(p.weight, stripe, tile * kCols)", "scale(p.weight, stripe, 0)"),
+    ("sums of the next group", NARROW, "          own[group][i] = 0;\n", ""),
+    ("place of a sum", NARROW, "lane / 4 + i / 2 * 8, column", "lane / 4 + i / 2 * 4, column"),
+    ("one warp's part", NARROW, "for (int share = 0; share < kWarps", "for (int share = 1; share < kWarps"),
+    ("the barrier before the sum", NARROW, "__syncthreads();\n    // A row", "// A row"),
+    ("the barrier after the sum", NARROW, "    __syncthreads();\n  }\n}", "  }\n}"),
+    ("what stands in for an escape", NARROW, "(escape.value - filler)", "escape.value"),
+    ("an escape's x", NARROW, "from_bf16(x[escape.col])", "from_bf16(x[0])"),
+    ("the bias", NARROW, "load_value(p.bias, row,", "load_value(p.bias, out_row,"),
+    ("rows beyond the weight", NARROW, "out_row < kRows && row < w.rows && batch", "out_row < kRows && batch"),
+    ("a value's parts in a row of x", NARROW, "out * p.parts + part;", "out * p.parts;"),
     ("a value's parts", INPUTS, "for (int i = 0; i < part; ++i) value", "for (int i = 1; i < part; ++i) value"),
     ("a column's row of x", INPUTS, "const int row = column / p.parts;", "const int row = column;"),
     ("x beyond the batch", INPUTS, "if (row >= p.batch ||", "if (row > p.batch ||"),
@@ -142,6 +142,15 @@ FAULTS = (
     ("first escape of sixteen columns", BACKWARD, "low = middle + 1", "low = middle + 2"),
     ("rows of escapes by warp", BACKWARD, "part * kLanes + first_bit(left)", "first_bit(left)"),
     ("the barrier before escapes", BACKWARD, "__syncthreads();\n    // A thread", "// A thread"),
+    ("a ring's slots", STREAM, "+ warp * kStages;", "+ warp;"),
+    ("a ring's next stripe", STREAM, "stripe += gridDim.x;\n      tile", "stripe += 1;\n      tile"),
+    ("a ring's first tile of a stripe", STREAM, "tile = threadIdx.x / kLanes;", "tile = 0;"),
+    ("wait for a ring's tile", STREAM, "    wait_for(full[slot], taken / kStages);\n", ""),
+    ("phases of a ring", STREAM, "wait_for(full[slot], taken / kStages);", "wait_for(full[slot], 0);"),
+    ("lanes that have read a ring's tile", STREAM, "    sync_warp();\n    fetch();", "    fetch();"),
+    ("room for rings", LAUNCH, "(STREAM_WARPS * STREAM_STAGES * kind", "(STREAM_WARPS * STREAM_STAGES / 2 * kind"),
+    ("escapes beyond the payload", LAYOUTS, "end < room ? end : static_cast<uint32_t>(room)", "end"),
+    ("escapes beyond the columns", LAYOUTS, "escape.col < static_cast<uint32_t>(w.cols)", "true"),
     ("half of a run", UNPACK, "2 * pair + (lower ? 1 : 0)", "2 * pair + (lower ? 0 : 1)"),
     ("last columns of a run", UNPACK, "col + kRun <= w.cols", "col + kRun - 1 <= w.cols"),
     (

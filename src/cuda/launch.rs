@@ -4,8 +4,8 @@ use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Quantise, Unpack,
 use super::weight::{Family, Kind, STRIPE, TILE_COLS};
 
 const THREADS: u32 = 256;
-/// Where a block fills a table first, about so many blocks share the stripes: two for each of an H200's multiprocessors.
-const TABLE_BLOCKS: u32 = 264;
+/// Where a block is to take several stripes, so many blocks share them: two for each of an H200's multiprocessors.
+const SHARING_BLOCKS: u32 = 264;
 
 /// The products of few columns, by how many each takes at most.
 const NARROW: [usize; 4] = [8, 16, 32, 64];
@@ -14,7 +14,11 @@ const WIDE: [usize; 3] = [64, 128, 256];
 /// Beyond so many columns Hopper takes those.
 const NARROW_ON_HOPPER: usize = 16;
 
-/// As `cuda/wide.cu` has them: rows of a block, and tiles on their way.
+/// As `cuda/stream.cu` has them: a block's warps, and each one's tiles on their way.
+const STREAM_WARPS: usize = 8;
+const STREAM_STAGES: usize = 8;
+
+/// As `cuda/wide.cuh` has them: rows of a block, and tiles on their way.
 const WIDE_ROWS: usize = 128;
 const WIDE_STAGES: usize = 4;
 /// Blocks of the product of many columns that run at a time: one on each of an H200's multiprocessors.
@@ -32,6 +36,8 @@ const PAIRS_SHARED: u32 = 8 * 832 * 4 + 16 * 4096;
 struct Kernels {
     /// By [`NARROW`], of which pairs have the first two.
     linear: &'static [&'static str],
+    /// The first two of these on Hopper.
+    stream: &'static [&'static str],
     /// In both directions, by [`WIDE`].
     wide: Option<[Many; 2]>,
     unpack: Option<&'static str>,
@@ -47,8 +53,8 @@ struct Many {
 }
 
 macro_rules! narrow {
-    ($layout:literal: $($columns:literal),*) => {
-        &[$(concat!("infold_linear_", $layout, "_", $columns)),*]
+    ($file:literal, $layout:literal: $($columns:literal),*) => {
+        &[$(concat!("infold_", $file, "_", $layout, "_", $columns)),*]
     };
 }
 
@@ -69,7 +75,8 @@ macro_rules! many {
 macro_rules! of_fixed_width {
     ($layout:literal) => {
         Kernels {
-            linear: narrow!($layout: 8, 16, 32, 64),
+            linear: narrow!("linear", $layout: 8, 16, 32, 64),
+            stream: narrow!("stream", $layout: 8, 16),
             wide: Some([many!("wide", "finish", $layout), many!("backward", "backward_finish", $layout)]),
             unpack: Some(concat!("infold_unpack_", $layout)),
             tiles: Some(concat!("infold_tiles_", $layout)),
@@ -80,7 +87,8 @@ macro_rules! of_fixed_width {
 macro_rules! of_pairs {
     ($layout:literal) => {
         Kernels {
-            linear: narrow!($layout: 8, 16),
+            linear: narrow!("linear", $layout: 8, 16),
+            stream: &[],
             wide: None,
             unpack: Some(concat!("infold_unpack_", $layout)),
             tiles: None,
@@ -98,7 +106,7 @@ impl Kind {
             Self::Pairs => of_pairs!("pairs"),
             Self::PairsOfLevels => of_pairs!("pairs_of_levels"),
             Self::RawBf16 | Self::RawF16 | Self::RawF32 => {
-                Kernels { linear: &[], wide: None, unpack: None, tiles: None }
+                Kernels { linear: &[], stream: &[], wide: None, unpack: None, tiles: None }
             }
         }
     }
@@ -146,21 +154,27 @@ pub struct Kernel {
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let plain = |file, name| Kernel { file, name, shared: 0 };
     let of_kind = move |kind: Kind| {
-        let Kernels { linear, wide, unpack, tiles } = kind.kernels();
+        let Kernels { linear, stream, wide, unpack, tiles } = kind.kernels();
         let narrow = move |&name: &&'static str| Kernel { shared: kind.narrow_shared(), ..plain("linear", name) };
+        let stream = stream.iter().map(move |&name| Kernel { shared: stream_shared(kind), ..plain("stream", name) });
         let wide = wide.into_iter().flatten().flat_map(move |Many { file, products, finish }| {
             let product = move |(columns, name)| Kernel { shared: wide_shared(kind, columns), ..plain(file, name) };
             WIDE.into_iter().zip(products).map(product).chain([plain(file, finish)])
         });
         let unpack = unpack.map(|name| plain("unpack", name));
         let tiles = tiles.map(|name| plain("lay_out", name));
-        linear.iter().map(narrow).chain(wide).chain(unpack).chain(tiles)
+        linear.iter().map(narrow).chain(stream).chain(wide).chain(unpack).chain(tiles)
     };
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
     let lay_out = HISTOGRAM.into_iter().chain(APART).map(move |name| plain("lay_out", name));
     let quantise = LARGEST.into_iter().chain(QUANTISE).map(move |name| plain("quantise", name));
     inputs.into_iter().chain(Kind::COMPUTED.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out).chain(quantise)
+}
+
+/// Shared memory of the product of few columns on Hopper: its warps' rings.
+fn stream_shared(kind: Kind) -> u32 {
+    (STREAM_WARPS * STREAM_STAGES * kind.tile_bytes()) as u32
 }
 
 /// Shared memory of the product of many columns: its tiles of x and of W.
@@ -193,7 +207,7 @@ fn stripes(weight: &Weight) -> u32 {
 
 /// Which of `sizes` is enough for so many columns.
 fn place(sizes: &[usize], columns: usize) -> usize {
-    sizes.partition_point(|&size| size < columns).min(sizes.len().saturating_sub(1))
+    sizes.partition_point(|&size| size < columns).min(sizes.len() - 1)
 }
 
 /// How a product is computed, by its columns: rows of x times the bfloat16s that each value is the sum of.
@@ -230,12 +244,17 @@ impl Product {
 }
 
 /// y = x·Wᵀ + bias for what [`Product::Narrow`] is for.
-pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
-    let names = kind.kernels().linear;
-    let place = place(&NARROW[..names.len()], (parameters.batch * parameters.parts) as usize);
-    let kernel = names.get(place).copied().unwrap_or_default();
-    let most = if kind == Kind::Window { u32::MAX } else { TABLE_BLOCKS };
-    let blocks = stripes(&parameters.weight).min(most);
+pub fn linear(kind: Kind, parameters: Linear, on_hopper: bool) -> Launch<Linear> {
+    let Kernels { linear, stream, .. } = kind.kernels();
+    let (place, stripes) =
+        (place(&NARROW, (parameters.batch * parameters.parts) as usize), stripes(&parameters.weight));
+    if let Some(kernel) = stream.get(place).filter(|_| on_hopper) {
+        let launch = Launch::new(kernel, stripes.min(SHARING_BLOCKS), parameters);
+        return Launch { shared: stream_shared(kind), ..launch };
+    }
+    // One that fills a table first takes several stripes.
+    let blocks = if kind == Kind::Window { stripes } else { stripes.min(SHARING_BLOCKS) };
+    let kernel = linear.get(place).copied().unwrap_or_default();
     Launch { shared: kind.narrow_shared(), ..Launch::new(kernel, blocks, parameters) }
 }
 

@@ -111,6 +111,7 @@ struct Input {
     rows: usize,
     width: usize,
     product: Product,
+    on_hopper: bool,
 }
 
 impl Input {
@@ -129,11 +130,12 @@ impl Input {
         let (Some(dtype), Device::Cuda(index), false) = (dtype_of(kind), weight.payload.device(), is_coarse) else {
             return Ok(None);
         };
-        let product = product(layout, rows, dtype.parts(), driver::is_hopper(index)?);
+        let on_hopper = driver::is_hopper(index)?;
+        let product = product(layout, rows, dtype.parts(), on_hopper);
         if product == Product::Unpacked {
             return Ok(None);
         }
-        Ok(Some(Self { x: x.f_contiguous()?, kind, dtype, rows, width: width as usize, product }))
+        Ok(Some(Self { x: x.f_contiguous()?, kind, dtype, rows, width: width as usize, product, on_hopper }))
     }
 
     fn columns(&self) -> usize {
@@ -213,7 +215,8 @@ impl Input {
             run(weight, &launch::input_rows(inputs))?;
             x = inputs.out;
         }
-        run(weight, &launch::linear(layout, Linear { weight: view, x, bias, y, dtype, batch, parts }))
+        let parameters = Linear { weight: view, x, bias, y, dtype, batch, parts };
+        run(weight, &launch::linear(layout, parameters, self.on_hopper))
     }
 }
 
