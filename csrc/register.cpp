@@ -47,7 +47,7 @@ TORCH_LIBRARY(infold, m) {
   m.def("pack_int8(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_int4(Tensor weight, int group_size=128) -> (Tensor, Tensor, Tensor, Tensor)");
   // The same weight in layout 0 (compact), 1 (fast), or for CUDA 2 (the one of fixed width that it has
-  // there, or else pairs), 3 to 5 (of fixed width) or 6 and 7 (pairs), exactly:
+  // there, or else pairs, or else as it is), 3 to 5 (of fixed width), 6 and 7 (pairs) or 8 to 10 (as it is), exactly:
   // (payload, directory, tables).
   m.def("lay_out(Tensor payload, Tensor directory, Tensor tables, int layout) -> (Tensor, Tensor, Tensor)");
   // (version, codec, layout, ScalarType of the dense weight, out_features, in_features, quantizer, predictor, rows and

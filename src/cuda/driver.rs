@@ -48,7 +48,8 @@ fn context(device: usize) -> Result<usize> {
     Ok(context as usize)
 }
 
-/// Loads every kernel, its code included: while a CUDA graph is recorded, which may come next, nothing can be loaded.
+/// Loads every kernel that the device has shared memory for, its code included: while a CUDA graph is recorded, which may
+/// come next, nothing can be loaded.
 fn load_all() -> Result<Kernels> {
     let mut modules = HashMap::new();
     for fatbin in fatbins() {
@@ -66,12 +67,13 @@ fn load_all() -> Result<Kernels> {
             result::module::get_function(*module, text).and_then(|kernel| {
                 result::function::get_function_attribute(kernel, Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?;
                 let most_shared = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                result::function::set_function_attribute(kernel, most_shared, shared as i32).map(|()| kernel)
+                let fits = result::function::set_function_attribute(kernel, most_shared, shared as i32).is_ok();
+                Ok(fits.then_some(kernel))
             })
         };
-        Ok((name, kernel.map_err(failed(name))? as usize))
+        Ok(kernel.map_err(failed(name))?.map(|kernel| (name, kernel as usize)))
     };
-    kernels().map(load).collect()
+    kernels().filter_map(|kernel| load(kernel).transpose()).collect()
 }
 
 /// Calls `body` with the kernels of the current context, which are loaded if they are not there yet.
