@@ -10,6 +10,7 @@ python gpu_check.py [--json FILE]
 from __future__ import annotations
 
 import argparse
+import csv
 import ctypes
 import itertools
 import json
@@ -95,7 +96,8 @@ def small() -> None:
             packed = infold.nn.FusedDecompressLinear.from_linear(linear, config).cuda()
             packed.lay_out(form)
             for batch, dtype in itertools.product((1, 8, 9, 16, 17, 65, 129), (torch.bfloat16, torch.float16)):
-                packed(torch.randn(batch, cols, dtype=dtype, device="cuda"))
+                x = torch.randn(batch, cols, dtype=dtype, device="cuda", requires_grad=True)
+                packed(x).sum().backward()
             embedding = torch.nn.Embedding(rows, cols, dtype=torch.bfloat16)
             rows_of = infold.nn.FusedDecompressEmbedding.from_embedding(embedding, config).cuda()
             rows_of.lay_out(form)
@@ -124,6 +126,51 @@ def sanitize() -> dict[str, str]:
             print("\n".join(lines[:40]), result.stderr[-2000:])
         result.check_returncode()
     return said
+
+
+#: What Nsight Compute is asked for: how long, and shares of the peaks of memory, of issue slots and of the integer pipe.
+METRICS = {
+    "gpu__time_duration.sum": "ns",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of memory",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active": "% of issue slots",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "% of integers",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum": "bank conflicts",
+}
+
+
+def profiled() -> None:
+    """Each product once, for the profiler."""
+    for name, form in CASES:
+        linear = torch.nn.Linear(4096, 14336, dtype=torch.bfloat16, device="cuda")
+        packed = infold.nn.FusedDecompressLinear.from_linear(linear.cpu(), CONFIGS[name]).cuda()
+        packed.lay_out(form)
+        for batch in (1, 16, 64, 256):
+            x = torch.randn(batch, 4096, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            packed(x).sum().backward()
+    torch.cuda.synchronize()
+
+
+def profile(rows_out: list[dict[str, Any]]) -> None:
+    """Where each kernel's time goes, by Nsight Compute."""
+    if shutil.which("ncu") is None:
+        print("ncu is not on the PATH")
+        return
+    command = ["ncu", "--csv", "--metrics", ",".join(METRICS), "--kernel-name", "regex:infold_"]
+    command += [sys.executable, __file__, "--only=profiled"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines()
+    start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if result.returncode or start is None:
+        # Counters may be for administrators alone.
+        print(f"ncu ended with status {result.returncode}:", *lines[-3:], sep="\n")
+        return
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(lines[start:]):
+        kernel = kernels.setdefault(row["ID"], {"case": f"profile, {row['Kernel Name']}"})
+        kernel[METRICS[row["Metric Name"]]] = row["Metric Value"]
+    for kernel in kernels.values():
+        print(", ".join(f"{name} {value}" for name, value in kernel.items()), flush=True)
+        rows_out.append(kernel)
 
 
 def gaussian(rows: int, cols: int) -> Tensor:
@@ -368,12 +415,12 @@ class Rows(list[dict[str, Any]]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parts = ("tests", "sanitizer", "decoders", "layouts", "linear", "small")
-    parser.add_argument("--only", choices=parts, help="one part; small: what the sanitizer runs")
+    parts = ("tests", "sanitizer", "decoders", "layouts", "linear", "profile", "small", "profiled")
+    parser.add_argument("--only", choices=parts, help="one part; small, profiled: what sanitizer and profiler run")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = Rows(arguments.json)
-    wanted = [arguments.only] if arguments.only else parts[:5]
+    wanted = [arguments.only] if arguments.only else parts[:6]
     if "small" in wanted:
         small()
     if "tests" in wanted:
@@ -386,6 +433,10 @@ def main() -> None:
         layout_rates(rows)
     if "linear" in wanted:
         linear_rates(rows)
+    if "profile" in wanted:
+        profile(rows)
+    if "profiled" in wanted:
+        profiled()
 
 
 if __name__ == "__main__":

@@ -504,6 +504,15 @@ def test_tied_weights_are_laid_out_once() -> None:
 
 
 @cuda
+@pytest.mark.parametrize("name", ["lossless", "codes8"])
+def test_gradients_of_any_order_on_cuda(name: str) -> None:
+    packed = FusedDecompressLinear.from_linear(linear_of(6, 64), QUANTISED.get(name, LOSSLESS)).cuda().double()
+    x = torch.randn(2, 64, dtype=torch.float64, device="cuda", requires_grad=True)
+    assert torch.autograd.gradcheck(packed, (x,))
+    assert torch.autograd.gradgradcheck(packed, (x,))
+
+
+@cuda
 def test_opcheck_on_cuda() -> None:
     packed = FusedDecompressLinear.from_linear(linear_of(64, 128), LOSSLESS).cuda()
     x = torch.randn(3, 128, dtype=torch.bfloat16, device="cuda")
