@@ -128,7 +128,7 @@ def sanitize() -> dict[str, str]:
     return said
 
 
-#: What Nsight Compute is asked for: how long, and shares of the peaks of memory, of issue slots and of the integer pipe.
+#: What Nsight Compute is asked for: how long, and shares of the peaks of memory, issue slots and the integer pipe.
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of memory",
