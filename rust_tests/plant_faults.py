@@ -19,9 +19,9 @@ WINDOW, CODES, LAYOUTS = "cuda/window.cuh", "cuda/codes.cuh", "cuda/layouts.cuh"
 LINEAR, NARROW, STREAM, UNPACK = "cuda/linear.cu", "cuda/narrow.cuh", "cuda/stream.cu", "cuda/unpack.cu"
 WIDE, MANY, BACKWARD = "cuda/wide.cu", "cuda/wide.cuh", "cuda/backward.cu"
 INPUTS, INPUT_TILES, INTRINSICS = "cuda/inputs.cu", "cuda/inputs.cuh", "cuda/intrinsics.cuh"
-LAUNCH, WEIGHT = "src/cuda/launch.rs", "src/cuda/weight.rs"
+LAUNCH = "src/cuda/launch.rs"
 PAIRS, PAIRS_LAYOUT, PAIRS_HOST = "cuda/pairs.cuh", "cuda/pairs_layout.cuh", "cuda/host_pairs.cpp"
-PAIRS_RUST, PREFIX = "src/cuda/weight/pairs.rs", "src/cuda/prefix.rs"
+PAIRS_RUST, FIXED, PREFIX = "src/cuda/weight/pairs.rs", "src/cuda/weight/fixed.rs", "src/cuda/prefix.rs"
 CANONICAL, DECODE, LAY_OUT, QUANTISE = "cuda/decode.cuh", "cuda/decode.cu", "cuda/lay_out.cu", "cuda/quantise.cu"
 DEVICE, PACK = "src/cuda/lay_out.rs", "src/cuda/pack.rs"
 LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
@@ -172,7 +172,7 @@ FAULTS = (
     ("shared memory of many columns", LAUNCH, "(WIDE_STAGES * stage)", "(WIDE_STAGES * stage / 2)"),
     (
         "order of escapes",
-        WEIGHT,
+        FIXED,
         "bytes.extend(u32::to_le_bytes(start));\n        start += count;",
         "start += count;\n        bytes.extend(u32::to_le_bytes(start));",
     ),

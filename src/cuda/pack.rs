@@ -37,6 +37,8 @@ pub struct Dense<M> {
 
 /// The coded bits that a plan foresees are met within this.
 const FORESIGHT: f64 = 1.02;
+/// Of fewer weights the host, which sees what each choice takes, may store some without loss.
+const FEWEST: usize = 1024;
 
 /// Packs bfloat16s without loss; None for a weight that has no layout there.
 pub fn lossless<D: Device>(
@@ -69,6 +71,9 @@ pub fn symmetric<D: Device>(
     pool: &dyn Pool,
 ) -> Result<Option<Laid<D::Memory>>> {
     let geometry = Geometry::new(dense.rows, dense.cols);
+    if geometry.elements() < FEWEST {
+        return Ok(None);
+    }
     let parts = symmetric.grid.count(geometry);
     let is_bf16 = dense.dtype == Dtype::Bf16;
     let largest = device.allocate(parts * size_of::<u32>())?;
