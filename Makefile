@@ -33,9 +33,14 @@ asan-test: $(VENV)/.ready
 	@rm -rf $(ASAN)/package && mkdir $(ASAN)/package && cp -r torch_ext/infold $(ASAN)/package/ && cp $(ASAN)/target/*/release/libinfold.so $(ASAN)/package/infold/
 	$(call step,tests with AddressSanitizer,LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 PYTHONPATH=$(CURDIR)/$(ASAN)/package $(PYTHON) -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider -k 'not test_example' python_tests)
 
-# Without torch, so that a change to the codec is tested in seconds; on each instruction set up to this machine's widest.
+# Without torch, so that a change to the codec is tested in seconds; on each instruction set up to this machine's widest. The
+# GPU's kernels are emulated once: they ask for none.
+EMULATED := device device_lay_out device_pack
+ON_EACH_ISA := $(filter-out $(EMULATED),$(patsubst rust_tests/%.rs,%,$(shell sed -n 's/^path = "\(rust_tests.*\)"/\1/p' Cargo.toml)))
+CARGO_TEST := cargo test --release --no-default-features --locked --quiet
 rust-test: $(VENV)/.ready
-	$(call step,Rust tests,for isa in generic avx2 avx512 amx; do INFOLD_ISA=$$isa cargo test --release --no-default-features --locked --quiet || exit 1; done)
+	$(call step,Rust tests,for isa in generic avx2 avx512 amx; do INFOLD_ISA=$$isa $(CARGO_TEST) --lib $(ON_EACH_ISA:%=--test %) || exit 1; done)
+	$(call step,emulated kernels,$(CARGO_TEST) $(EMULATED:%=--test %))
 
 # The NEON decoders under emulation. Needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu) and
 # the Rust target. The skipped test starts itself again, which an emulator does not do.
