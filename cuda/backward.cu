@@ -79,37 +79,45 @@ __device__ uint32_t first_escape(const InfoldWeight& w, const EscapeRange& range
   return low;
 }
 
-// A block for sixteen columns of W: looks through all rows for what is listed apart there, as many rows at a time as it
-// has threads, and adds it row by row.
+// Rows that a thread looks through at a time, so that their loads are on their way together.
+constexpr int kTogether = 4;
+
+// A block for sixteen columns of W: looks through all rows for what is listed apart there, many at a time, and adds it
+// row by row.
 template <class Layout>
 __device__ void finish(const InfoldWide& p) {
   __shared__ wide::Outputs outputs;
-  __shared__ uint32_t begins[wide::kThreads], ends[wide::kThreads], votes[wide::kWarps];
+  __shared__ EscapeRange ranges[kTogether * wide::kThreads];
+  __shared__ uint32_t votes[kTogether * wide::kWarps];
   const InfoldWeight& w = p.weight;
   const int first = p.first_row + blockIdx.x * kRows, lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   for (int i = threadIdx.x; i < kRows * p.columns; i += blockDim.x) {
     const int col = blockIdx.x * kRows + i / p.columns;
     if (col < p.row_count) outputs[i / p.columns][i % p.columns] = wide::sum_of_splits(p, col, i % p.columns);
   }
-  for (int first_row = 0; first_row < w.rows; first_row += wide::kThreads) {
-    const int own = first_row + static_cast<int>(threadIdx.x);
-    EscapeRange here = {};
-    if (own < w.rows) {
-      const EscapeRange all = escapes_of(w, own);
-      here = {first_escape(w, all, first), first_escape(w, all, first + kRows)};
+  for (int first_row = 0; first_row < w.rows; first_row += kTogether * wide::kThreads) {
+    EscapeRange here[kTogether] = {};
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int row = first_row + i * wide::kThreads + static_cast<int>(threadIdx.x);
+      if (row >= w.rows) continue;
+      const EscapeRange all = escapes_of(w, row);
+      here[i] = {first_escape(w, all, first), first_escape(w, all, first + kRows)};
     }
-    begins[threadIdx.x] = here.begin;
-    ends[threadIdx.x] = here.end;
-    const uint32_t vote = warp_ballot(here.begin < here.end);
-    if (lane == 0) votes[warp] = vote;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      ranges[i * wide::kThreads + threadIdx.x] = here[i];
+      const uint32_t vote = warp_ballot(here[i].begin < here[i].end);
+      if (lane == 0) votes[i * wide::kWarps + warp] = vote;
+    }
     __syncthreads();
     // A thread has its column, and takes all rows in order.
     for (int column = threadIdx.x; column < p.columns; column += blockDim.x) {
-      for (int part = 0; part < wide::kWarps; ++part) {
+      for (int part = 0; part < kTogether * wide::kWarps; ++part) {
         for (uint32_t left = votes[part]; left != 0; left &= left - 1) {
           const int place = part * kLanes + first_bit(left), row = first_row + place;
           const float g = from_bf16(p.x[inputs::place(p.columns, column, row, inputs::kPlain)]);
-          for (uint32_t i = begins[place]; i < ends[place]; ++i) {
+          for (uint32_t i = ranges[place].begin; i < ranges[place].end; ++i) {
             const InfoldEscape escape = w.escapes[i];
             // Of a damaged list, whose columns are in no order, not all are here.
             const uint32_t within = escape.col - static_cast<uint32_t>(first);

@@ -116,9 +116,9 @@ struct Pipeline {
       for (int i = 0; i < kStages && i < count; ++i) fetch(i);
     }
     sync_warp();
-    Fragment a[kSteps], next[kSteps];
-    if (count > 0) decode(0, a);
     for (int i = 0; i < count; ++i) {
+      Fragment a[kSteps];
+      decode(i, a);
       begin_products(sums);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -129,8 +129,8 @@ struct Pipeline {
         }
       }
       commit_products();
-      // While these are multiplied, the next are decoded.
-      if (i + 1 < count) decode(i + 1, next);
+      // Nothing is decoded meanwhile, for ptxas then puts temporaries into registers that the products still read. The
+      // other warpgroup decodes.
       wait_for_products(sums);
       if (lane == 0) arrive(empty[i % kStages]);
       // The place of the stage before: the other warps will have left it, too.
@@ -140,8 +140,6 @@ struct Pipeline {
         fetch(left + kStages);
       }
       sync_warp();
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) a[step] = next[step];
     }
   }
 };

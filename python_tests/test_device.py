@@ -504,6 +504,17 @@ def test_tied_weights_are_laid_out_once() -> None:
 
 
 @cuda
+def test_inputs_elsewhere_are_refused_on_cuda() -> None:
+    packed = FusedDecompressLinear.from_linear(linear_of(64, 128), LOSSLESS).cuda()
+    packed(torch.randn(1, 128, dtype=torch.bfloat16, device="cuda"))
+    for batch in (1, 20):
+        with pytest.raises(ValueError, match="x: expected a contiguous BFloat16 on Cuda"):
+            ops.fused_linear(
+                torch.randn(batch, 128).bfloat16(), *packed._tensors(), None, *packed._layout(), torch.bfloat16, False
+            )
+
+
+@cuda
 @pytest.mark.parametrize("name", ["lossless", "codes8"])
 def test_gradients_of_any_order_on_cuda(name: str) -> None:
     packed = FusedDecompressLinear.from_linear(linear_of(6, 64), QUANTISED.get(name, LOSSLESS)).cuda().double()

@@ -68,6 +68,11 @@ fn load_all() -> Result<Kernels> {
                 result::function::get_function_attribute(kernel, Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?;
                 let most_shared = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 let fits = result::function::set_function_attribute(kernel, most_shared, shared as i32).is_ok();
+                if fits && shared > 0 {
+                    // Several such blocks shall fit, at the cache's expense.
+                    let share = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                    result::function::set_function_attribute(kernel, share, 100)?;
+                }
                 Ok(fits.then_some(kernel))
             })
         };

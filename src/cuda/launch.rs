@@ -25,6 +25,8 @@ const WIDE_STAGES: usize = 4;
 const WIDE_BLOCKS: usize = 132;
 /// At least so many tiles of a stripe to a block.
 const LEAST_TILES: usize = 8;
+/// More splits have more sums to add.
+const MOST_SPLITS: usize = 16;
 /// Bytes of a column in a tile of x.
 const COLUMN_BYTES: usize = TILE_COLS * 2;
 
@@ -300,8 +302,14 @@ impl WidePlan {
         let columns = WIDE[place(&WIDE, columns)];
         let [.., most] = WIDE;
         let blocks = rows.div_ceil(WIDE_ROWS).max(1);
-        let splits = (WIDE_BLOCKS / blocks).min(terms.div_ceil(TILE_COLS) / LEAST_TILES).max(1);
-        Self { columns, splits, rows: (WIDE_BLOCKS * most / columns * WIDE_ROWS).min(rows) }
+        // Two of the smallest fit a multiprocessor.
+        let at_a_time = if columns == WIDE[0] { 2 * WIDE_BLOCKS } else { WIDE_BLOCKS };
+        let most_blocks = WIDE_BLOCKS * most / columns;
+        let most_splits = (terms.div_ceil(TILE_COLS) / LEAST_TILES).min(most_blocks / blocks).max(1);
+        // Rounds of blocks for each part of the terms: the first that is least.
+        let time = |splits: usize| (blocks * splits).div_ceil(at_a_time) as f64 / splits as f64;
+        let splits = (1..=most_splits.min(MOST_SPLITS)).min_by(|&a, &b| time(a).total_cmp(&time(b))).unwrap_or(1);
+        Self { columns, splits, rows: (most_blocks * WIDE_ROWS).min(rows) }
     }
 
     /// The sums of one launch, in float32.

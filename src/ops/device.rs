@@ -111,6 +111,8 @@ struct Input {
     rows: usize,
     width: usize,
     product: Product,
+    /// The weight's.
+    device: Device,
     on_hopper: bool,
 }
 
@@ -135,7 +137,8 @@ impl Input {
         if product == Product::Unpacked {
             return Ok(None);
         }
-        Ok(Some(Self { x: x.f_contiguous()?, kind, dtype, rows, width: width as usize, product, on_hopper }))
+        let (x, device) = (x.f_contiguous()?, weight.payload.device());
+        Ok(Some(Self { x, kind, dtype, rows, width: width as usize, product, device, on_hopper }))
     }
 
     fn columns(&self) -> usize {
@@ -143,17 +146,17 @@ impl Input {
     }
 
     fn address(&self) -> Result<*mut u16> {
-        pointer(&self.x, "x", self.kind, self.x.device())
+        pointer(&self.x, "x", self.kind, self.device)
     }
 
     fn scratch(&self, count: usize, kind: Kind) -> Result<Tensor> {
-        Ok(Tensor::f_empty([count as i64], (kind, self.x.device()))?)
+        Ok(Tensor::f_empty([count as i64], (kind, self.device))?)
     }
 
     fn laid_out(&self, out: &Tensor, columns: usize, order: Order) -> Result<Inputs> {
         Ok(Inputs {
             x: self.address()?.cast(),
-            out: pointer(out, "x", Kind::BFloat16, self.x.device())?,
+            out: pointer(out, "x", Kind::BFloat16, self.device)?,
             dtype: self.dtype,
             batch: self.rows as i32,
             cols: self.width as i32,
