@@ -324,15 +324,14 @@ def seconds(run: Callable[[], object], repeats: int = 7) -> float:
 
 
 def layout_rates(rows_out: list[dict[str, Any]]) -> None:
-    """Laying out from the canonical form, and packing; ECSQ is packed on the host."""
+    """Laying out from the canonical form, and packing."""
     rows, cols = 14336, 4096
     weight = gaussian(rows, cols)
     there = weight.cuda()
     for name, config in CONFIGS.items():
         packed = Packed(*(tensor.cuda() for tensor in pack(weight, config)))
         rates = {"laid_out": rows * cols / seconds(lambda packed=packed: lay_out(packed, "device"))}  # type: ignore[misc]
-        if config.format != "ecsq":
-            rates["packed"] = rows * cols / seconds(lambda config=config: pack(there, config))  # type: ignore[misc]
+        rates["packed"] = rows * cols / seconds(lambda config=config: pack(there, config))  # type: ignore[misc]
         print(
             f"{name}: " + ", ".join(f"{what} {rate / 1e9:.2f} G weights/s" for what, rate in rates.items()), flush=True
         )
