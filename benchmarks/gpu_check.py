@@ -275,6 +275,7 @@ def linear_rates(rows_out: list[dict[str, Any]]) -> None:
                 copies, layout, numbers = copies_of(weight, name, form)
                 scales = copies[0].scales if copies[0].scales.numel() else None
                 denses = [weight.cuda() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
+                peers = peers_of(name, weight)
                 for batch in BATCHES if name == "lossless" else FUSED_BATCHES:
                     x = torch.randn(batch, cols, device="cuda").bfloat16()
 
@@ -303,7 +304,7 @@ def linear_rates(rows_out: list[dict[str, Any]]) -> None:
                     times = ", ".join(f"{side} {microseconds:.2f}" for side, microseconds in medians.items())
                     print(f"{case:48} us: {times}; {ratio:5.2f}x, {rate:6.0f} GB/s", flush=True)
                     rows_out.append({"case": case, "microseconds": medians, "ratio": ratio, "gb_per_s": rate})
-                del copies, denses
+                del copies, denses, peers
                 torch.cuda.empty_cache()
     for (name, form, batch), values in ratios.items():
         mean, goal = statistics.geometric_mean(values), GOALS.get(name, {}).get(batch)
@@ -387,15 +388,14 @@ def seconds(run: Callable[[], object], repeats: int = 7) -> float:
 
 
 def layout_rates(rows_out: list[dict[str, Any]]) -> None:
-    """Laying out from the canonical form, and packing; ECSQ is packed on the host."""
+    """Laying out from the canonical form, and packing."""
     rows, cols = 14336, 4096
     weight = gaussian(rows, cols)
     there = weight.cuda()
     for name, config in CONFIGS.items():
         packed = Packed(*(tensor.cuda() for tensor in pack(weight, config)))
         rates = {"laid_out": rows * cols / seconds(lambda packed=packed: lay_out(packed, "device"))}  # type: ignore[misc]
-        if config.format != "ecsq":
-            rates["packed"] = rows * cols / seconds(lambda config=config: pack(there, config))  # type: ignore[misc]
+        rates["packed"] = rows * cols / seconds(lambda config=config: pack(there, config))  # type: ignore[misc]
         print(
             f"{name}: " + ", ".join(f"{what} {rate / 1e9:.2f} G weights/s" for what, rate in rates.items()), flush=True
         )

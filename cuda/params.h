@@ -148,3 +148,18 @@ struct InfoldQuantise {
   int32_t group_cols; /* under one scale */
   float max;          /* the largest level */
 };
+
+/* Sums over a dense weight, of every `every`th row. */
+struct InfoldMeasure {
+  const void* weights;     /* float32 or bfloat16, (rows, cols) */
+  const float* scales;     /* of each row */
+  const uint32_t* squares; /* of the scales, as integers */
+  uint64_t* counts;        /* added to: levels, then all others */
+  uint64_t* level_weights; /* added to: the squares at each level */
+  int64_t* moments;        /* added to: the same times errors in steps */
+  double* distortions; /* written: the squared errors of each row that is measured, or all of the weight's squares */
+  int32_t rows;
+  int32_t cols;
+  int32_t every;
+  float max; /* the largest level */
+};

@@ -1,5 +1,6 @@
 // From a dense weight to levels: the largest magnitude under each scale, and then the levels at scales that the host
-// makes of those. A warp for each row's part under one scale.
+// makes of those. A warp for each row's part under one scale. And what the host's search for ECSQ's scales asks for:
+// sums over the levels at some scales, of integers or else in the host's order, so that they are the host's bits.
 #include <cmath>
 #include <cstddef>
 
@@ -13,6 +14,12 @@ using namespace infold;
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
+
+// Levels this far out are measured one by one, and those this near in a block's shared memory first.
+constexpr int kFarthest = 4096;
+constexpr int kNear = 512;
+// Errors are summed in fractions of a step.
+constexpr float kStep = 16384;
 
 struct FromF32 {
   using Weight = float;
@@ -57,6 +64,11 @@ __device__ void find_largest(const InfoldQuantise& p) {
 }
 
 // Rounded to nearest, ties to even; the division is IEEE's.
+__device__ int32_t level_of(float value, float scale, float max) {
+  const float level = rintf(value / scale);
+  return static_cast<int32_t>(level < -max ? -max : level > max ? max : level);
+}
+
 template <class From>
 __device__ void quantise(const InfoldQuantise& p) {
   const typename From::Weight* weights = static_cast<const typename From::Weight*>(p.weights);
@@ -64,10 +76,106 @@ __device__ void quantise(const InfoldQuantise& p) {
   for_parts(p, [&](int64_t part, int64_t first, int64_t end) {
     const float scale = p.scales[part];
     for (int64_t i = first + lane; i < end; i += kLanes) {
-      const float level = rintf(From::value(weights[i]) / scale);
-      p.levels[i] = static_cast<int32_t>(level < -p.max ? -p.max : level > p.max ? p.max : level);
+      p.levels[i] = level_of(From::value(weights[i]), scale, p.max);
     }
   });
+}
+
+// The sum of the lanes' numbers, in the order of lanes; lane 0 has it.
+__device__ double sum_in_order(double own) {
+  __shared__ double numbers[kWarps][kLanes];
+  double (&warp)[kLanes] = numbers[threadIdx.x / kLanes];
+  warp[threadIdx.x % kLanes] = own;
+  sync_warp();
+  double sum = 0;
+  if (threadIdx.x % kLanes == 0) {
+    for (int lane = 0; lane < kLanes; ++lane) sum += warp[lane];
+  }
+  sync_warp();
+  return sum;
+}
+
+// Calls `body(row, values)` with the rows to measure that fall to this warp.
+template <class From, class Body>
+__device__ void for_measured(const InfoldMeasure& p, const Body& body) {
+  const int measured = (p.rows - 1) / p.every + 1, stride = gridDim.x * kWarps;
+  for (int index = blockIdx.x * kWarps + threadIdx.x / kLanes; index < measured; index += stride) {
+    const int row = index * p.every;
+    const double sum = sum_in_order(
+        body(row, static_cast<const typename From::Weight*>(p.weights) + static_cast<size_t>(row) * p.cols));
+    if (threadIdx.x % kLanes == 0) p.distortions[index] = sum;
+  }
+}
+
+// Squares of floats are exact, so that it is all one whether an instruction multiplies and adds at once.
+template <class From>
+__device__ void square(const InfoldMeasure& p) {
+  for_measured<From>(p, [&](int, const typename From::Weight* values) {
+    double squares = 0;
+    for (int col = threadIdx.x % kLanes; col < p.cols; col += kLanes) {
+      const double value = From::value(values[col]);
+      squares += value * value;
+    }
+    return squares;
+  });
+}
+
+// Counts, weights and moments of levels up to kTo.
+template <int kTo, class Count>
+struct OfLevels {
+  Count* counts;
+  unsigned long long* weights;
+  unsigned long long* moments;
+
+  __device__ static bool has(int32_t level) { return level >= -kTo && level <= kTo; }
+  __device__ void add(int32_t level, uint32_t count, uint64_t weight, uint64_t moment) const {
+    const int place = level + kTo;
+    atomic_add(counts + place, count);
+    atomic_add(weights + place, weight);
+    atomic_add(moments + place, moment);
+  }
+};
+
+template <class From>
+__device__ void measure(const InfoldMeasure& p) {
+  constexpr int kPlaces = 2 * kNear + 1;
+  __shared__ uint32_t near_counts[kPlaces];
+  __shared__ unsigned long long near_weights[kPlaces], near_moments[kPlaces];
+  for (int i = threadIdx.x; i < kPlaces; i += kThreads) near_counts[i] = near_weights[i] = near_moments[i] = 0;
+  __syncthreads();
+  const OfLevels<kNear, uint32_t> near = {near_counts, near_weights, near_moments};
+  const OfLevels<kFarthest, unsigned long long> all = {reinterpret_cast<unsigned long long*>(p.counts),
+                                                       reinterpret_cast<unsigned long long*>(p.level_weights),
+                                                       reinterpret_cast<unsigned long long*>(p.moments)};
+  uint64_t outside = 0;
+  for_measured<From>(p, [&](int row, const typename From::Weight* values) {
+    const float scale = p.scales[row];
+    const uint32_t weight = p.squares[row];
+    double squares = 0;
+    for (int col = threadIdx.x % kLanes; col < p.cols; col += kLanes) {
+      const float value = From::value(values[col]);
+      const int32_t level = level_of(value, scale, p.max);
+      // Products are exact here too.
+      const float error = static_cast<float>(static_cast<double>(value) - static_cast<double>(scale) * level);
+      squares += static_cast<double>(error) * error;
+      if (!all.has(level)) {
+        ++outside;
+        continue;
+      }
+      const int64_t moment = static_cast<int64_t>(weight) * static_cast<int32_t>(rintf(error / scale * kStep));
+      if (near.has(level)) {
+        near.add(level, 1, weight, moment);
+      } else {
+        all.add(level, 1, weight, moment);
+      }
+    }
+    return squares;
+  });
+  if (outside != 0) atomic_add(all.counts + 2 * kFarthest + 1, outside);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kPlaces; i += kThreads) {
+    if (near_counts[i] != 0) all.add(i - kNear, near_counts[i], near_weights[i], near_moments[i]);
+  }
 }
 
 }  // namespace
@@ -78,4 +186,11 @@ INFOLD_KERNEL(largest_f32, find_largest<FromF32>)
 INFOLD_KERNEL(largest_bf16, find_largest<FromBf16>)
 INFOLD_KERNEL(quantise_f32, quantise<FromF32>)
 INFOLD_KERNEL(quantise_bf16, quantise<FromBf16>)
+#undef INFOLD_KERNEL
+#define INFOLD_KERNEL(name, body) \
+  extern "C" __global__ void __launch_bounds__(kThreads) infold_##name(InfoldMeasure p) { body(p); }
+INFOLD_KERNEL(square_f32, square<FromF32>)
+INFOLD_KERNEL(square_bf16, square<FromBf16>)
+INFOLD_KERNEL(measure_f32, measure<FromF32>)
+INFOLD_KERNEL(measure_bf16, measure<FromBf16>)
 #undef INFOLD_KERNEL

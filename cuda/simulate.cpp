@@ -92,6 +92,10 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNEL(quantise, InfoldQuantise, infold_largest_bf16),
       INFOLD_KERNEL(quantise, InfoldQuantise, infold_quantise_f32),
       INFOLD_KERNEL(quantise, InfoldQuantise, infold_quantise_bf16),
+      INFOLD_KERNEL(quantise, InfoldMeasure, infold_square_f32),
+      INFOLD_KERNEL(quantise, InfoldMeasure, infold_square_bf16),
+      INFOLD_KERNEL(quantise, InfoldMeasure, infold_measure_f32),
+      INFOLD_KERNEL(quantise, InfoldMeasure, infold_measure_bf16),
   };
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL
@@ -166,16 +170,17 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
 }
 
 // The same for what lays weights out.
-extern "C" void infold_lay_out_sizes(size_t (&sizes)[5]) {
+extern "C" void infold_lay_out_sizes(size_t (&sizes)[6]) {
   sizes[0] = sizeof(InfoldPlane);
   sizes[1] = sizeof(InfoldDecode);
   sizes[2] = sizeof(InfoldHistogram);
   sizes[3] = sizeof(InfoldLayOut);
   sizes[4] = sizeof(InfoldQuantise);
+  sizes[5] = sizeof(InfoldMeasure);
 }
 
 extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* histogram, InfoldLayOut* lay_out,
-                                      InfoldQuantise* quantise) {
+                                      InfoldQuantise* quantise, InfoldMeasure* measure) {
   const auto pointer = [](auto& field, uintptr_t number) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(number);
   };
@@ -216,4 +221,15 @@ extern "C" void infold_lay_out_fields(InfoldDecode* decode, InfoldHistogram* his
   quantise->cols = 6;
   quantise->group_cols = 7;
   quantise->max = 8;
+  pointer(measure->weights, 1);
+  pointer(measure->scales, 2);
+  pointer(measure->squares, 3);
+  pointer(measure->counts, 4);
+  pointer(measure->level_weights, 5);
+  pointer(measure->moments, 6);
+  pointer(measure->distortions, 7);
+  measure->rows = 8;
+  measure->cols = 9;
+  measure->every = 10;
+  measure->max = 11;
 }

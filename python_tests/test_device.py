@@ -395,7 +395,7 @@ def test_packing_on_cuda_gives_the_cpus_bits(name: str, dtype: torch.dtype, rows
     expected = pack(weight, config)
     packed = pack(weight.cuda(), config)
     assert all(tensor.is_cuda for tensor in packed)
-    on_device = "ecsq" not in config.format and (dtype == torch.bfloat16 or config is not LOSSLESS)
+    on_device = dtype == torch.bfloat16 or config is not LOSSLESS
     assert (ops.inspect_packed(*(tensor.cpu() for tensor in packed[:3]))[2] >= 2) == on_device
     for own, other in zip(expected, lay_out(packed, "compact"), strict=True):
         assert torch.equal(own, other.cpu())

@@ -13,35 +13,45 @@ use half::bf16;
 use infold::codec::*;
 use infold::cuda::launch::Launch;
 use infold::cuda::lay_out::{self, Codes, Device, Source};
-use infold::cuda::params::{Decode, Histogram, LayOut, Plane, Quantise};
+use infold::cuda::params::{Decode, Histogram, LayOut, Measure, Plane, Quantise};
 use infold::cuda::weight::{Family, Kind, Tables, from_device, to_device_in};
 use infold::parallel::Serial;
 use infold::{Error, Result};
 use support::*;
 
 unsafe extern "C" {
-    fn infold_lay_out_sizes(sizes: *mut [usize; 5]);
+    fn infold_lay_out_sizes(sizes: *mut [usize; 6]);
     fn infold_lay_out_fields(
         decode: *mut Decode,
         histogram: *mut Histogram,
         lay_out: *mut LayOut,
         quantise: *mut Quantise,
+        measure: *mut Measure,
     );
 }
 
 #[test]
 fn parameters_lie_where_the_kernels_expect_them() {
-    let mut sizes = [0; 5];
+    let mut sizes = [0; 6];
     let (mut decode, mut histogram) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     let (mut out, mut quantise) = (MaybeUninit::uninit(), MaybeUninit::uninit());
-    // SAFETY: five sizes; every field is written.
-    let (decode, histogram, out, quantise): (Decode, Histogram, LayOut, Quantise) = unsafe {
+    let mut measure = MaybeUninit::<Measure>::uninit();
+    // SAFETY: six sizes; every field is written.
+    let (decode, histogram, out, quantise, measure): (Decode, Histogram, LayOut, Quantise, Measure) = unsafe {
         infold_lay_out_sizes(&mut sizes);
-        infold_lay_out_fields(decode.as_mut_ptr(), histogram.as_mut_ptr(), out.as_mut_ptr(), quantise.as_mut_ptr());
-        (decode.assume_init(), histogram.assume_init(), out.assume_init(), quantise.assume_init())
+        infold_lay_out_fields(
+            decode.as_mut_ptr(),
+            histogram.as_mut_ptr(),
+            out.as_mut_ptr(),
+            quantise.as_mut_ptr(),
+            measure.as_mut_ptr(),
+        );
+        let (out, quantise) = (out.assume_init(), quantise.assume_init());
+        (decode.assume_init(), histogram.assume_init(), out, quantise, measure.assume_init())
     };
     let own = [size_of::<Plane>(), size_of::<Decode>(), size_of::<Histogram>(), size_of::<LayOut>()];
-    assert_eq!((own.as_slice(), size_of::<Quantise>()), (&sizes[..4], sizes[4]));
+    let apart = [size_of::<Quantise>(), size_of::<Measure>()];
+    assert_eq!((own.as_slice(), apart.as_slice()), sizes.split_at(4));
     let plane =
         |first| Plane { coding: first, width: first + 1, streams: first + 2, escapes: first + 3, lo: first + 4 };
     assert_eq!([decode.before, decode.own], [plane(7), plane(12)]);
@@ -58,6 +68,10 @@ fn parameters_lie_where_the_kernels_expect_them() {
     let pointers = [quantise.weights as usize, quantise.largest as usize, quantise.scales as usize];
     assert_eq!((pointers, quantise.levels as usize), ([1, 2, 3], 4));
     assert_eq!(([quantise.rows, quantise.cols, quantise.group_cols], quantise.max), ([5, 6, 7], 8.0));
+    let pointers = [measure.weights as usize, measure.scales as usize, measure.squares as usize];
+    let sums = [measure.counts as usize, measure.level_weights as usize, measure.moments as usize];
+    assert_eq!((pointers, sums, measure.distortions as usize), ([1, 2, 3], [4, 5, 6], 7));
+    assert_eq!(([measure.rows, measure.cols, measure.every], measure.max), ([8, 9, 10], 11.0));
 }
 
 /// A weight in the emulated device's memory.

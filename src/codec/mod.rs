@@ -38,7 +38,8 @@ pub use format::{Codec, FORMAT_VERSION, Header, Layout, MAX_DIMENSION, Quantizer
 pub use geometry::{BLOCK, BlockShape, CHUNK, Geometry, LANES, MAX_TILE_ROWS};
 pub(crate) use points::Assembly;
 pub use predict::Predictor;
-pub use quantize::{EcsqTarget, Symmetric, pack_ecsq, pack_int4, pack_int8};
-pub(crate) use quantize::{WORTHWHILE, is_too_small, plan_levels};
+pub use quantize::{EcsqTarget, Measure, OnHost, Steps, Sums, Symmetric, pack_ecsq, pack_int4, pack_int8};
+pub(crate) use quantize::{MAX_LEVEL, Search, WORTHWHILE, is_too_small, plan_levels};
 pub(crate) use stream::Table;
-pub(crate) use symbols::{Coding, Histogram};
+pub(crate) use symbols::Coding;
+pub use symbols::Histogram;

@@ -35,13 +35,19 @@ const LOW_BITS_GAIN: f64 = 0.995;
 /// worth that the bits buy.
 const ALIAS_FROM: usize = 1 << 20;
 /// f32 holds every integer up to here.
-const MAX_LEVEL: f32 = (1 << 24) as f32;
+pub const MAX_LEVEL: f32 = (1 << 24) as f32;
 /// 2^−100: a step of 2^−26 of it is still a normal f32.
 const SMALLEST: f32 = 7.888_609e-31;
-/// Sums side by side in a row's norm.
-const NORM_LANES: usize = 32;
-/// Statistics are summed over this many shares of the rows, whatever the threads, so that results do not depend on them.
+/// Sums side by side in a row's sum of squares: a device has as many lanes in a warp.
+const SQUARE_LANES: usize = 32;
+/// Threads take this many shares of the rows.
 const SHARES: usize = 16;
+/// Errors are summed in 2^−14 of a step, as integers: in any order they have the same sum.
+const STEP: f32 = 16384.0;
+/// The most bits that the square of a scale has as an integer, and those that it and the number of elements have together: 63
+/// bits hold a sum of errors of half a step.
+const SQUARE_BITS: u32 = 26;
+const SUM_BITS: u32 = 49;
 /// What a tile costs beside its coder's states, in bits.
 const TILE_BITS: f64 = 64.0 + 32.0 + 12.0;
 /// Header and plane descriptions, in bits.
@@ -54,23 +60,42 @@ const SEARCH_STEPS: usize = 24;
 /// Larger weights are searched by a sample of about so many elements first.
 const SAMPLE: usize = 1 << 20;
 
+/// Scales, and their squares as integers, by which errors in steps are weighed.
+pub struct Steps {
+    pub scales: Vec<f32>,
+    pub squares: Vec<u32>,
+    /// What a square of one stands for.
+    unit: f64,
+}
+
+impl Steps {
+    pub fn new(scales: Vec<f32>, geometry: Geometry) -> Self {
+        let bits = SQUARE_BITS.min(SUM_BITS.saturating_sub(geometry.elements().next_power_of_two().ilog2()));
+        let largest = f64::from(scales.iter().fold(f32::MIN_POSITIVE, |most, &scale| most.max(scale)));
+        let one = f64::from(1 << bits);
+        let square = |&scale: &f32| ((f64::from(scale) / largest).powi(2) * one).round_ties_even() as u32;
+        let squares = scales.iter().map(square).collect();
+        Self { scales, squares, unit: largest * largest / one }
+    }
+}
+
 /// A weight and the scales that turn it into levels.
 struct Levels<'a> {
     weights: Weights<'a>,
     geometry: Geometry,
     grid: ScaleGrid,
-    scales: Vec<f32>,
+    steps: &'a Steps,
     max: f32,
 }
 
 impl Levels<'_> {
-    /// Calls `visit` with each scale of `row` and the weights under it.
-    fn for_groups(&self, row: usize, mut visit: impl FnMut(f32, &[f32])) {
+    /// Calls `visit` with the number of each scale of `row` and the weights under it.
+    fn for_groups(&self, row: usize, mut visit: impl FnMut(usize, &[f32])) {
         let mut values = vec![0.0; self.geometry.cols];
         self.weights.values(row * self.geometry.cols, &mut values);
         let size = self.grid.group_cols(self.geometry).max(1);
         for (group, values) in values.chunks(size).enumerate() {
-            visit(self.scales[self.grid.index(row, group, self.geometry)], values);
+            visit(self.grid.index(row, group, self.geometry), values);
         }
     }
 }
@@ -94,9 +119,9 @@ impl Codes for Levels<'_> {
         let mut levels = vec![0; out.len()];
         let mut rest = &mut levels[..];
         for row in rows {
-            self.for_groups(row, |scale, values| {
+            self.for_groups(row, |index, values| {
                 let (group, after) = std::mem::take(&mut rest).split_at_mut(values.len());
-                to_levels(values, scale, self.max, group);
+                to_levels(values, self.steps.scales[index], self.max, group);
                 rest = after;
             });
         }
@@ -104,34 +129,50 @@ impl Codes for Levels<'_> {
     }
 }
 
-/// Sums over a weight, or over some of its rows, at given scales.
-struct Statistics {
-    levels: Histogram,
-    /// Σ s² and Σ s·w of each level: their quotient is the level's centroid in steps.
-    weight: Vec<f64>,
-    moment: Vec<f64>,
-    /// Σ (w − s·q)², and Σ w².
-    distortion: f64,
-    energy: f64,
+per_isa! {
+    /// How far values lie from their levels, in 1/[`STEP`] of a step, and the sum of the squares of that. Each product is exact, so
+    /// that it is all one whether an instruction multiplies and adds at once.
+    fn to_errors(values: &[f32], scale: f32, levels: &[i32], out: &mut [i32], square: &mut f64) {
+        let mut squares = [0.0f64; SQUARE_LANES];
+        let chunks = values.chunks(SQUARE_LANES).zip(levels.chunks(SQUARE_LANES)).zip(out.chunks_mut(SQUARE_LANES));
+        for ((values, levels), out) in chunks {
+            for (((square, &value), &level), out) in squares.iter_mut().zip(values).zip(levels).zip(out) {
+                let error = (f64::from(value) - f64::from(scale) * f64::from(level)) as f32;
+                *square += f64::from(error) * f64::from(error);
+                *out = (error / scale * STEP).round_ties_even() as i32;
+            }
+        }
+        *square = squares.iter().sum();
+    }
 }
 
-/// Sums under one scale: how often each level occurs, and Σ w there. Two of each, for elements in turn: a sum that is added
-/// to twice in a row waits for itself.
+/// Sums over a weight, or over some of its rows, at given scales.
+#[derive(Debug, PartialEq)]
+pub struct Sums {
+    pub levels: Histogram,
+    /// Σ s² of each level, and Σ s²·(w/s − q) in 1/[`STEP`]: their quotient is how far the level's centroid lies from it.
+    pub weights: Vec<u64>,
+    pub moments: Vec<i64>,
+    /// Σ (w − s·q)² of each row.
+    pub distortions: Vec<f64>,
+}
+
+/// Sums under one scale: how often each level occurs, and the errors there. Two of each, for elements in turn: a sum that is
+/// added to twice in a row waits for itself.
 struct GroupSums {
     counts: [Vec<u32>; 2],
-    sums: [Vec<f64>; 2],
+    errors: [Vec<i64>; 2],
 }
 
-impl Statistics {
+impl Sums {
     const SIZE: usize = 2 * WINDOW as usize + 1;
 
     fn new() -> Self {
         Self {
             levels: Histogram { lo: -WINDOW, counts: vec![0; Self::SIZE], outside: 0 },
-            weight: vec![0.0; Self::SIZE],
-            moment: vec![0.0; Self::SIZE],
-            distortion: 0.0,
-            energy: 0.0,
+            weights: vec![0; Self::SIZE],
+            moments: vec![0; Self::SIZE],
+            distortions: Vec::new(),
         }
     }
 
@@ -140,29 +181,35 @@ impl Statistics {
             to.iter_mut().zip(from).for_each(|(to, from)| *to += *from);
         }
         sum(&mut self.levels.counts, &other.levels.counts);
-        sum(&mut self.weight, &other.weight);
-        sum(&mut self.moment, &other.moment);
+        sum(&mut self.weights, &other.weights);
+        sum(&mut self.moments, &other.moments);
         self.levels.outside += other.levels.outside;
-        self.distortion += other.distortion;
-        self.energy += other.energy;
+        self.distortions.extend(&other.distortions);
     }
 
     /// Of every `every`th row.
-    fn measure(levels: &Levels, every: usize, pool: &dyn Pool) -> Self {
+    fn of(levels: &Levels, every: usize, pool: &dyn Pool) -> Self {
         let mut total = Self::new();
         for share in shares(levels.geometry.rows, pool, |rows| {
             let mut sums = Self::new();
             let mut group = GroupSums {
                 counts: [vec![0; Self::SIZE], vec![0; Self::SIZE]],
-                sums: [vec![0.0; Self::SIZE], vec![0.0; Self::SIZE]],
+                errors: [vec![0; Self::SIZE], vec![0; Self::SIZE]],
             };
             let mut codes = vec![0; levels.geometry.cols];
+            let mut errors = codes.clone();
             for row in rows.filter(|row| row.is_multiple_of(every)) {
-                levels.for_groups(row, |scale, values| {
-                    let codes = &mut codes[..values.len()];
+                let mut distortion = 0.0;
+                levels.for_groups(row, |index, values| {
+                    let scale = levels.steps.scales[index];
+                    let (codes, errors) = (&mut codes[..values.len()], &mut errors[..values.len()]);
                     to_levels(values, scale, levels.max, codes);
-                    sums.add_group(&mut group, f64::from(scale), values, codes);
+                    let mut square = 0.0;
+                    to_errors(values, scale, codes, errors, &mut square);
+                    distortion += square;
+                    sums.add_group(&mut group, levels.steps.squares[index], codes, errors);
                 });
+                sums.distortions.push(distortion);
             }
             sums
         }) {
@@ -171,54 +218,48 @@ impl Statistics {
         total
     }
 
-    fn add_group(&mut self, group: &mut GroupSums, scale: f64, values: &[f32], levels: &[i32]) {
+    fn add_group(&mut self, group: &mut GroupSums, square: u32, levels: &[i32], errors: &[i32]) {
         let (mut least, mut most) = (WINDOW, -WINDOW);
-        for (index, (&value, &level)) in values.iter().zip(levels).enumerate() {
-            let value = f64::from(value);
-            self.energy += value * value;
+        for (index, (&level, &error)) in levels.iter().zip(errors).enumerate() {
             if level.abs() > WINDOW {
-                let error = value - scale * f64::from(level);
-                self.distortion += error * error;
                 self.levels.outside += 1;
                 continue;
             }
             (least, most) = (least.min(level), most.max(level));
             let place = (level + WINDOW) as usize;
-            // Σ (w − s·q)² = Σ w² − 2·s·q·Σ w + n·s²·q², level by level; Σ w² here, the rest below.
-            self.distortion += value * value;
             group.counts[index % 2][place] += 1;
-            group.sums[index % 2][place] += value;
+            group.errors[index % 2][place] += i64::from(error);
         }
         for level in least..=most {
             let place = (level + WINDOW) as usize;
-            let mut take =
-                |of: usize| (std::mem::take(&mut group.counts[of][place]), std::mem::take(&mut group.sums[of][place]));
+            let mut take = |of: usize| {
+                (std::mem::take(&mut group.counts[of][place]), std::mem::take(&mut group.errors[of][place]))
+            };
             let ((n, first), (m, second)) = (take(0), take(1));
-            let (count, sum) = (f64::from(n) + f64::from(m), first + second);
-            let point = scale * f64::from(level);
-            self.distortion += count * point * point - 2.0 * point * sum;
-            self.levels.counts[place] += u64::from(n) + u64::from(m);
-            self.weight[place] += scale * scale * count;
-            self.moment[place] += scale * sum;
+            let count = u64::from(n) + u64::from(m);
+            self.levels.counts[place] += count;
+            self.weights[place] += u64::from(square) * count;
+            self.moments[place] += i64::from(square) * (first + second);
         }
     }
 
-    /// How far each symbol's centroid lies from its integer, in 1/256 of a step, and Σ (w − s·r(q))² with them.
-    fn centroids(&self, coding: &Coding, low_bits: u32) -> (Vec<i8>, f64) {
+    /// How far each symbol's centroid lies from its integer, in 1/256 of a step, and Σ (w − s·r(q))² with them. `unit` is what
+    /// a weight of one stands for.
+    fn centroids(&self, unit: f64, coding: &Coding, low_bits: u32) -> (Vec<i8>, f64) {
+        let mut distortion = self.distortions.iter().sum();
         if low_bits > 0 || !coding.is_modelled() {
-            return (Vec::new(), self.distortion);
+            return (Vec::new(), distortion);
         }
-        let mut distortion = self.distortion;
         let centroids = (0..coding.values()).map(|symbol| {
             let level = coding.lo() + symbol as i32;
             let index = (level + WINDOW) as usize;
-            let (weight, moment) = (self.weight[index], self.moment[index]);
+            let (weight, moment) = (self.weights[index] as f64, self.moments[index] as f64);
             if weight == 0.0 {
                 return 0;
             }
-            let offset = moment / weight - f64::from(level);
+            let offset = moment / weight / f64::from(STEP);
             let stored = (256.0 * offset).round().clamp(-128.0, 127.0);
-            distortion -= weight * (2.0 * offset - stored / 256.0) * stored / 256.0;
+            distortion -= unit * weight * (2.0 * offset - stored / 256.0) * stored / 256.0;
             stored as i8
         });
         (centroids.collect(), distortion)
@@ -256,8 +297,8 @@ fn shares<T: Send>(rows: usize, pool: &dyn Pool, body: impl Fn(Range<usize>) -> 
 per_isa! {
     /// Σ w² and max |w|, the sum in lanes that do not wait for each other.
     fn norms_of(values: &[f32], square: &mut f64, most: &mut f32) {
-        let (mut squares, mut largest) = ([0.0f64; NORM_LANES], [0.0f32; NORM_LANES]);
-        for values in values.chunks(NORM_LANES) {
+        let (mut squares, mut largest) = ([0.0f64; SQUARE_LANES], [0.0f32; SQUARE_LANES]);
+        for values in values.chunks(SQUARE_LANES) {
             for ((square, largest), &value) in squares.iter_mut().zip(&mut largest).zip(values) {
                 *square += f64::from(value) * f64::from(value);
                 *largest = largest.max(value.abs());
@@ -314,21 +355,32 @@ fn storable(scale: f64, grid: ScaleGrid, up: bool) -> f32 {
     rounded.to_f32()
 }
 
-/// Packs to levels at `levels`' scales, of which `statistics` are all.
-fn pack_levels(levels: &Levels, statistics: &Statistics, quantizer: Quantizer, pool: &dyn Pool) -> Result<Packed> {
-    let (low_bits, plan, _) = plan_levels(&statistics.levels, levels.geometry);
+/// A weight at scales of which `sums` are all; and the bits of its planes.
+fn describe(
+    (geometry, grid): (Geometry, ScaleGrid),
+    steps: &Steps,
+    sums: &Sums,
+    quantizer: Quantizer,
+) -> (Description, f64) {
+    let (low_bits, plan, bits) = plan_levels(&sums.levels, geometry);
     let centroids = match quantizer {
-        Quantizer::Ecsq => statistics.centroids(&plan.coding, low_bits).0,
+        Quantizer::Ecsq => sums.centroids(steps.unit, &plan.coding, low_bits).0,
         _ => Vec::new(),
     };
     let description = Description {
-        geometry: levels.geometry,
+        geometry,
         element: Element::Level { low_bits },
         quantizer,
-        scale_grid: levels.grid,
-        scales: levels.scales.clone(),
+        scale_grid: grid,
+        scales: steps.scales.clone(),
         symbols: Some((plan, centroids)),
     };
+    (description, bits)
+}
+
+/// Packs to levels at `levels`' scales, of which `sums` are all.
+fn pack_levels(levels: &Levels, sums: &Sums, quantizer: Quantizer, pool: &dyn Pool) -> Result<Packed> {
+    let (description, _) = describe((levels.geometry, levels.grid), levels.steps, sums, quantizer);
     let packed = encode(levels, levels.weights, description, pool)?;
     let dense = levels.geometry.elements() * levels.weights.dtype().bytes();
     if packed.bytes() as f64 > WORTHWHILE * dense as f64 {
@@ -387,8 +439,8 @@ fn pack_symmetric(
         }
         scales
     });
-    let levels = Levels { weights, geometry, grid, scales: scales.concat(), max };
-    pack_levels(&levels, &Statistics::measure(&levels, 1, pool), quantizer, pool)
+    let levels = Levels { weights, geometry, grid, steps: &Steps::new(scales.concat(), geometry), max };
+    pack_levels(&levels, &Sums::of(&levels, 1, pool), quantizer, pool)
 }
 
 /// int8, symmetric, one scale a row, entropy-coded.
@@ -401,10 +453,31 @@ pub fn pack_int4(weights: Weights, rows: usize, cols: usize, group: usize, pool:
     pack_symmetric(weights, (rows, cols), Symmetric::int4(group)?, pool)
 }
 
+/// What sums over a weight's levels: the host's threads, or a device.
+pub trait Measure {
+    /// Over every `every`th row, at these steps.
+    fn sums(&self, grid: ScaleGrid, steps: &Steps, every: usize) -> Result<Sums>;
+}
+
+/// The host's threads.
+pub struct OnHost<'a> {
+    pub weights: Weights<'a>,
+    pub geometry: Geometry,
+    pub pool: &'a dyn Pool,
+}
+
+impl Measure for OnHost<'_> {
+    fn sums(&self, grid: ScaleGrid, steps: &Steps, every: usize) -> Result<Sums> {
+        let Self { weights, geometry, pool } = *self;
+        Ok(Sums::of(&Levels { weights, geometry, grid, steps, max: MAX_LEVEL }, every, pool))
+    }
+}
+
 /// A candidate of the ECSQ search.
-struct Candidate<'a> {
-    levels: Levels<'a>,
-    statistics: Statistics,
+pub struct Candidate {
+    pub grid: ScaleGrid,
+    pub steps: Steps,
+    pub sums: Sums,
     /// log₂ of the common factor of the steps.
     log_factor: f64,
     /// Bits a weight that count against the target.
@@ -413,7 +486,25 @@ struct Candidate<'a> {
     error: f64,
 }
 
+impl Candidate {
+    /// The weight with these scales, where the sums are over all rows; and the bits of its planes.
+    pub fn describe(&self, geometry: Geometry) -> (Description, f64) {
+        describe((geometry, self.grid), &self.steps, &self.sums, Quantizer::Ecsq)
+    }
+}
+
 impl EcsqTarget {
+    /// Refuses one out of range.
+    pub fn check(self) -> Result<()> {
+        match self {
+            Self::Bits(bits) if !(2.0..=8.0).contains(&bits) => Err(Error::argument("bits", "2 to 8", bits)),
+            Self::Error(error) if !(error > 0.0 && error < 1.0) => {
+                Err(Error::argument("max_error", "between 0 and 1", error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// How far the step is too large, in octaves, seen from a point just inside the target: zero is where to go.
     fn excess(self, candidate: &Candidate) -> f64 {
         match self {
@@ -441,23 +532,18 @@ impl EcsqTarget {
 
 /// ECSQ: the step, per tensor or per row, that meets the target best.
 pub fn pack_ecsq(weights: Weights, rows: usize, cols: usize, target: EcsqTarget, pool: &dyn Pool) -> Result<Packed> {
-    match target {
-        EcsqTarget::Bits(bits) if !(2.0..=8.0).contains(&bits) => {
-            return Err(Error::argument("bits", "2 to 8", bits));
-        }
-        EcsqTarget::Error(error) if !(error > 0.0 && error < 1.0) => {
-            return Err(Error::argument("max_error", "between 0 and 1", error));
-        }
-        _ => {}
-    }
+    target.check()?;
     let geometry = check_shape(weights, rows, cols)?;
     let norms = row_norms(weights, geometry, pool)?;
     if too_small(&norms) {
         return pack_lossless(weights, rows, cols, pool);
     }
-    let search = Search { weights, geometry, norms: &norms, target, pool };
-    match search.best() {
-        Some(best) => pack_levels(&best.levels, &best.statistics, Quantizer::Ecsq, pool),
+    let measure = OnHost { weights, geometry, pool };
+    match (Search { geometry, norms: &norms, target, measure: &measure }).best()? {
+        Some(best) => {
+            let levels = Levels { weights, geometry, grid: best.grid, steps: &best.steps, max: MAX_LEVEL };
+            pack_levels(&levels, &best.sums, Quantizer::Ecsq, pool)
+        }
         // An error that no step within reach keeps.
         None => pack_lossless(weights, rows, cols, pool),
     }
@@ -465,32 +551,35 @@ pub fn pack_ecsq(weights: Weights, rows: usize, cols: usize, target: EcsqTarget,
 
 /// The search for ECSQ's scales: a common factor of the rows' (or the weight's) root mean squares, by secants on (log₂ step,
 /// bits) or (log₂ step, log₂ error).
-struct Search<'a> {
-    weights: Weights<'a>,
-    geometry: Geometry,
+pub struct Search<'a, M> {
+    pub geometry: Geometry,
     /// Σ w² and max |w| of each row.
-    norms: &'a [(f64, f32)],
-    target: EcsqTarget,
-    pool: &'a dyn Pool,
+    pub norms: &'a [(f64, f32)],
+    pub target: EcsqTarget,
+    pub measure: &'a M,
 }
 
-impl<'a> Search<'a> {
+impl<M: Measure> Search<'_, M> {
     /// The best candidate of both grids, None if no step that was tried keeps the target. Large weights are searched by a
     /// sample of their rows, and the better grid then on all of them.
-    fn best(&self) -> Option<Candidate<'a>> {
+    pub fn best(&self) -> Result<Option<Candidate>> {
         let grids = [ScaleGrid::Tensor, ScaleGrid::Row];
         let start = self.guess();
         let better = |a: &Candidate, b: &Candidate| self.target.cost(a).total_cmp(&self.target.cost(b));
         let every = self.geometry.elements().div_ceil(SAMPLE).min(self.geometry.rows / SHARES).max(1);
-        let mut found: Vec<_> = grids.into_iter().filter_map(|grid| self.solve(grid, every, start)).collect();
+        let mut found = Vec::new();
+        for grid in grids {
+            found.extend(self.solve(grid, every, start)?);
+        }
         found.sort_by(better);
         if every == 1 {
-            return found.into_iter().next();
+            return Ok(found.into_iter().next());
         }
         // Where the sample kept the target nowhere, all rows may still.
-        let starts = found.iter().map(|candidate| (candidate.levels.grid, candidate.log_factor));
+        let starts = found.iter().map(|candidate| (candidate.grid, candidate.log_factor));
         let starts: Vec<_> = starts.chain(grids.map(|grid| (grid, start))).collect();
-        starts.into_iter().find_map(|(grid, start)| self.solve(grid, 1, start))
+        let solved = starts.into_iter().map(|(grid, start)| self.solve(grid, 1, start));
+        solved.map(Result::transpose).find_map(|found| found).transpose()
     }
 
     /// A Gaussian at b bits wants a step of about σ · 2^(2.05 − b), and a step of s leaves an error of s / √12.
@@ -503,7 +592,7 @@ impl<'a> Search<'a> {
 
     /// The common factor of the steps that meets the target best on every `every`th row, from `log_factor` on; None if no
     /// step that was tried keeps it.
-    fn solve(&self, grid: ScaleGrid, every: usize, log_factor: f64) -> Option<Candidate<'a>> {
+    fn solve(&self, grid: ScaleGrid, every: usize, log_factor: f64) -> Result<Option<Candidate>> {
         // The nearest factors with too much of what the step takes away, and with too little.
         let (mut under, mut over) = (f64::NEG_INFINITY, f64::INFINITY);
         let mut at = log_factor;
@@ -511,7 +600,7 @@ impl<'a> Search<'a> {
         let mut slope = 1.0;
         let mut best: Option<Candidate> = None;
         for _ in 0..SEARCH_STEPS {
-            let candidate = self.candidate(grid, every, at);
+            let candidate = self.candidate(grid, every, at)?;
             let excess = self.target.excess(&candidate);
             if self.target.met(excess)
                 && best.as_ref().is_none_or(|best| self.target.cost(&candidate) < self.target.cost(best))
@@ -533,11 +622,11 @@ impl<'a> Search<'a> {
                 at = 0.5 * (under + over);
             }
         }
-        best
+        Ok(best)
     }
 
-    fn candidate(&self, grid: ScaleGrid, every: usize, log_factor: f64) -> Candidate<'a> {
-        let Self { weights, geometry, norms, target, pool } = *self;
+    fn candidate(&self, grid: ScaleGrid, every: usize, log_factor: f64) -> Result<Candidate> {
+        let Self { geometry, norms, target, measure } = *self;
         let elements = geometry.elements() as f64;
         let factor = log_factor.exp2();
         let scales = match grid {
@@ -550,12 +639,13 @@ impl<'a> Search<'a> {
                 .map(|(square, _)| storable(factor * (square / geometry.cols as f64).sqrt(), grid, false))
                 .collect(),
         };
-        let levels = Levels { weights, geometry, grid, scales, max: MAX_LEVEL };
-        let statistics = Statistics::measure(&levels, every, pool);
-        let (low_bits, plan, bits) = plan_levels(&statistics.levels, geometry);
+        let steps = Steps::new(scales, geometry);
+        let sums = measure.sums(grid, &steps, every)?;
+        let (low_bits, plan, bits) = plan_levels(&sums.levels, geometry);
         // A sample stands for the whole.
-        let bits = bits * elements / statistics.levels.total().max(1) as f64;
-        let (_, distortion) = statistics.centroids(&plan.coding, low_bits);
+        let bits = bits * elements / sums.levels.total().max(1) as f64;
+        let (_, distortion) = sums.centroids(steps.unit, &plan.coding, low_bits);
+        let energy: f64 = norms.iter().step_by(every).map(|(square, _)| square).sum();
         let state_bits = streams(&plan.coding, geometry, bits) as f64 * state_bits(&plan.coding);
         let per_tile = |tile| TILE_BITS + state_bits * geometry.lanes_of(tile) as f64;
         let tiles: f64 = (0..geometry.tiles()).map(per_tile).sum();
@@ -565,12 +655,13 @@ impl<'a> Search<'a> {
             EcsqTarget::Bits(target) => FIXED_SHARE * target * elements,
             EcsqTarget::Error(_) => f64::INFINITY,
         };
-        Candidate {
+        Ok(Candidate {
             bits: (bits + fixed.min(allowed)) / elements,
-            error: (distortion.max(0.0) / statistics.energy.max(f64::MIN_POSITIVE)).sqrt(),
-            levels,
-            statistics,
+            error: (distortion.max(0.0) / energy.max(f64::MIN_POSITIVE)).sqrt(),
+            grid,
+            steps,
+            sums,
             log_factor,
-        }
+        })
     }
 }

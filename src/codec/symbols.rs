@@ -28,7 +28,7 @@ const STREAMS_SHARE: f64 = 0.003;
 pub const PALETTE: usize = 16;
 
 /// How often each value of a plane occurs: `counts[i]` for the value `lo + i`, `outside` for all others.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Histogram {
     pub lo: i32,
     pub counts: Vec<u64>,

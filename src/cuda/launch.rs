@@ -1,6 +1,6 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
-use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Quantise, Unpack, Weight, Wide};
+use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Measure, Quantise, Unpack, Weight, Wide};
 use super::weight::{Family, Kind, STRIPE, TILE_COLS};
 
 const THREADS: u32 = 256;
@@ -136,6 +136,8 @@ const LARGEST: [&str; 2] = ["infold_largest_f32", "infold_largest_bf16"];
 const QUANTISE: [&str; 2] = ["infold_quantise_f32", "infold_quantise_bf16"];
 /// So many blocks at most find maxima or levels.
 const QUANTISE_BLOCKS: u64 = 4224;
+const SQUARE: [&str; 2] = ["infold_square_f32", "infold_square_bf16"];
+const MEASURE: [&str; 2] = ["infold_measure_f32", "infold_measure_bf16"];
 /// Threads of a decoder's block.
 const DECODE_THREADS: u32 = 128;
 const WARP: u32 = 32;
@@ -170,7 +172,7 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
     let lay_out = HISTOGRAM.into_iter().chain(APART).map(move |name| plain("lay_out", name));
-    let quantise = LARGEST.into_iter().chain(QUANTISE).map(move |name| plain("quantise", name));
+    let quantise = [LARGEST, QUANTISE, SQUARE, MEASURE].into_iter().flatten().map(move |name| plain("quantise", name));
     inputs.into_iter().chain(Kind::COMPUTED.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out).chain(quantise)
 }
 
@@ -383,15 +385,31 @@ pub fn tiles(kind: Kind, parameters: LayOut, tiles: usize) -> Launch<LayOut> {
 
 /// The largest magnitude under each scale, of which there are `parts`.
 pub fn largest(parameters: Quantise, parts: usize, bf16: bool) -> Launch<Quantise> {
-    by_parts(LARGEST[usize::from(bf16)], parameters, parts)
+    by_parts(LARGEST[usize::from(bf16)], parameters, parts, QUANTISE_BLOCKS)
 }
 
 /// The levels of a weight.
 pub fn quantise(parameters: Quantise, parts: usize, bf16: bool) -> Launch<Quantise> {
-    by_parts(QUANTISE[usize::from(bf16)], parameters, parts)
+    by_parts(QUANTISE[usize::from(bf16)], parameters, parts, QUANTISE_BLOCKS)
 }
 
-fn by_parts(kernel: &'static str, parameters: Quantise, parts: usize) -> Launch<Quantise> {
-    let blocks = (parts as u64).div_ceil(u64::from(THREADS / WARP)).min(QUANTISE_BLOCKS) as u32;
-    Launch { kernel, blocks, threads: THREADS, shared: 0, parameters }
+/// The squares of each row of a weight.
+pub fn square(parameters: Measure, bf16: bool) -> Launch<Measure> {
+    by_parts(SQUARE[usize::from(bf16)], parameters, measured(parameters), QUANTISE_BLOCKS)
+}
+
+/// Sums over the levels of a weight.
+pub fn measure(parameters: Measure, bf16: bool) -> Launch<Measure> {
+    // A block adds to the whole at its end, as one that counts does.
+    by_parts(MEASURE[usize::from(bf16)], parameters, measured(parameters), HISTOGRAM_BLOCKS)
+}
+
+fn measured(parameters: Measure) -> usize {
+    (parameters.rows as usize).div_ceil(parameters.every as usize)
+}
+
+/// A warp for each part, in so many blocks at most.
+fn by_parts<P>(kernel: &'static str, parameters: P, parts: usize, most: u64) -> Launch<P> {
+    let blocks = (parts as u64).div_ceil(u64::from(THREADS / WARP)).min(most) as u32;
+    Launch::new(kernel, blocks, parameters)
 }

@@ -197,3 +197,20 @@ pub struct Quantise {
     pub group_cols: i32,
     pub max: f32,
 }
+
+/// Sums over a dense weight, of every `every`th row.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Measure {
+    pub weights: *const c_void,
+    pub scales: *const f32,
+    pub squares: *const u32,
+    pub counts: *mut u64,
+    pub level_weights: *mut u64,
+    pub moments: *mut i64,
+    pub distortions: *mut f64,
+    pub rows: i32,
+    pub cols: i32,
+    pub every: i32,
+    pub max: f32,
+}

@@ -9,7 +9,7 @@ use super::pack::scales;
 use super::tensor::{contiguous, slice};
 use crate::Result;
 use crate::bridge::current_stream;
-use crate::codec::{Dtype, Geometry, Header, MAX_DIMENSION, Symmetric};
+use crate::codec::{Dtype, EcsqTarget, Geometry, Header, MAX_DIMENSION, Symmetric};
 use crate::cuda::driver::{self, Stream};
 use crate::cuda::launch::Launch;
 use crate::cuda::lay_out::{self, Codes, Source};
@@ -129,15 +129,28 @@ pub fn pack_lossless(weight: &Tensor, pool: &dyn Pool) -> Result<Option<Vec<Tens
 
 /// The same to int8 or int4.
 pub fn pack_symmetric(weight: &Tensor, symmetric: Symmetric, pool: &dyn Pool) -> Result<Option<Vec<Tensor>>> {
-    let (Some(gpu), Some((rows, cols))) = (Gpu::of(weight), shape(weight)) else { return Ok(None) };
+    let Some(gpu) = Gpu::of(weight) else { return Ok(None) };
+    let Some(dense) = dense(weight)? else { return Ok(None) };
+    pack::symmetric(&gpu, &dense, symmetric, pool)?.map(|laid| gpu.packed(laid)).transpose()
+}
+
+/// The same by ECSQ.
+pub fn pack_ecsq(weight: &Tensor, target: EcsqTarget, pool: &dyn Pool) -> Result<Option<Vec<Tensor>>> {
+    let Some(gpu) = Gpu::of(weight) else { return Ok(None) };
+    let Some(dense) = dense(weight)? else { return Ok(None) };
+    pack::ecsq(&gpu, &dense, target, pool)?.map(|laid| gpu.packed(laid)).transpose()
+}
+
+/// A dense weight that can be quantised on its GPU.
+fn dense(weight: &Tensor) -> Result<Option<Dense<Tensor>>> {
+    let Some((rows, cols)) = shape(weight) else { return Ok(None) };
     let (memory, dtype) = match weight.f_kind()? {
         Kind::BFloat16 => (bytes(weight)?, Dtype::Bf16),
         Kind::Float => (bytes(weight)?, Dtype::F32),
         Kind::Half => (bytes(&weight.f_to_kind(Kind::Float)?)?, Dtype::F16),
         _ => return Ok(None),
     };
-    let laid = pack::symmetric(&gpu, &Dense { memory, dtype, rows, cols }, symmetric, pool)?;
-    laid.map(|laid| gpu.packed(laid)).transpose()
+    Ok(Some(Dense { memory, dtype, rows, cols }))
 }
 
 /// The shape of a dense weight that can be packed on a GPU.

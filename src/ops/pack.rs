@@ -54,6 +54,9 @@ pub fn ecsq(weight: &Tensor, bits: f64, max_error: f64, pool: &dyn Pool) -> Resu
         (true, false) => EcsqTarget::Error(max_error),
         _ => return Err(Error::argument("bits, max_error", "exactly one of the two", "both or neither")),
     };
+    if let Some(packed) = gpu::pack_ecsq(weight, target, pool)? {
+        return Ok(packed);
+    }
     tensors(pack(weight, |weights, rows, cols| codec::pack_ecsq(weights, rows, cols, target, pool))?, pool)
 }
 
