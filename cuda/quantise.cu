@@ -20,6 +20,7 @@ constexpr int kFarthest = 4096;
 constexpr int kNear = 512;
 // Errors are summed in fractions of a step.
 constexpr float kStep = 16384;
+constexpr float kMostError = 1 << 30;
 
 struct FromF32 {
   using Weight = float;
@@ -162,7 +163,8 @@ __device__ void measure(const InfoldMeasure& p) {
         ++outside;
         continue;
       }
-      const int64_t moment = static_cast<int64_t>(weight) * static_cast<int32_t>(rintf(error / scale * kStep));
+      const int64_t moment = static_cast<int64_t>(weight) *
+                             static_cast<int32_t>(fminf(fmaxf(rintf(error / scale * kStep), -kMostError), kMostError));
       if (near.has(level)) {
         near.add(level, 1, weight, moment);
       } else {

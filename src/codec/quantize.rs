@@ -44,6 +44,8 @@ const SQUARE_LANES: usize = 32;
 const SHARES: usize = 16;
 /// Errors are summed in 2^−14 of a step, as integers: in any order they have the same sum.
 const STEP: f32 = 16384.0;
+/// No error is counted as more than this, which is 2^16 steps.
+const MOST_ERROR: f32 = (1 << 30) as f32;
 /// The most bits that the square of a scale has as an integer, and those that it and the number of elements have together: 63
 /// bits hold a sum of errors of half a step.
 const SQUARE_BITS: u32 = 26;
@@ -134,13 +136,25 @@ per_isa! {
     /// that it is all one whether an instruction multiplies and adds at once.
     fn to_errors(values: &[f32], scale: f32, levels: &[i32], out: &mut [i32], square: &mut f64) {
         let mut squares = [0.0f64; SQUARE_LANES];
-        let chunks = values.chunks(SQUARE_LANES).zip(levels.chunks(SQUARE_LANES)).zip(out.chunks_mut(SQUARE_LANES));
-        for ((values, levels), out) in chunks {
-            for (((square, &value), &level), out) in squares.iter_mut().zip(values).zip(levels).zip(out) {
-                let error = (f64::from(value) - f64::from(scale) * f64::from(level)) as f32;
-                *square += f64::from(error) * f64::from(error);
-                *out = (error / scale * STEP).round_ties_even() as i32;
+        let error = |value: f32, level: i32, square: &mut f64, out: &mut i32| {
+            let error = (f64::from(value) - f64::from(scale) * f64::from(level)) as f32;
+            *square += f64::from(error) * f64::from(error);
+            let steps = (error / scale * STEP).round_ties_even().max(-MOST_ERROR).min(MOST_ERROR);
+            // SAFETY: an i32 holds what is so small. A checked conversion is not a vector instruction.
+            #[allow(unsafe_code)]
+            let steps = unsafe { steps.to_int_unchecked() };
+            *out = steps;
+        };
+        let (whole, rest) = values.as_chunks::<SQUARE_LANES>();
+        let (levels, rest_levels) = levels.as_chunks::<SQUARE_LANES>();
+        let (out, rest_out) = out.as_chunks_mut::<SQUARE_LANES>();
+        for ((values, levels), out) in whole.iter().zip(levels).zip(out) {
+            for lane in 0..SQUARE_LANES {
+                error(values[lane], levels[lane], &mut squares[lane], &mut out[lane]);
             }
+        }
+        for (((square, &value), &level), out) in squares.iter_mut().zip(rest).zip(rest_levels).zip(rest_out) {
+            error(value, level, square, out);
         }
         *square = squares.iter().sum();
     }
