@@ -139,6 +139,7 @@ per_isa! {
         let error = |value: f32, level: i32, square: &mut f64, out: &mut i32| {
             let error = (f64::from(value) - f64::from(scale) * f64::from(level)) as f32;
             *square += f64::from(error) * f64::from(error);
+            #[allow(clippy::manual_clamp)] // which keeps a NaN
             let steps = (error / scale * STEP).round_ties_even().max(-MOST_ERROR).min(MOST_ERROR);
             // SAFETY: an i32 holds what is so small. A checked conversion is not a vector instruction.
             #[allow(unsafe_code)]
