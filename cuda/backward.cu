@@ -147,9 +147,6 @@ __device__ void finish(const InfoldWide& p) {
   extern "C" __global__ void __launch_bounds__(wide::kThreads, 4) infold_backward_finish_##name(InfoldWide p) { \
     finish<layout>(p);                                                                                          \
   }
-INFOLD_KERNELS(window, WindowLayout)
-INFOLD_KERNELS(codes4, CodesLayout<4>)
-INFOLD_KERNELS(codes5, CodesLayout<5>)
-INFOLD_KERNELS(codes8, CodesLayout<8>)
+INFOLD_FOR_LAYOUTS(INFOLD_KERNELS)
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL

@@ -174,6 +174,9 @@ __device__ inline float scale_of(const InfoldWeight& w, int row, int col) {
                            : static_cast<const float*>(w.scales)[index];
 }
 
+// Whether scales change along a row.
+__device__ inline bool is_grouped(const InfoldWeight& w) { return static_cast<int>(w.head->group_cols) < w.cols; }
+
 // Where a row's escapes begin and end; whatever the payload says of them, within it.
 struct EscapeRange {
   uint32_t begin, end;
@@ -196,3 +199,7 @@ __device__ void for_escapes(const InfoldWeight& w, int row, uint32_t first, uint
 }
 
 }  // namespace infold
+
+// Each layout of fixed width, for what makes kernels of it: its name and its class.
+#define INFOLD_FOR_LAYOUTS(make) \
+  make(window, WindowLayout) make(codes4, CodesLayout<4>) make(codes5, CodesLayout<5>) make(codes8, CodesLayout<8>)

@@ -20,7 +20,7 @@ __device__ void multiply_tiles(const InfoldLinear& p, Layout& layout, int stripe
   const int lane = threadIdx.x % kLanes;
   const int across = (w.cols + kCols - 1) / kCols;
   const size_t first = static_cast<size_t>(stripe) * across;
-  const bool grouped = narrow::is_grouped(w);
+  const bool grouped = is_grouped(w);
 
   typename Layout::Tile ahead[kAhead];
 #pragma unroll
@@ -59,7 +59,7 @@ __device__ void multiply(const InfoldLinear& p, Layout& layout, int stripe, narr
   } else {
     multiply_tiles<Layout, kWarps>(p, layout, stripe, warp, across, sums);
   }
-  if (!narrow::is_grouped(w)) sums.scale(w, stripe, 0);
+  if (!is_grouped(w)) sums.scale(w, stripe, 0);
 }
 
 template <class Layout, int kGroups>
@@ -88,10 +88,7 @@ using PairsOfLevels = PairsLayout<true, pairs::kCopies>;
   INFOLD_KERNEL(name##_16, layout, 2) \
   INFOLD_KERNEL(name##_32, layout, 4) \
   INFOLD_KERNEL(name##_64, layout, 8)
-INFOLD_KERNELS(window, WindowLayout)
-INFOLD_KERNELS(codes4, CodesLayout<4>)
-INFOLD_KERNELS(codes5, CodesLayout<5>)
-INFOLD_KERNELS(codes8, CodesLayout<8>)
+INFOLD_FOR_LAYOUTS(INFOLD_KERNELS)
 INFOLD_KERNEL(pairs_8, Pairs, 1)
 INFOLD_KERNEL(pairs_16, Pairs, 2)
 INFOLD_KERNEL(pairs_of_levels_8, PairsOfLevels, 1)

@@ -44,9 +44,6 @@ __device__ inline float listed_apart(const InfoldLinear& p, float filler, int ro
   return sum;
 }
 
-// Whether scales change along a row: then sums are scaled tile by tile, else at their end.
-__device__ inline bool is_grouped(const InfoldWeight& w) { return static_cast<int>(w.head->group_cols) < w.cols; }
-
 // A warp's part of a stripe's sums of kGroups groups of columns: those of `scaled` are a lane's, with what has its
 // scale.
 template <int kGroups>

@@ -69,7 +69,7 @@ __device__ void stream(const InfoldLinear& p) {
   const int first = warp < across ? static_cast<int>(blockIdx.x) : w.rows;
   Ring<Layout> ring{w, slots, full[warp], across, first, warp};
   for (int i = 0; i < kStages; ++i) ring.fetch();
-  const bool grouped = narrow::is_grouped(w);
+  const bool grouped = is_grouped(w);
   for (int stripe = blockIdx.x; stripe * kRows < w.rows; stripe += gridDim.x) {
     narrow::Sums<kGroups> sums;
     for (int tile = warp; tile < across; tile += kWarps) {
@@ -87,9 +87,6 @@ __device__ void stream(const InfoldLinear& p) {
     INFOLD_HOPPER(stream<layout, groups>(p));                                                            \
   }
 #define INFOLD_KERNELS(name, layout) INFOLD_KERNEL(name##_8, layout, 1) INFOLD_KERNEL(name##_16, layout, 2)
-INFOLD_KERNELS(window, WindowLayout)
-INFOLD_KERNELS(codes4, CodesLayout<4>)
-INFOLD_KERNELS(codes5, CodesLayout<5>)
-INFOLD_KERNELS(codes8, CodesLayout<8>)
+INFOLD_FOR_LAYOUTS(INFOLD_KERNELS)
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL

@@ -5,10 +5,7 @@ namespace {
 
 using namespace infold;
 
-// Whether scales change along a row: then weights are scaled, else sums.
-__device__ bool is_grouped(const InfoldWeight& w) { return static_cast<int>(w.head->group_cols) < w.cols; }
-
-// A stage is a tile of each stripe of a block.
+// A stage is a tile of each stripe of a block. Where scales change along a row weights are scaled, else sums.
 struct Forward {
   const InfoldWeight& w;
   int first_stripe, across;
@@ -91,9 +88,6 @@ __device__ void finish(const InfoldWide& p) {
   extern "C" __global__ void __launch_bounds__(wide::kThreads, 4) infold_finish_##name(InfoldWide p) { \
     finish<layout>(p);                                                                                 \
   }
-INFOLD_KERNELS(window, WindowLayout)
-INFOLD_KERNELS(codes4, CodesLayout<4>)
-INFOLD_KERNELS(codes5, CodesLayout<5>)
-INFOLD_KERNELS(codes8, CodesLayout<8>)
+INFOLD_FOR_LAYOUTS(INFOLD_KERNELS)
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL

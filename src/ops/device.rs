@@ -176,7 +176,6 @@ impl Input {
         out: &Tensor,
     ) -> Result<()> {
         let (layout, view, _scales) = open(weight)?;
-        let device = weight.payload.device();
         let plan = WidePlan::new(sums as usize, self.width, self.columns());
         let tiles = launch::input_tiles_bytes(self.width, plan.columns) / size_of::<u16>();
         let (tiles, partial) = (self.scratch(tiles, Kind::BFloat16)?, self.scratch(plan.sums(), Kind::Float)?);
@@ -186,9 +185,9 @@ impl Input {
         let whole = Wide {
             weight: view,
             x: inputs.out,
-            sums: pointer(&partial, "sums", Kind::Float, device)?.cast(),
+            sums: pointer(&partial, "sums", Kind::Float, self.device)?.cast(),
             bias,
-            y: pointer(out, "y", self.kind, device)?.cast(),
+            y: pointer(out, "y", self.kind, self.device)?.cast(),
             dtype: self.dtype,
             batch: inputs.batch,
             parts: inputs.parts,
@@ -209,7 +208,7 @@ impl Input {
     fn multiply_narrow(&self, weight: &Weight, bias: *const c_void, out: &Tensor) -> Result<()> {
         let (layout, view, _scales) = open(weight)?;
         let (dtype, batch, parts) = (self.dtype, self.rows as i32, self.dtype.parts() as i32);
-        let y = pointer(out, "y", self.kind, weight.payload.device())?.cast();
+        let y = pointer(out, "y", self.kind, self.device)?.cast();
         // A bfloat16 is its own and only part.
         let split = (parts > 1).then(|| self.scratch(self.columns() * self.width, Kind::BFloat16)).transpose()?;
         let mut x = self.address()?;

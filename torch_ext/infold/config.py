@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 Format = Literal["lossless", "ecsq", "int8", "int4"]
+#: By number; those of the CPU first.
 MemoryLayout = Literal[
     "compact",
     "fast",

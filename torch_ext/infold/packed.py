@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,19 +12,7 @@ from infold.config import FusedConfig, MemoryLayout
 
 QUANTIZERS = ("lossless", "ecsq", "int8", "int4")
 #: By number; those of the CPU first.
-LAYOUTS: tuple[MemoryLayout, ...] = (
-    "compact",
-    "fast",
-    "window",
-    "codes4",
-    "codes5",
-    "codes8",
-    "pairs",
-    "pairs_of_levels",
-    "raw_bf16",
-    "raw_f16",
-    "raw_f32",
-)
+LAYOUTS: tuple[MemoryLayout, ...] = get_args(MemoryLayout)
 CPU_LAYOUTS: tuple[MemoryLayout, ...] = LAYOUTS[:2]
 #: What `lay_out` may be asked for, and the operator's number: ``"device"`` is any for CUDA, of fixed width if it can.
 FORMS = {"compact": 0, "fast": 1, "device": 2, "window": 3, "codes": 3, "pairs": 6, "raw": 8}
