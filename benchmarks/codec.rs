@@ -185,9 +185,7 @@ fn main() {
     );
     let mut ecsq = None;
     let target = EcsqTarget::Bits(4.0);
-    let start = Instant::now();
-    ecsq.replace(pack_ecsq(Weights::Bf16(&weights), ROWS, COLS, target, &Serial).expect("packs"));
-    let ms = 1e3 * start.elapsed().as_secs_f64();
+    let (ms, _) = interleaved(|| ecsq = pack_ecsq(Weights::Bf16(&weights), ROWS, COLS, target, &Serial).ok(), || {});
     row(
         "encode, ECSQ 4 bits",
         "100 MB/s a core",

@@ -20,7 +20,7 @@ constexpr int kFarthest = 4096;
 constexpr int kNear = 512;
 // Errors are summed in fractions of a step.
 constexpr float kStep = 16384;
-constexpr float kMostError = 1 << 30;
+constexpr float kMostError = kStep / 2;
 
 struct FromF32 {
   using Weight = float;
@@ -64,9 +64,9 @@ __device__ void find_largest(const InfoldQuantise& p) {
   });
 }
 
-// Rounded to nearest, ties to even; the division is IEEE's.
-__device__ int32_t level_of(float value, float scale, float max) {
-  const float level = rintf(value / scale);
+// Of a value in steps, a quotient that is IEEE's: rounded to nearest, ties to even.
+__device__ int32_t level_of(float steps, float max) {
+  const float level = rintf(steps);
   return static_cast<int32_t>(level < -max ? -max : level > max ? max : level);
 }
 
@@ -77,7 +77,7 @@ __device__ void quantise(const InfoldQuantise& p) {
   for_parts(p, [&](int64_t part, int64_t first, int64_t end) {
     const float scale = p.scales[part];
     for (int64_t i = first + lane; i < end; i += kLanes) {
-      p.levels[i] = level_of(From::value(weights[i]), scale, p.max);
+      p.levels[i] = level_of(From::value(weights[i]) / scale, p.max);
     }
   });
 }
@@ -154,24 +154,22 @@ __device__ void measure(const InfoldMeasure& p) {
     const uint32_t weight = p.squares[row];
     double squares = 0;
     for (int col = threadIdx.x % kLanes; col < p.cols; col += kLanes) {
-      const float value = From::value(values[col]);
-      const int32_t level = level_of(value, scale, p.max);
-      // Products are exact here too.
-      const float error = static_cast<float>(static_cast<double>(value) - static_cast<double>(scale) * level);
+      const float steps = From::value(values[col]) / scale;
+      const int32_t level = level_of(steps, p.max);
+      const float error = steps - static_cast<float>(level);
       squares += static_cast<double>(error) * error;
       if (!all.has(level)) {
         ++outside;
         continue;
       }
-      const int64_t moment = static_cast<int64_t>(weight) *
-                             static_cast<int32_t>(fminf(fmaxf(rintf(error / scale * kStep), -kMostError), kMostError));
+      const int64_t moment = static_cast<int64_t>(weight) * level_of(error * kStep, kMostError);
       if (near.has(level)) {
         near.add(level, 1, weight, moment);
       } else {
         all.add(level, 1, weight, moment);
       }
     }
-    return squares;
+    return squares * (static_cast<double>(scale) * scale);
   });
   if (outside != 0) atomic_add(all.counts + 2 * kFarthest + 1, outside);
   __syncthreads();

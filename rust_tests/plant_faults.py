@@ -299,7 +299,7 @@ FAULTS = (
     ("quantise: columns under one scale", QUANTISE, "part % groups * p.group_cols", "part % groups * kLanes"),
     ("quantise: the sign of a magnitude", QUANTISE, "& 0x7fffffff;", "& 0xffffffff;"),
     ("quantise: lanes of a maximum", QUANTISE, "step > 0; step /= 2", "step > 1; step /= 2"),
-    ("quantise: rounding of ties", QUANTISE, "rintf(value", "roundf(value"),
+    ("quantise: rounding of ties", QUANTISE, "rintf(steps)", "roundf(steps)"),
     ("quantise: the scale of a part", QUANTISE, "p.scales[part]", "p.scales[0]"),
     (
         "measure: order of a row's lanes",
@@ -316,8 +316,8 @@ FAULTS = (
     ("measure: rows that are left out", QUANTISE, "row = index * p.every", "row = index"),
     ("measure: the farthest level", QUANTISE, "constexpr int kFarthest = 4096", "constexpr int kFarthest = 4095"),
     ("measure: levels that are counted together", QUANTISE, "++outside;", ""),
-    ("measure: exact products", QUANTISE, "static_cast<double>(scale) * level);", "scale * level);"),
-    ("measure: rounding of errors", QUANTISE, "rintf(error / scale * kStep)", "(error / scale * kStep)"),
+    ("measure: exact products", QUANTISE, "static_cast<double>(error) * error", "error * error"),
+    ("measure: errors in steps", QUANTISE, "level_of(error * kStep,", "level_of(error,"),
     ("measure: the square of a scale", QUANTISE, "weight = p.squares[row]", "weight = p.squares[0]"),
     (
         "measure: the barrier before summing",

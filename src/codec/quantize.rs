@@ -44,8 +44,8 @@ const SQUARE_LANES: usize = 32;
 const SHARES: usize = 16;
 /// Errors are summed in 2^−14 of a step, as integers: in any order they have the same sum.
 const STEP: f32 = 16384.0;
-/// No error is counted as more than this, which is 2^16 steps.
-const MOST_ERROR: f32 = (1 << 30) as f32;
+/// What rounds to a level lies half a step from it; what is cut to the largest level is counted as no farther.
+const MOST_ERROR: f32 = STEP / 2.0;
 /// The most bits that the square of a scale has as an integer, and those that it and the number of elements have together: 63
 /// bits hold a sum of errors of half a step.
 const SQUARE_BITS: u32 = 26;
@@ -102,16 +102,22 @@ impl Levels<'_> {
     }
 }
 
+/// A value in steps to its level, not further than `max`, which is below 2^31.
+#[inline(always)]
+fn level_of(steps: f32, max: f32) -> i32 {
+    #[allow(clippy::manual_clamp)] // which keeps a NaN
+    let level = steps.round_ties_even().max(-max).min(max);
+    // SAFETY: between -max and max, which an i32 holds. A checked conversion is not a vector instruction.
+    #[allow(unsafe_code)]
+    let level = unsafe { level.to_int_unchecked() };
+    level
+}
+
 per_isa! {
-    /// The levels of values under one scale; `max` is below 2^31.
+    /// The levels of values under one scale.
     fn to_levels(values: &[f32], scale: f32, max: f32, out: &mut [i32]) {
         for (value, out) in values.iter().zip(out) {
-            // Not `clamp`, which keeps a NaN.
-            let level = (value / scale).round_ties_even().max(-max).min(max);
-            // SAFETY: between -max and max, which an i32 holds. A checked conversion is not a vector instruction.
-            #[allow(unsafe_code)]
-            let level = unsafe { level.to_int_unchecked() };
-            *out = level;
+            *out = level_of(value / scale, max);
         }
     }
 }
@@ -132,32 +138,30 @@ impl Codes for Levels<'_> {
 }
 
 per_isa! {
-    /// How far values lie from their levels, in 1/[`STEP`] of a step, and the sum of the squares of that. Each product is exact, so
-    /// that it is all one whether an instruction multiplies and adds at once.
-    fn to_errors(values: &[f32], scale: f32, levels: &[i32], out: &mut [i32], square: &mut f64) {
+    /// The same, how far values lie from them in 1/[`STEP`] of a step, and the sum of the squares of how far. Squares of
+    /// steps are exact, so that it is all one whether an instruction multiplies and adds at once.
+    fn to_errors(values: &[f32], scale: f32, max: f32, levels: &mut [i32], out: &mut [i32], square: &mut f64) {
         let mut squares = [0.0f64; SQUARE_LANES];
-        let error = |value: f32, level: i32, square: &mut f64, out: &mut i32| {
-            let error = (f64::from(value) - f64::from(scale) * f64::from(level)) as f32;
+        let error = |value: f32, level: &mut i32, square: &mut f64, out: &mut i32| {
+            let steps = value / scale;
+            *level = level_of(steps, max);
+            let error = steps - *level as f32;
             *square += f64::from(error) * f64::from(error);
-            #[allow(clippy::manual_clamp)] // which keeps a NaN
-            let steps = (error / scale * STEP).round_ties_even().max(-MOST_ERROR).min(MOST_ERROR);
-            // SAFETY: an i32 holds what is so small. A checked conversion is not a vector instruction.
-            #[allow(unsafe_code)]
-            let steps = unsafe { steps.to_int_unchecked() };
-            *out = steps;
+            *out = level_of(error * STEP, MOST_ERROR);
         };
         let (whole, rest) = values.as_chunks::<SQUARE_LANES>();
-        let (levels, rest_levels) = levels.as_chunks::<SQUARE_LANES>();
+        let (levels, rest_levels) = levels.as_chunks_mut::<SQUARE_LANES>();
         let (out, rest_out) = out.as_chunks_mut::<SQUARE_LANES>();
         for ((values, levels), out) in whole.iter().zip(levels).zip(out) {
             for lane in 0..SQUARE_LANES {
-                error(values[lane], levels[lane], &mut squares[lane], &mut out[lane]);
+                error(values[lane], &mut levels[lane], &mut squares[lane], &mut out[lane]);
             }
         }
-        for (((square, &value), &level), out) in squares.iter_mut().zip(rest).zip(rest_levels).zip(rest_out) {
+        for (((square, &value), level), out) in squares.iter_mut().zip(rest).zip(rest_levels).zip(rest_out) {
             error(value, level, square, out);
         }
-        *square = squares.iter().sum();
+        let step = f64::from(scale) * f64::from(scale);
+        *square = squares.iter().map(|square| square * step).sum();
     }
 }
 
@@ -172,11 +176,50 @@ pub struct Sums {
     pub distortions: Vec<f64>,
 }
 
-/// Sums under one scale: how often each level occurs, and the errors there. Two of each, for elements in turn: a sum that is
-/// added to twice in a row waits for itself.
-struct GroupSums {
-    counts: [Vec<u32>; 2],
-    errors: [Vec<i64>; 2],
+/// Sums under one scale, of each level: how often it occurs, in units of [`GroupSums::ONE`], and its errors, in one number.
+/// Two of each, for elements in turn: a sum that is added to twice in a row waits for itself.
+struct GroupSums(Box<[[i64; 2]]>);
+
+impl GroupSums {
+    /// More than any sum of errors of at most `LONGEST` elements.
+    const ONE: i64 = 1 << 38;
+    const LONGEST: usize = 1 << 24;
+
+    fn new() -> Self {
+        Self(vec![[0; 2]; Sums::SIZE].into())
+    }
+
+    /// Returns how many levels have no place here.
+    fn add(&mut self, levels: &[i32], errors: &[i32]) -> u64 {
+        let mut outside = 0;
+        for (index, (&level, &error)) in levels.iter().zip(errors).enumerate() {
+            match self.0.get_mut((level + WINDOW) as u32 as usize) {
+                Some(sums) => sums[index % 2] += Self::ONE + i64::from(error),
+                None => outside += 1,
+            }
+        }
+        outside
+    }
+
+    /// How often the level at a place occurs, and the sum of its errors; both are zero from now on.
+    fn take(&mut self, place: usize) -> (u64, i64) {
+        let parts = std::mem::take(&mut self.0[place]).map(|sum| {
+            let count = (sum + Self::ONE / 2).div_euclid(Self::ONE);
+            (count as u64, sum - count * Self::ONE)
+        });
+        (parts[0].0 + parts[1].0, parts[0].1 + parts[1].1)
+    }
+}
+
+per_isa! {
+    /// The least and the largest of levels, kept within what `range` is at first.
+    fn range_of(levels: &[i32], range: &mut (i32, i32)) {
+        let (first, last) = *range;
+        *range = levels.iter().fold((last, first), |(least, most), &level| {
+            let level = level.clamp(first, last);
+            (least.min(level), most.max(level))
+        });
+    }
 }
 
 impl Sums {
@@ -207,10 +250,7 @@ impl Sums {
         let mut total = Self::new();
         for share in shares(levels.geometry.rows, pool, |rows| {
             let mut sums = Self::new();
-            let mut group = GroupSums {
-                counts: [vec![0; Self::SIZE], vec![0; Self::SIZE]],
-                errors: [vec![0; Self::SIZE], vec![0; Self::SIZE]],
-            };
+            let mut group = GroupSums::new();
             let mut codes = vec![0; levels.geometry.cols];
             let mut errors = codes.clone();
             for row in rows.filter(|row| row.is_multiple_of(every)) {
@@ -218,11 +258,12 @@ impl Sums {
                 levels.for_groups(row, |index, values| {
                     let scale = levels.steps.scales[index];
                     let (codes, errors) = (&mut codes[..values.len()], &mut errors[..values.len()]);
-                    to_levels(values, scale, levels.max, codes);
                     let mut square = 0.0;
-                    to_errors(values, scale, codes, errors, &mut square);
+                    to_errors(values, scale, levels.max, codes, errors, &mut square);
                     distortion += square;
-                    sums.add_group(&mut group, levels.steps.squares[index], codes, errors);
+                    for (codes, errors) in codes.chunks(GroupSums::LONGEST).zip(errors.chunks(GroupSums::LONGEST)) {
+                        sums.add_group(&mut group, levels.steps.squares[index], codes, errors);
+                    }
                 });
                 sums.distortions.push(distortion);
             }
@@ -234,27 +275,15 @@ impl Sums {
     }
 
     fn add_group(&mut self, group: &mut GroupSums, square: u32, levels: &[i32], errors: &[i32]) {
-        let (mut least, mut most) = (WINDOW, -WINDOW);
-        for (index, (&level, &error)) in levels.iter().zip(errors).enumerate() {
-            if level.abs() > WINDOW {
-                self.levels.outside += 1;
-                continue;
-            }
-            (least, most) = (least.min(level), most.max(level));
+        self.levels.outside += group.add(levels, errors);
+        let mut range = (-WINDOW, WINDOW);
+        range_of(levels, &mut range);
+        for level in range.0..=range.1 {
             let place = (level + WINDOW) as usize;
-            group.counts[index % 2][place] += 1;
-            group.errors[index % 2][place] += i64::from(error);
-        }
-        for level in least..=most {
-            let place = (level + WINDOW) as usize;
-            let mut take = |of: usize| {
-                (std::mem::take(&mut group.counts[of][place]), std::mem::take(&mut group.errors[of][place]))
-            };
-            let ((n, first), (m, second)) = (take(0), take(1));
-            let count = u64::from(n) + u64::from(m);
+            let (count, errors) = group.take(place);
             self.levels.counts[place] += count;
             self.weights[place] += u64::from(square) * count;
-            self.moments[place] += i64::from(square) * (first + second);
+            self.moments[place] += i64::from(square) * errors;
         }
     }
 
