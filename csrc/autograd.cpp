@@ -91,9 +91,6 @@ struct Weight {
 
 bool trains(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
-/// Sums a gradient over its leading dimensions.
-Tensor sum_rows(const Tensor& gradient) { return gradient.dim() == 1 ? gradient : gradient.flatten(0, -2).sum(0); }
-
 struct LinearFunction : Function<LinearFunction> {
   static constexpr bool is_traceable = true;
 
@@ -288,14 +285,6 @@ struct ConvFunction : Function<ConvFunction> {
     if (to_bias) db = db.to(static_cast<ScalarType>(ctx->saved_data["bias_dtype"].toInt()));
     return {dx, {}, {}, {}, ds, db, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
-};
-
-/// The autograd kernel of an operator: its Function, applied.
-template <class F, class Signature>
-struct Apply;
-template <class F, class... Arguments>
-struct Apply<F, Tensor(Arguments...)> {
-  static Tensor call(Arguments... arguments) { return F::apply(arguments...); }
 };
 
 TORCH_LIBRARY_IMPL(infold, Autograd, m) {

@@ -1,15 +1,12 @@
 // Each operator on CPU and CUDA tensors: hands its arguments to Rust.
 
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <limits>
 #include <tuple>
 
-#include "infold/csrc/host.h"
+#include "infold/csrc/call.h"
 #include "infold/csrc/packed.h"
-#include "infold/src/bridge.rs.h"
 
 namespace infold {
 namespace {
@@ -17,29 +14,7 @@ namespace {
 using at::ScalarType;
 using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-/// The tensor, or an undefined one.
-const Tensor& or_undefined(const OptionalTensor& tensor) {
-  static const Tensor undefined;
-  return tensor.has_value() ? *tensor : undefined;
-}
-
 int32_t number(ScalarType dtype) { return static_cast<int32_t>(dtype); }
-
-/// The device that has to be current for a tensor's operators.
-std::optional<at::Device> gpu_of(const Tensor& tensor) {
-  return tensor.is_cpu() ? std::nullopt : std::optional(tensor.device());
-}
-
-/// Calls Rust with a place for results, rethrows its error, returns its one result.
-template <class Call>
-Tensor run(const Tensor& payload, Call&& rust) {
-  const c10::OptionalDeviceGuard device(gpu_of(payload));
-  // Autocast has had its say; the library's own products (exact mode) must not ask it again.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  Outputs outputs;
-  check(rust(outputs));
-  return outputs.at(0);
-}
 
 template <class Call>
 Packed run_pack(const Tensor& weight, Call&& rust) {

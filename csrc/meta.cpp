@@ -10,29 +10,10 @@ namespace {
 
 using at::ScalarType;
 
-/// `like`'s leading sizes and another last one.
-c10::SymDimVector with_last(const Tensor& like, int64_t expected, int64_t last, const char* what) {
-  TORCH_CHECK_VALUE(like.dim() > 0, what, ": expected a last dimension of ", expected, ", got a scalar");
-  const auto sizes = like.sym_sizes();
-  TORCH_CHECK_VALUE(sizes.back().sym_eq(expected).expect_true(__FILE__, __LINE__), what,
-                    ": expected a last dimension of ", expected, ", got ", sizes.back());
-  c10::SymDimVector out(sizes.begin(), sizes.end());
-  out.back() = last;
-  return out;
-}
-
-/// float64 for float64, else float32: what the kernels sum in.
-ScalarType compute_dtype(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 Tensor linear(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
               const OptionalTensor& bias, int64_t, int64_t, int64_t out_features, int64_t in_features, ScalarType,
               bool) {
-  if (bias.has_value()) {
-    const bool fits = bias->dim() == 1 && bias->sym_size(0).sym_eq(out_features).expect_true(__FILE__, __LINE__);
-    TORCH_CHECK_VALUE(fits, "bias: expected shape [", out_features, "], got ", bias->sym_sizes());
-  }
+  check_bias(bias, out_features);
   return x.new_empty_symint(with_last(x, in_features, out_features, "x"));
 }
 

@@ -2,15 +2,9 @@
 // tables, scales) and, last, the integers that shapes depend on.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-
-#include <optional>
+#include "infold/csrc/dispatch.h"
 
 namespace infold {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 struct FusedLinearOp {
   static constexpr const char* name = "infold::fused_linear";
@@ -62,13 +56,5 @@ struct UnpackOp {
                            const OptionalTensor& scales, int64_t codec, int64_t layout, int64_t out_features,
                            int64_t in_features, at::ScalarType weight_dtype);
 };
-
-/// The dispatcher's handle of an operator, looked up once.
-template <class Op>
-const c10::TypedOperatorHandle<typename Op::Signature>& op() {
-  static const auto handle =
-      c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, "").template typed<typename Op::Signature>();
-  return handle;
-}
 
 }  // namespace infold

@@ -41,6 +41,11 @@ TORCH_LIBRARY(infold, m) {
       "out_features, "
       "int in_features, ScalarType weight_dtype) -> Tensor",
       compute);
+  m.def("frequency_linear(Tensor x, Tensor spectrum, Tensor? bias, int out_features) -> Tensor", compute);
+  m.def("frequency_linear_dx(Tensor gradient, Tensor spectrum, int in_features) -> Tensor", compute);
+  m.def("frequency_linear_dw(Tensor gradient, Tensor x, int block) -> Tensor", compute);
+  m.def("frequency_linear_complex(Tensor x, Tensor spectrum, Tensor? bias, int block, int out_features) -> Tensor",
+        compute);
   // Encode: sizes depend on the data. Results are (payload, directory, tables, scales).
   m.def("pack_lossless(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_ecsq(Tensor weight, float? bits=None, float? max_error=None) -> (Tensor, Tensor, Tensor, Tensor)");

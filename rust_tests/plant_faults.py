@@ -1,6 +1,6 @@
 """Plants faults in the device code, one at a time, and checks that the tests of the emulated kernels see each.
 
-Run: python rust_tests/plant_faults.py [WORD] (or `make fault-test`): faults whose name has the word, or all.
+Run: python rust_tests/plant_faults.py [WORD] (or `make fault-test`): faults whose name or file has the word, or all.
 """
 
 from __future__ import annotations
@@ -358,7 +358,7 @@ def main() -> int:
         print("the tests fail without a fault")
         return 1
     missed = []
-    faults = [fault for fault in FAULTS if all(word in fault[0] for word in sys.argv[1:])]
+    faults = [fault for fault in FAULTS if all(word in f"{fault[0]} {fault[1]}" for word in sys.argv[1:])]
     for what, file, code, fault in faults:
         path = COPY / file
         text = path.read_text(encoding="utf-8")

@@ -85,6 +85,20 @@ mod ffi {
             out: Pin<&mut Outputs>,
         ) -> Status;
         fn unpack(weight: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status;
+        fn frequency_linear(
+            x: &Tensor,
+            spectrum: &Tensor,
+            bias: &Tensor,
+            out_features: i64,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn frequency_linear_dx(
+            gradient: &Tensor,
+            spectrum: &Tensor,
+            in_features: i64,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn frequency_linear_dw(gradient: &Tensor, x: &Tensor, block: i64, out: Pin<&mut Outputs>) -> Status;
         fn pack_lossless(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
         /// A target that is not asked for is NaN.
         fn pack_ecsq(weight: &Tensor, bits: f64, max_error: f64, out: Pin<&mut Outputs>) -> Status;
@@ -242,6 +256,26 @@ fn fused_conv(x: &Tensor, w: &Weight, bias: &Tensor, window: &Window, exact: boo
 
 fn unpack(w: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status {
     call(out, |pool| Ok(vec![ops::unpack(&weight(w)?, dtype, pool)?]))
+}
+
+fn frequency_linear(x: &Tensor, spectrum: &Tensor, bias: &Tensor, features: i64, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let (x, spectrum) = (need(x, "x")?, need(spectrum, "spectrum")?);
+        Ok(vec![ops::frequency::forward(&x, &spectrum, share(bias).as_ref(), features, pool)?])
+    })
+}
+
+fn frequency_linear_dx(gradient: &Tensor, spectrum: &Tensor, features: i64, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let (gradient, spectrum) = (need(gradient, "gradient")?, need(spectrum, "spectrum")?);
+        Ok(vec![ops::frequency::input_gradient(&gradient, &spectrum, features, pool)?])
+    })
+}
+
+fn frequency_linear_dw(gradient: &Tensor, x: &Tensor, block: i64, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        Ok(vec![ops::frequency::spectrum_gradient(&need(gradient, "gradient")?, &need(x, "x")?, block, pool)?])
+    })
 }
 
 fn pack_lossless(dense: &Tensor, out: Pin<&mut Outputs>) -> Status {

@@ -4,8 +4,9 @@
 //! | --- | --- | --- |
 //! | [`codec`] | the packed weight: format, quantisers, entropy coder | nothing above |
 //! | [`linear`] | decode-and-multiply on the CPU | `codec` |
+//! | [`spectral`] | products of spectra: block-circulant maps | `codec`, for its vectors |
 //! | [`cuda`] | the embedded GPU kernels | nothing above |
-//! | [`parallel`] | how the three split work over threads | nothing |
+//! | [`parallel`] | how these split work over threads | nothing |
 //! | [`memory`] | their scratch: in whole cache lines, and counted | nothing |
 //! | `ops` | PyTorch tensors: check, allocate, run | all of the above |
 //! | `bridge` | C++: the operator registration in `csrc/` | `ops` |
@@ -20,6 +21,7 @@ pub mod error;
 pub mod linear;
 pub mod memory;
 pub mod parallel;
+pub mod spectral;
 
 #[cfg(feature = "torch")]
 mod bridge;

@@ -45,7 +45,7 @@ pub fn forward(
         let expected = format!("{channels} channels, for a weight of {} columns", weight.in_features);
         return Err(Error::argument("x", expected, format!("shape {size:?} in {groups} groups")));
     }
-    check_bias(bias, weight)?;
+    check_bias(bias, weight.out_features)?;
     let is_pointwise = kernel == Some(1) && groups == 1 && window.padding.iter().all(|&padding| padding == 0);
     if is_pointwise && !exact {
         let mut pixels = x.shallow_clone();

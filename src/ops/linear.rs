@@ -40,7 +40,7 @@ macro_rules! with_operand {
 pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, exact: bool, pool: &dyn Pool) -> Result<Tensor> {
     let kind = float_kind(x, "x")?;
     let rows = rows_of(x, "x", weight.in_features)?;
-    check_bias(bias, weight)?;
+    check_bias(bias, weight.out_features)?;
     let size = with_last(x, weight.out_features);
     let on_device = device::is_cuda(&weight.payload);
     if on_device

@@ -3,6 +3,7 @@
 pub mod conv;
 mod device;
 pub mod embedding;
+pub mod frequency;
 mod gpu;
 pub mod linear;
 pub mod pack;
@@ -192,10 +193,10 @@ pub fn unpack(weight: &Weight, dtype: i32, pool: &dyn Pool) -> Result<Tensor> {
     Ok(out)
 }
 
-fn check_bias(bias: Option<&Tensor>, weight: &Weight) -> Result<()> {
+fn check_bias(bias: Option<&Tensor>, out_features: i64) -> Result<()> {
     match bias {
-        Some(bias) if bias.size() != [weight.out_features] => {
-            Err(Error::argument("bias", format!("shape [{}]", weight.out_features), format!("{:?}", bias.size())))
+        Some(bias) if bias.size() != [out_features] => {
+            Err(Error::argument("bias", format!("shape [{out_features}]"), format!("{:?}", bias.size())))
         }
         _ => Ok(()),
     }

@@ -6,7 +6,7 @@
 Importing loads the native library, which registers the operators under ``torch.ops.infold``.
 """
 
-from infold import nn
+from infold import nn, spectral
 from infold._library import CorruptWeightError, build_info, library_path
 from infold.config import FusedConfig
 from infold.convert import convert
@@ -29,5 +29,6 @@ __all__ = [
     "prepare",
     "profile_memory",
     "save",
+    "spectral",
 ]
 __version__ = build_info()["version"]

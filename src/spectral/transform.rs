@@ -1,0 +1,318 @@
+//! The real Fourier transform of a block of `n`, as `n` real numbers.
+//!
+//! A packed spectrum is [Re₀, Re₁, …, Re_{⌊n/2⌋}, Im₁, …, Im_{⌈n/2⌉−1}]. Within this crate it is also held as two *halves* of
+//! [`Transform::half`] numbers: the real parts of frequencies from 0, and the imaginary parts, whose first place, where
+//! there is nothing, has the Nyquist frequency of an even block.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use realfft::num_complex::Complex;
+use realfft::{ComplexToReal, FftNum, RealFftPlanner, RealToComplex};
+
+use super::kernel::Matrix;
+use super::vector::Vectors;
+use crate::codec;
+
+/// Above this a fast Fourier transform takes less time than a product with the matrix. Measured: `benchmarks/frequency.py`.
+const LARGEST_MATRIX: usize = 128;
+
+/// A float that spectra are computed in.
+pub trait Real: codec::Real + FftNum + Vectors {}
+
+impl Real for f32 {}
+impl Real for f64 {}
+
+/// How a transform is scaled: as the plain sum, or so that it is an orthonormal matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    Plain,
+    Orthonormal,
+}
+
+/// The transform of one block size.
+pub struct Transform<T> {
+    n: usize,
+    method: Method<T>,
+}
+
+#[allow(clippy::large_enum_variant)] // there is one for each block size
+enum Method<T> {
+    /// Of what is even and what is odd about the block, each a matrix of half the size.
+    Matrices {
+        plain: Parts<T>,
+        orthonormal: Parts<T>,
+        inverse: Parts<T>,
+    },
+    Fast {
+        forward: Arc<dyn RealToComplex<T>>,
+        inverse: Arc<dyn ComplexToReal<T>>,
+    },
+}
+
+struct Parts<T> {
+    even: Matrix<T>,
+    odd: Matrix<T>,
+}
+
+/// What [`Transform`] needs to work in, of each thread its own.
+pub struct Workspace<T> {
+    rows: Vec<T>,
+    products: Vec<T>,
+    complex: Vec<Complex<T>>,
+    real: Vec<T>,
+    fast: Vec<Complex<T>>,
+}
+
+impl<T: Real> Workspace<T> {
+    /// Room for the two halves of one spectrum.
+    pub fn halves(&mut self, half: usize) -> (&mut [T], &mut [T]) {
+        self.rows.resize((2 * half).max(self.rows.len()), T::default());
+        let (re, rest) = self.rows.split_at_mut(half);
+        (re, &mut rest[..half])
+    }
+}
+
+impl<T: Real> Transform<T> {
+    /// The transform for blocks of `n`, made once for each `n`.
+    pub fn get(n: usize) -> Arc<Self> {
+        type Known = Mutex<HashMap<(TypeId, usize), Arc<dyn Any + Send + Sync>>>;
+        static KNOWN: std::sync::OnceLock<Known> = std::sync::OnceLock::new();
+        let known = KNOWN.get_or_init(Known::default);
+        let key = (TypeId::of::<T>(), n);
+        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = known.entry(key).or_insert_with(|| Arc::new(Self::new(n)));
+        // The key says what the entry is; a plan of another type is made anew.
+        Arc::clone(entry).downcast().unwrap_or_else(|_| Arc::new(Self::new(n)))
+    }
+
+    fn new(n: usize) -> Self {
+        let half = n.div_ceil(2);
+        if n > LARGEST_MATRIX {
+            let mut planner = RealFftPlanner::new();
+            let method = Method::Fast { forward: planner.plan_fft_forward(n), inverse: planner.plan_fft_inverse(n) };
+            return Self { n, method };
+        }
+        let angle = |j: usize, k: usize| std::f64::consts::TAU * ((j * k % n) as f64) / n as f64;
+        let lone = (1.0 / n as f64).sqrt();
+        let pair = (2.0 / n as f64).sqrt();
+        // The last row of an even matrix is the middle of an even block, or its Nyquist frequency.
+        let sign = |k: usize| if k.is_multiple_of(2) { 1.0 } else { -1.0 };
+        let nyquist = if n.is_multiple_of(2) { 1.0 } else { 0.0 };
+        let forward = |dc: f64, other: f64| Parts {
+            even: Matrix::new(half + 1, half, |j, k| {
+                let scale = if k == 0 { dc } else { other };
+                scale * if j == half { nyquist * sign(k) } else { angle(j, k).cos() }
+            }),
+            odd: Matrix::new(half, half, |j, k| match (j, k) {
+                (0, 0) => nyquist * dc,
+                (0, _) | (_, 0) => 0.0,
+                _ => -other * angle(j, k).sin(),
+            }),
+        };
+        let inverse = Parts {
+            even: Matrix::new(half + 1, half, |k, m| match k {
+                0 => lone,
+                k if k == half => nyquist * lone * sign(m),
+                k => pair * angle(k, m).cos(),
+            }),
+            odd: Matrix::new(half, half, |k, m| -pair * angle(k, m).sin()),
+        };
+        let method = Method::Matrices { plain: forward(1.0, 1.0), orthonormal: forward(lone, pair), inverse };
+        Self { n, method }
+    }
+
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Numbers in each half of a spectrum.
+    pub fn half(&self) -> usize {
+        self.n.div_ceil(2)
+    }
+
+    pub fn workspace(&self) -> Workspace<T> {
+        let fast = match &self.method {
+            Method::Fast { forward, inverse } => forward.get_scratch_len().max(inverse.get_scratch_len()),
+            Method::Matrices { .. } => 0,
+        };
+        let zero = Complex::new(T::default(), T::default());
+        Workspace {
+            rows: Vec::new(),
+            products: Vec::new(),
+            complex: vec![zero; self.n / 2 + 1],
+            real: vec![T::default(); self.n],
+            fast: vec![zero; fast],
+        }
+    }
+
+    /// Transforms `count` blocks, of which `block(i)` may be cut short: the rest is zero. Calls `visit(i, real, imaginary)`
+    /// with each one's halves.
+    pub fn forward<'a>(
+        &self,
+        scale: Scale,
+        count: usize,
+        block: impl Fn(usize) -> &'a [T],
+        workspace: &mut Workspace<T>,
+        mut visit: impl FnMut(usize, &[T], &[T]),
+    ) where
+        T: 'a,
+    {
+        let (n, half, middle) = (self.n, self.half(), self.n / 2);
+        let real = &mut workspace.real;
+        match &self.method {
+            Method::Matrices { plain, orthonormal, .. } => {
+                let parts = if scale == Scale::Plain { plain } else { orthonormal };
+                // A row: the even part, the middle of an even block, the odd part.
+                let (stride, width) = (2 * half + 1, parts.even.width());
+                workspace.rows.resize(count * stride, T::default());
+                workspace.products.resize(count * 2 * width, T::default());
+                for (index, row) in workspace.rows.chunks_exact_mut(stride).enumerate() {
+                    let values = block(index);
+                    let real = if values.len() == n { values } else { padded(values, real) };
+                    let (even, odd) = row.split_at_mut(half + 1);
+                    (even[0], even[half], odd[0]) = (real[0], T::default(), T::default());
+                    let mirrored = real[1..].iter().rev();
+                    for (((even, odd), &x), &other) in
+                        even[1..half].iter_mut().zip(&mut odd[1..]).zip(&real[1..]).zip(mirrored)
+                    {
+                        (*even, *odd) = (x + other, x - other);
+                    }
+                    if n.is_multiple_of(2) {
+                        even[half] = real[middle];
+                        odd[0] = alternating(real);
+                    }
+                }
+                parts.even.apply(&workspace.rows, stride, &mut workspace.products, 2 * width, count);
+                parts.odd.apply(
+                    &workspace.rows[(half + 1).min(count * stride)..],
+                    stride,
+                    &mut workspace.products[width.min(count * 2 * width)..],
+                    2 * width,
+                    count,
+                );
+                for (index, product) in workspace.products.chunks_exact(2 * width).enumerate() {
+                    visit(index, &product[..half], &product[width..width + half]);
+                }
+            }
+            Method::Fast { forward, .. } => {
+                let (lone, pair) = match scale {
+                    Scale::Plain => (1.0, 1.0),
+                    Scale::Orthonormal => ((1.0 / n as f64).sqrt(), (2.0 / n as f64).sqrt()),
+                };
+                let (lone, pair) = (real_of::<T>(lone), real_of::<T>(pair));
+                workspace.rows.resize(2 * half, T::default());
+                for index in 0..count {
+                    padded(block(index), real);
+                    // It refuses buffers of another length alone.
+                    let done = forward.process_with_scratch(real, &mut workspace.complex, &mut workspace.fast);
+                    debug_assert!(done.is_ok());
+                    let (re, im) = workspace.rows.split_at_mut(half);
+                    for ((re, im), value) in re.iter_mut().zip(im.iter_mut()).zip(&workspace.complex) {
+                        (*re, *im) = (value.re * pair, value.im * pair);
+                    }
+                    re[0] = workspace.complex[0].re * lone;
+                    im[0] = if n.is_multiple_of(2) { workspace.complex[middle].re * lone } else { T::default() };
+                    visit(index, re, im);
+                }
+            }
+        }
+    }
+
+    /// The inverse of the orthonormal transform for `count` spectra: `fill(i, real, imaginary)` writes each one's halves,
+    /// and `visit(i, block)` is called with what they are the spectrum of.
+    pub fn inverse(
+        &self,
+        count: usize,
+        workspace: &mut Workspace<T>,
+        mut fill: impl FnMut(usize, &mut [T], &mut [T]),
+        mut visit: impl FnMut(usize, &[T]),
+    ) {
+        let (n, half, middle) = (self.n, self.half(), self.n / 2);
+        let even_block = n.is_multiple_of(2);
+        let real = &mut workspace.real;
+        match &self.method {
+            Method::Matrices { inverse, .. } => {
+                // A row: the real parts, the Nyquist frequency again, the imaginary parts.
+                let (stride, width) = (2 * half + 1, inverse.even.width());
+                workspace.rows.resize(count * stride, T::default());
+                workspace.products.resize(count * 2 * width, T::default());
+                for (index, row) in workspace.rows.chunks_exact_mut(stride).enumerate() {
+                    let (re, im) = row.split_at_mut(half + 1);
+                    fill(index, &mut re[..half], im);
+                    re[half] = im[0];
+                }
+                inverse.even.apply(&workspace.rows, stride, &mut workspace.products, 2 * width, count);
+                inverse.odd.apply(
+                    &workspace.rows[(half + 1).min(count * stride)..],
+                    stride,
+                    &mut workspace.products[width.min(count * 2 * width)..],
+                    2 * width,
+                    count,
+                );
+                let lone = real_of::<T>((1.0 / n as f64).sqrt());
+                let pair = real_of::<T>((2.0 / n as f64).sqrt());
+                for (index, product) in workspace.products.chunks_exact(2 * width).enumerate() {
+                    let (even, odd) = (&product[1..half], &product[width + 1..width + half]);
+                    real[0] = product[0];
+                    for ((out, &u), &v) in real[1..].iter_mut().zip(even).zip(odd) {
+                        *out = u + v;
+                    }
+                    for ((out, &u), &v) in real[1..].iter_mut().rev().zip(even).zip(odd) {
+                        *out = u - v;
+                    }
+                    if even_block {
+                        let row = &workspace.rows[index * stride..][..=half];
+                        let nyquist = if middle.is_multiple_of(2) { row[half] } else { -row[half] };
+                        real[middle] = (row[0] + nyquist) * lone - alternating(&row[1..half]) * pair;
+                    }
+                    visit(index, real);
+                }
+            }
+            Method::Fast { inverse, .. } => {
+                let lone = real_of::<T>((1.0 / n as f64).sqrt());
+                let pair = real_of::<T>((0.5 / n as f64).sqrt());
+                workspace.rows.resize(2 * half, T::default());
+                for index in 0..count {
+                    let (re, im) = workspace.rows.split_at_mut(half);
+                    fill(index, re, im);
+                    for ((value, &re), &im) in workspace.complex.iter_mut().zip(&*re).zip(&*im) {
+                        *value = Complex::new(re * pair, im * pair);
+                    }
+                    workspace.complex[0] = Complex::new(re[0] * lone, T::default());
+                    if even_block {
+                        workspace.complex[middle] = Complex::new(im[0] * lone, T::default());
+                    }
+                    // It refuses what is not real at frequency 0 and Nyquist, and buffers of another length.
+                    let done = inverse.process_with_scratch(&mut workspace.complex, real, &mut workspace.fast);
+                    debug_assert!(done.is_ok());
+                    visit(index, real);
+                }
+            }
+        }
+    }
+}
+
+/// Copies a block that may be cut short.
+fn padded<'a, T: Real>(values: &[T], to: &'a mut [T]) -> &'a [T] {
+    let (head, tail) = to.split_at_mut(values.len());
+    head.copy_from_slice(values);
+    tail.fill(T::default());
+    to
+}
+
+fn real_of<T: Real>(value: f64) -> T {
+    <T as codec::Scalar>::from_f64(value)
+}
+
+/// x₀ − x₁ + x₂ − …, in sums that do not wait for each other.
+fn alternating<T: Real>(values: &[T]) -> T {
+    let (whole, rest) = values.as_chunks::<8>();
+    let mut sums = [T::default(); 8];
+    for values in whole {
+        sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum += value);
+    }
+    sums.iter_mut().zip(rest).for_each(|(sum, &value)| *sum += value);
+    (sums[0] - sums[1]) + (sums[2] - sums[3]) + ((sums[4] - sums[5]) + (sums[6] - sums[7]))
+}
