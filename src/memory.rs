@@ -1,7 +1,8 @@
 //! The scratch of products: in whole cache lines, and counted for `infold.profile_memory`.
-#![allow(unsafe_code)] // an allocator is unsafe by its trait
+#![allow(unsafe_code)] // an allocator is unsafe by its trait; bytes of one float are those of another
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -53,6 +54,33 @@ impl<T> DerefMut for AlignedVec<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         &mut self.values[self.start..self.start + self.len]
     }
+}
+
+/// Bytes that a thread keeps for its next call.
+const KEPT_BYTES: usize = 4 << 20;
+
+thread_local! {
+    static KEPT: Cell<Option<AlignedVec<f64>>> = const { Cell::new(None) };
+}
+
+/// A float: any bytes are one.
+pub trait Float: Copy {}
+impl Float for f32 {}
+impl Float for f64 {}
+
+/// Calls `body` with `len` floats of any value, those that the thread's last call left where they suffice: fresh pages from the
+/// system can take as long as what is computed in them.
+pub fn with_scratch<T: Float, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
+    let bytes = len * size_of::<T>();
+    let kept = KEPT.take().filter(|kept| size_of_val(&**kept) >= bytes);
+    let mut buffer = kept.unwrap_or_else(|| AlignedVec::new(bytes.div_ceil(size_of::<f64>())));
+    // SAFETY: any bytes are a float.
+    let (_, floats, _) = unsafe { buffer.align_to_mut::<T>() };
+    let result = body(&mut floats[..len]);
+    if size_of_val(&*buffer) <= KEPT_BYTES {
+        KEPT.set(Some(buffer));
+    }
+    result
 }
 
 /// The system's allocator, counted.

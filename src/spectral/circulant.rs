@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::kernel::{Factor, contract, lanes};
 use super::transform::{Real, Scale, Transform, Workspace};
-use crate::memory::AlignedVec;
+use crate::codec::per_isa;
+use crate::memory::{AlignedVec, with_scratch};
 use crate::parallel::{DisjointSlice, Pool};
 use crate::{Error, Result};
 
@@ -17,6 +18,8 @@ use crate::{Error, Result};
 const PANEL: usize = 48;
 /// Items that are multiplied with all of a thread's rows before the next: their spectra stay in the nearest cache.
 const ITEMS: usize = 3;
+/// A weight that is multiplied by no more rows is read as it is stored.
+const FEW: usize = 2 * ITEMS;
 /// Blocks that are transformed together.
 const GROUP: usize = 12;
 
@@ -109,114 +112,140 @@ fn for_groups<T: Real>(
     });
 }
 
-/// The spectra of `rows`' blocks, expanded: `[vector][item][step][part][lane]`, where an item is a row and a step a block,
-/// or, for `Outer`, the other way about.
+per_isa! {
+    /// A spectrum's two rows for a product, of its halves. `signs` are [`Expand::signs`].
+    fn expand<T: Real>(n: usize, re: &[T], im: &[T], signs: [T; 3], one: &mut [T], two: &mut [T]) {
+        let (half, middle) = (n.div_ceil(2), n / 2);
+        let (re, im) = (&re[..half], &im[..half]);
+        one[..half].copy_from_slice(re);
+        two[..half].iter_mut().zip(im).for_each(|(out, &im)| *out = signs[1] * im);
+        let alone = (one[0], im[0]);
+        // For an even block this writes the place of frequency 0 and Nyquist too, which come after.
+        let odd = n % 2;
+        one[middle + odd..][..half - odd].iter_mut().zip(&im[odd..]).for_each(|(out, &im)| *out = signs[0] * im);
+        two[middle + odd..][..half - odd].iter_mut().zip(&re[odd..]).for_each(|(out, &re)| *out = signs[2] * re);
+        (one[0], two[0]) = (alone.0, T::default());
+        if odd == 0 {
+            (one[middle], two[middle]) = (T::default(), alone.1);
+        }
+    }
+}
+
+per_isa! {
+    /// The halves of a product's spectrum, of its two rows of sums.
+    fn fold<T: Real>(n: usize, one: &[T], two: &[T], re: &mut [T], im: &mut [T]) {
+        let (half, middle) = (n.div_ceil(2), n / 2);
+        let sum = |row: &[T], out: &mut [T]| {
+            let (low, high) = (&row[..half], &row[middle..][..half]);
+            out[..half].iter_mut().zip(low).zip(high).for_each(|((out, &a), &b)| *out = a + b);
+        };
+        sum(one, re);
+        sum(two, im);
+        if n % 2 == 1 {
+            (re[0], im[0]) = (one[0], T::default());
+        }
+    }
+}
+
+/// Where the vectors of blocks lie: `[vector][place][part][lane]`, with as many parts as a block has rows of numbers.
+struct Vectors<'a, T> {
+    out: DisjointSlice<'a, T>,
+    n: usize,
+    places: usize,
+}
+
+impl<T: Real> Vectors<'_, T> {
+    /// Writes a block's rows. No two blocks may have one place.
+    fn put<const PARTS: usize>(&self, place: usize, rows: [&[T]; PARTS]) {
+        if lanes(self.n) == 16 {
+            self.put_lanes::<16, PARTS>(place, rows)
+        } else {
+            self.put_lanes::<8, PARTS>(place, rows)
+        }
+    }
+
+    fn put_lanes<const L: usize, const PARTS: usize>(&self, place: usize, rows: [&[T]; PARTS]) {
+        for (part, row) in rows.into_iter().enumerate() {
+            let (whole, rest) = row[..self.n].as_chunks::<L>();
+            let start = |vector: usize| ((vector * self.places + place) * PARTS + part) * L;
+            for (vector, values) in whole.iter().enumerate() {
+                // SAFETY: each block has a place of its own.
+                #[allow(unsafe_code)]
+                let out = unsafe { self.out.range_mut(start(vector)..start(vector) + L) };
+                out.copy_from_slice(values);
+            }
+            if !rest.is_empty() {
+                let start = start(whole.len());
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                let out = unsafe { self.out.range_mut(start..start + rest.len()) };
+                out.copy_from_slice(rest);
+            }
+        }
+    }
+}
+
+/// The spectra of some of `rows`' blocks, each expanded to two rows and in vectors; block `b` of row `r` in place
+/// `place(r, b)`. What is beyond a block in its last vector is left as it is: no lane's sum has to do with another's.
 fn expanded<T: Real>(
     transform: &Transform<T>,
     rows: Rows<T>,
-    range: Range<usize>,
+    range: &Range<usize>,
     how: Expand,
+    out: &mut [T],
+    place: impl Fn(usize, usize) -> usize + Sync,
     pool: &dyn Pool,
-) -> AlignedVec<T> {
+) {
     let n = transform.n();
-    let (lanes, width) = vectors(n);
-    let count = range.len();
-    let total = count * rows.blocks;
-    let mut out = AlignedVec::new(2 * width * total);
-    let places = DisjointSlice::new(&mut out);
-    let [first, second, third] = how.signs::<T>();
-    let middle = n / 2;
-    for_groups(transform, total, pool, |workspace, start, blocks| {
-        // The two rows of one block.
-        let mut pair = vec![T::default(); 2 * width];
-        let block =
-            |index: usize| rows.block(range.start + (start + index) / rows.blocks, (start + index) % rows.blocks);
+    let places = range.len() * rows.blocks;
+    let vectors = Vectors { out: DisjointSlice::new(out), n, places };
+    for_groups(transform, places, pool, |workspace, start, blocks| {
+        let (mut one, mut two) = (vec![T::default(); n], vec![T::default(); n]);
+        let place_of = |index: usize| ((start + index) / rows.blocks, (start + index) % rows.blocks);
+        let block = |index: usize| rows.block(range.start + place_of(index).0, place_of(index).1);
         transform.forward(Scale::Plain, blocks, block, workspace, |index, re, im| {
-            let (one, two) = pair.split_at_mut(width);
-            one[..re.len()].copy_from_slice(re);
-            one[middle..][..im.len()].iter_mut().zip(im).skip(1).for_each(|(out, &im)| *out = first * im);
-            two[..im.len()].iter_mut().zip(im).for_each(|(out, &im)| *out = second * im);
-            two[middle..][..re.len()].iter_mut().zip(re).skip(1).for_each(|(out, &re)| *out = third * re);
-            // What is alone: frequency 0, and an even block's Nyquist frequency.
-            two[0] = T::default();
-            if n.is_multiple_of(2) {
-                (one[middle], two[middle]) = (T::default(), im[0]);
-            }
-            let (row, block) = ((start + index) / rows.blocks, (start + index) % rows.blocks);
-            let place = match how {
-                Expand::Outer => block * count + row,
-                _ => row * rows.blocks + block,
-            };
-            for (vector, (one, two)) in one.chunks_exact(lanes).zip(two.chunks_exact(lanes)).enumerate() {
-                let start = (vector * total + place) * 2 * lanes;
-                // SAFETY: each block has places of its own.
-                #[allow(unsafe_code)]
-                let out = unsafe { places.range_mut(start..start + 2 * lanes) };
-                out[..lanes].copy_from_slice(one);
-                out[lanes..].copy_from_slice(two);
-            }
+            expand(n, re, im, how.signs(), &mut one, &mut two);
+            let (row, block) = place_of(index);
+            vectors.put(place(row, block), [&one, &two]);
         });
     });
-    out
 }
 
-/// The packed orthonormal spectra of `rows`' blocks, each in `width` numbers.
+/// The packed orthonormal spectra of some of `rows`' blocks, as [`expanded`].
 fn packed<T: Real>(
     transform: &Transform<T>,
     rows: Rows<T>,
-    range: Range<usize>,
-    width: usize,
+    range: &Range<usize>,
+    out: &mut [T],
+    place: impl Fn(usize, usize) -> usize + Sync,
     pool: &dyn Pool,
-) -> AlignedVec<T> {
+) {
     let n = transform.n();
-    let total = range.len() * rows.blocks;
-    let mut out = AlignedVec::new(total * width);
-    let places = DisjointSlice::new(&mut out);
-    for_groups(transform, total, pool, |workspace, start, blocks| {
-        let block =
-            |index: usize| rows.block(range.start + (start + index) / rows.blocks, (start + index) % rows.blocks);
+    let places = range.len() * rows.blocks;
+    let vectors = Vectors { out: DisjointSlice::new(out), n, places };
+    for_groups(transform, places, pool, |workspace, start, blocks| {
+        let mut row_of_numbers = vec![T::default(); n];
+        let place_of = |index: usize| ((start + index) / rows.blocks, (start + index) % rows.blocks);
+        let block = |index: usize| rows.block(range.start + place_of(index).0, place_of(index).1);
         transform.forward(Scale::Orthonormal, blocks, block, workspace, |index, re, im| {
-            // SAFETY: each block has a place of its own.
-            #[allow(unsafe_code)]
-            let out = unsafe { places.range_mut((start + index) * width..(start + index) * width + n) };
-            join(n, re, im, |place, value| out[place] = value);
+            join(n, re, im, |place, value| row_of_numbers[place] = value);
+            let (row, block) = place_of(index);
+            vectors.put(place(row, block), [&row_of_numbers]);
         });
     });
-    out
 }
 
 /// Calls `put(place, number)` with a packed spectrum's numbers.
 fn join<T: Real>(n: usize, re: &[T], im: &[T], mut put: impl FnMut(usize, T)) {
     re.iter().enumerate().for_each(|(place, &re)| put(place, re));
-    let alone = n % 2;
-    im.iter().enumerate().skip(alone).for_each(|(place, &im)| put(n / 2 + place, im));
-}
-
-/// The halves of a product's spectrum, of its two rows of sums.
-fn fold<T: Real>(n: usize, sums: &[T], width: usize, re: &mut [T], im: &mut [T]) {
-    let (one, two) = sums.split_at(width);
-    let middle = n / 2;
-    re.iter_mut().zip(one).zip(&one[middle..]).for_each(|((out, &a), &b)| *out = a + b);
-    im.iter_mut().zip(two).zip(&two[middle..]).for_each(|((out, &a), &b)| *out = a + b);
-    if !n.is_multiple_of(2) {
-        (re[0], im[0]) = (one[0], T::default());
-    }
-}
-
-/// Spectra as they are stored, with every block's numbers filling whole vectors.
-fn whole_vectors<T: Real>(values: &[T], n: usize, width: usize) -> Option<AlignedVec<T>> {
-    (n != width).then(|| {
-        let mut out = AlignedVec::new(values.len() / n * width);
-        out.chunks_exact_mut(width)
-            .zip(values.chunks_exact(n))
-            .for_each(|(out, values)| out[..n].copy_from_slice(values));
-        out
-    })
+    im.iter().enumerate().skip(n % 2).for_each(|(place, &im)| put(n / 2 + place, im));
 }
 
 /// One contraction of spectra: for each item of `a` and of `b` two rows of sums of `steps` products.
 struct Contraction<'a, T> {
     a: Factor<'a, T>,
+    /// How far the vectors of one item and step lie apart in `a`.
+    vector: usize,
     /// As [`expanded`] makes it.
     b: &'a [T],
     items: usize,
@@ -255,7 +284,7 @@ impl<T: Real> Contraction<'_, T> {
         for first in groups.map(|group| group * ITEMS) {
             let items = ITEMS.min(self.items - first);
             for vector in 0..width / lanes {
-                let values = &self.a.values[rows.start * self.a.item + vector * lanes..];
+                let values = &self.a.values[rows.start * self.a.item + vector * self.vector..];
                 let a = Factor { values, items: rows.len(), ..self.a };
                 let item = 2 * lanes * self.steps;
                 let b = &self.b[(vector * self.items + first) * item..][..items * item];
@@ -318,31 +347,39 @@ pub fn spectrum_gradient<T: Real>(
 ) {
     out.fill(T::default());
     let (n, transform) = (shape.n(), &*shape.transform);
-    let (_, width) = vectors(n);
+    let (lanes, width) = vectors(n);
     let gradient = Rows { values: gradient, features: shape.out_features, blocks: shape.outputs, n };
     let x = Rows { values: x, features: shape.in_features, blocks: shape.inputs, n };
     let places = DisjointSlice::new(out);
     if shape.is_empty() {
         return;
     }
-    for panel in panels(rows) {
-        let a = packed(transform, gradient, panel.clone(), width, pool);
-        let b = expanded(transform, x, panel.clone(), Expand::Outer, pool);
-        let a = Factor { values: &a, items: shape.outputs, item: width, step: shape.outputs * width };
-        let sums = Contraction { a, b: &b, items: shape.inputs, steps: panel.len() };
-        sums.run(transform, pool, |workspace, outputs, input, sums| {
-            let half = transform.half();
-            let (re, im) = workspace.halves(half);
-            for (output, sums) in outputs.zip(sums.chunks_exact(2 * width)) {
-                fold(n, sums, width, re, im);
-                let start = (output * shape.inputs + input) * n;
-                // SAFETY: each pair of blocks is finished once a panel.
-                #[allow(unsafe_code)]
-                let out = unsafe { places.range_mut(start..start + n) };
-                join(n, re, im, |place, value| out[place] += value);
-            }
-        });
-    }
+    let most = PANEL.min(rows);
+    let (g_row, x_row) = (width * shape.outputs, 2 * width * shape.inputs);
+    with_scratch((g_row + x_row) * most, |scratch: &mut [T]| {
+        let (a, b) = scratch.split_at_mut(g_row * most);
+        for panel in panels(rows) {
+            let steps = panel.len();
+            let place = |row: usize, block: usize| block * steps + row;
+            let (a, b) = (&mut a[..g_row * steps], &mut b[..x_row * steps]);
+            packed(transform, gradient, &panel, a, place, pool);
+            expanded(transform, x, &panel, Expand::Outer, b, place, pool);
+            let a = Factor { values: a, items: shape.outputs, item: steps * lanes, step: lanes };
+            let vector = shape.outputs * steps * lanes;
+            let sums = Contraction { a, vector, b, items: shape.inputs, steps };
+            sums.run(transform, pool, |workspace, outputs, input, sums| {
+                let (re, im) = workspace.halves(transform.half());
+                for (output, sums) in outputs.zip(sums.chunks_exact(2 * width)) {
+                    fold(n, &sums[..width], &sums[width..], re, im);
+                    let start = (output * shape.inputs + input) * n;
+                    // SAFETY: each pair of blocks is finished once a panel.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { places.range_mut(start..start + n) };
+                    join(n, re, im, |place, value| out[place] += value);
+                }
+            });
+        }
+    });
 }
 
 /// A weight's packed spectra.
@@ -362,7 +399,6 @@ impl<T: Real> Spectra<'_, T> {
         pool: &dyn Pool,
     ) {
         let Self { shape, values } = *self;
-        let (n, transform) = (shape.n(), &*shape.transform);
         if shape.is_empty() {
             match bias {
                 Some(bias) => out.chunks_exact_mut(features.max(1)).for_each(|out| out.copy_from_slice(bias)),
@@ -370,36 +406,80 @@ impl<T: Real> Spectra<'_, T> {
             }
             return;
         }
-        let (_, width) = vectors(n);
-        let whole = whole_vectors(values, n, width);
-        let values = whole.as_deref().unwrap_or(values);
-        let by_row = (shape.inputs * width, shape.outputs);
-        let by_column = (width, shape.inputs);
-        let ((item, outputs), (step, _)) =
+        let (n, transform) = (shape.n(), &*shape.transform);
+        let (lanes, width) = vectors(n);
+        let (by_row, by_column) = ((shape.inputs * n, shape.outputs), (n, shape.inputs));
+        let ((item, outputs), (step, steps)) =
             if matches!(how, Expand::Conjugate) { (by_column, by_row) } else { (by_row, by_column) };
-        let places = DisjointSlice::new(out);
-        for panel in panels(rows) {
-            let b = expanded(transform, input, panel.clone(), how, pool);
-            let a = Factor { values, items: outputs, item, step };
-            let sums = Contraction { a, b: &b, items: panel.len(), steps: input.blocks };
-            sums.run(transform, pool, |workspace, blocks, row, sums| {
-                let fill =
-                    |index: usize, re: &mut [T], im: &mut [T]| fold(n, &sums[index * 2 * width..], width, re, im);
-                transform.inverse(blocks.len(), workspace, fill, |index, values| {
-                    let columns = (blocks.start + index) * n..((blocks.start + index + 1) * n).min(features);
-                    let start = (panel.start + row) * features;
-                    // SAFETY: each block of each row is finished once.
-                    #[allow(unsafe_code)]
-                    let out = unsafe { places.range_mut(start + columns.start..start + columns.end) };
-                    match bias {
-                        Some(bias) => {
-                            let bias = &bias[columns];
-                            out.iter_mut().zip(values).zip(bias).for_each(|((out, &value), &bias)| *out = value + bias);
-                        }
-                        None => out.copy_from_slice(&values[..out.len()]),
-                    }
+        // As it is stored, what is read together lies so far apart that it evicts itself from the nearest cache: a weight that
+        // is read more than a few times is put in order first.
+        let reorders = rows > FEW || n != width;
+        let ordered = if reorders { width * outputs * steps } else { 0 };
+        let row = 2 * width * steps;
+        with_scratch(ordered + row * PANEL.min(rows), |scratch: &mut [T]| {
+            let (ordered, b) = scratch.split_at_mut(ordered);
+            let (a, vector) = if reorders {
+                put_in_order(n, values, ordered, |place| place / steps * item + place % steps * step, pool);
+                let a = Factor { values: ordered, items: outputs, item: steps * lanes, step: lanes };
+                (a, outputs * steps * lanes)
+            } else {
+                (Factor { values, items: outputs, item, step }, lanes)
+            };
+            let out = Outputs { values: DisjointSlice::new(out), features, bias };
+            for panel in panels(rows) {
+                let b = &mut b[..row * panel.len()];
+                expanded(transform, input, &panel, how, b, |row, block| row * steps + block, pool);
+                let sums = Contraction { a, vector, b, items: panel.len(), steps };
+                sums.run(transform, pool, |workspace, blocks, row, sums| {
+                    let fill = |index: usize, re: &mut [T], im: &mut [T]| {
+                        let (one, two) = sums[index * 2 * width..].split_at(width);
+                        fold(n, one, two, re, im);
+                    };
+                    let put = |index: usize, block: &[T]| out.put(panel.start + row, (blocks.start + index) * n, block);
+                    transform.inverse(blocks.len(), workspace, fill, put);
                 });
-            });
+            }
+        });
+    }
+}
+
+/// Copies blocks of `n`, place by place, to vectors that lie one after the other.
+fn put_in_order<T: Real>(
+    n: usize,
+    values: &[T],
+    out: &mut [T],
+    start: impl Fn(usize) -> usize + Sync,
+    pool: &dyn Pool,
+) {
+    let places = out.len() / vectors(n).1;
+    let vectors = Vectors { out: DisjointSlice::new(out), n, places };
+    pool.for_ranges(places, &|places| {
+        for place in places {
+            vectors.put(place, [&values[start(place)..start(place) + n]]);
+        }
+    });
+}
+
+/// Rows of a result, and what is added to each.
+struct Outputs<'a, T> {
+    values: DisjointSlice<'a, T>,
+    features: usize,
+    bias: Option<&'a [T]>,
+}
+
+impl<T: Real> Outputs<'_, T> {
+    /// Writes a block, cut to the row's end. Each is finished once.
+    fn put(&self, row: usize, column: usize, block: &[T]) {
+        let columns = column..(column + block.len()).min(self.features);
+        let start = row * self.features;
+        // SAFETY: no two blocks overlap.
+        #[allow(unsafe_code)]
+        let out = unsafe { self.values.range_mut(start + columns.start..start + columns.end) };
+        match self.bias {
+            Some(bias) => {
+                out.iter_mut().zip(block).zip(&bias[columns]).for_each(|((out, &value), &bias)| *out = value + bias);
+            }
+            None => out.copy_from_slice(&block[..out.len()]),
         }
     }
 }

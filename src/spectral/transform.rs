@@ -13,13 +13,14 @@ use realfft::{ComplexToReal, FftNum, RealFftPlanner, RealToComplex};
 
 use super::kernel::Matrix;
 use super::vector::Vectors;
-use crate::codec;
+use crate::codec::{self, per_isa};
+use crate::memory;
 
 /// Above this a fast Fourier transform takes less time than a product with the matrix. Measured: `benchmarks/frequency.py`.
 const LARGEST_MATRIX: usize = 128;
 
 /// A float that spectra are computed in.
-pub trait Real: codec::Real + FftNum + Vectors {}
+pub trait Real: codec::Real + FftNum + Vectors + memory::Float {}
 
 impl Real for f32 {}
 impl Real for f64 {}
@@ -102,7 +103,7 @@ impl<T: Real> Transform<T> {
         let nyquist = if n.is_multiple_of(2) { 1.0 } else { 0.0 };
         let forward = |dc: f64, other: f64| Parts {
             even: Matrix::new(half + 1, half, |j, k| {
-                let scale = if k == 0 { dc } else { other };
+                let scale = if k == 0 { dc } else { other } * if j == 0 { 0.5 } else { 1.0 };
                 scale * if j == half { nyquist * sign(k) } else { angle(j, k).cos() }
             }),
             odd: Matrix::new(half, half, |j, k| match (j, k) {
@@ -142,7 +143,7 @@ impl<T: Real> Transform<T> {
             rows: Vec::new(),
             products: Vec::new(),
             complex: vec![zero; self.n / 2 + 1],
-            real: vec![T::default(); self.n],
+            real: vec![T::default(); self.n + 1],
             fast: vec![zero; fast],
         }
     }
@@ -169,20 +170,10 @@ impl<T: Real> Transform<T> {
                 workspace.rows.resize(count * stride, T::default());
                 workspace.products.resize(count * 2 * width, T::default());
                 for (index, row) in workspace.rows.chunks_exact_mut(stride).enumerate() {
-                    let values = block(index);
-                    let real = if values.len() == n { values } else { padded(values, real) };
+                    padded(block(index), &mut real[..n]);
+                    real[n] = real[0];
                     let (even, odd) = row.split_at_mut(half + 1);
-                    (even[0], even[half], odd[0]) = (real[0], T::default(), T::default());
-                    let mirrored = real[1..].iter().rev();
-                    for (((even, odd), &x), &other) in
-                        even[1..half].iter_mut().zip(&mut odd[1..]).zip(&real[1..]).zip(mirrored)
-                    {
-                        (*even, *odd) = (x + other, x - other);
-                    }
-                    if n.is_multiple_of(2) {
-                        even[half] = real[middle];
-                        odd[0] = alternating(real);
-                    }
+                    mirror(real, even, odd);
                 }
                 parts.even.apply(&workspace.rows, stride, &mut workspace.products, 2 * width, count);
                 parts.odd.apply(
@@ -204,9 +195,10 @@ impl<T: Real> Transform<T> {
                 let (lone, pair) = (real_of::<T>(lone), real_of::<T>(pair));
                 workspace.rows.resize(2 * half, T::default());
                 for index in 0..count {
-                    padded(block(index), real);
+                    padded(block(index), &mut real[..n]);
                     // It refuses buffers of another length alone.
-                    let done = forward.process_with_scratch(real, &mut workspace.complex, &mut workspace.fast);
+                    let done =
+                        forward.process_with_scratch(&mut real[..n], &mut workspace.complex, &mut workspace.fast);
                     debug_assert!(done.is_ok());
                     let (re, im) = workspace.rows.split_at_mut(half);
                     for ((re, im), value) in re.iter_mut().zip(im.iter_mut()).zip(&workspace.complex) {
@@ -251,23 +243,11 @@ impl<T: Real> Transform<T> {
                     2 * width,
                     count,
                 );
-                let lone = real_of::<T>((1.0 / n as f64).sqrt());
-                let pair = real_of::<T>((2.0 / n as f64).sqrt());
-                for (index, product) in workspace.products.chunks_exact(2 * width).enumerate() {
-                    let (even, odd) = (&product[1..half], &product[width + 1..width + half]);
-                    real[0] = product[0];
-                    for ((out, &u), &v) in real[1..].iter_mut().zip(even).zip(odd) {
-                        *out = u + v;
-                    }
-                    for ((out, &u), &v) in real[1..].iter_mut().rev().zip(even).zip(odd) {
-                        *out = u - v;
-                    }
-                    if even_block {
-                        let row = &workspace.rows[index * stride..][..=half];
-                        let nyquist = if middle.is_multiple_of(2) { row[half] } else { -row[half] };
-                        real[middle] = (row[0] + nyquist) * lone - alternating(&row[1..half]) * pair;
-                    }
-                    visit(index, real);
+                let scales = [real_of((1.0 / n as f64).sqrt()), real_of((2.0 / n as f64).sqrt())];
+                let products = workspace.products.chunks_exact(2 * width);
+                for (index, (product, row)) in products.zip(workspace.rows.chunks_exact(stride)).enumerate() {
+                    unmirror(&product[..half], &product[width..], &row[..=half], scales, real);
+                    visit(index, &real[..n]);
                 }
             }
             Method::Fast { inverse, .. } => {
@@ -285,9 +265,10 @@ impl<T: Real> Transform<T> {
                         workspace.complex[middle] = Complex::new(im[0] * lone, T::default());
                     }
                     // It refuses what is not real at frequency 0 and Nyquist, and buffers of another length.
-                    let done = inverse.process_with_scratch(&mut workspace.complex, real, &mut workspace.fast);
+                    let done =
+                        inverse.process_with_scratch(&mut workspace.complex, &mut real[..n], &mut workspace.fast);
                     debug_assert!(done.is_ok());
-                    visit(index, real);
+                    visit(index, &real[..n]);
                 }
             }
         }
@@ -295,18 +276,70 @@ impl<T: Real> Transform<T> {
 }
 
 /// Copies a block that may be cut short.
-fn padded<'a, T: Real>(values: &[T], to: &'a mut [T]) -> &'a [T] {
+fn padded<T: Real>(values: &[T], to: &mut [T]) {
     let (head, tail) = to.split_at_mut(values.len());
     head.copy_from_slice(values);
     tail.fill(T::default());
-    to
 }
 
 fn real_of<T: Real>(value: f64) -> T {
     <T as codec::Scalar>::from_f64(value)
 }
 
+/// Numbers that are mirrored at a time: the compiler makes vectors of these, but not of an iterator that runs backwards.
+const MIRRORED: usize = 8;
+
+#[inline(always)]
+fn mirrored<T: Copy>(values: &[T; MIRRORED]) -> [T; MIRRORED] {
+    std::array::from_fn(|i| values[MIRRORED - 1 - i])
+}
+
+per_isa! {
+    /// What is even about a block, after which its first number stands again, and its middle; and what is odd about it, in
+    /// whose first place is an even block's Nyquist frequency. The first number counts twice.
+    fn mirror<T: Real>(block: &[T], even: &mut [T], odd: &mut [T]) {
+        let (n, half) = (block.len() - 1, block.len() / 2);
+        let (left, right) = (block[..half].as_chunks::<MIRRORED>(), block[n + 1 - half..].as_rchunks::<MIRRORED>());
+        let (evens, odds) = (even[..half].as_chunks_mut::<MIRRORED>(), odd[..half].as_chunks_mut::<MIRRORED>());
+        for (((even, odd), x), other) in evens.0.iter_mut().zip(odds.0).zip(left.0).zip(right.1.iter().rev()) {
+            let other = mirrored(other);
+            *even = std::array::from_fn(|i| x[i] + other[i]);
+            *odd = std::array::from_fn(|i| x[i] - other[i]);
+        }
+        for (((even, odd), &x), &other) in evens.1.iter_mut().zip(odds.1).zip(left.1).zip(right.0.iter().rev()) {
+            (*even, *odd) = (x + other, x - other);
+        }
+        even[half] = T::default();
+        if n % 2 == 0 {
+            (even[half], odd[0]) = (block[half], alternating(&block[..n]));
+        }
+    }
+}
+
+per_isa! {
+    /// The block of which `even` and `odd` are the products of real and imaginary parts, and one number after it that means
+    /// nothing. `re` has the real parts, and last the Nyquist frequency, for the middle of an even block, whose rows of the transform have `scales`.
+    fn unmirror<T: Real>(even: &[T], odd: &[T], re: &[T], scales: [T; 2], block: &mut [T]) {
+        let (n, half) = (block.len() - 1, block.len() / 2);
+        let (even, odd) = (even[..half].as_chunks::<MIRRORED>(), odd[..half].as_chunks::<MIRRORED>());
+        let (left, right) = block.split_at_mut(n + 1 - half);
+        let (left, right) = (left[..half].as_chunks_mut::<MIRRORED>(), right.as_rchunks_mut::<MIRRORED>());
+        for (((out, other), u), v) in left.0.iter_mut().zip(right.1.iter_mut().rev()).zip(even.0).zip(odd.0) {
+            *out = std::array::from_fn(|i| u[i] + v[i]);
+            *other = mirrored(&std::array::from_fn(|i| u[i] - v[i]));
+        }
+        for (((out, other), &u), &v) in left.1.iter_mut().zip(right.0.iter_mut().rev()).zip(even.1).zip(odd.1) {
+            (*out, *other) = (u + v, u - v);
+        }
+        if n % 2 == 0 {
+            let nyquist = if half % 2 == 0 { re[half] } else { -re[half] };
+            block[half] = (re[0] + nyquist) * scales[0] - alternating(&re[1..half]) * scales[1];
+        }
+    }
+}
+
 /// x₀ − x₁ + x₂ − …, in sums that do not wait for each other.
+#[inline(always)]
 fn alternating<T: Real>(values: &[T]) -> T {
     let (whole, rest) = values.as_chunks::<8>();
     let mut sums = [T::default(); 8];
