@@ -185,7 +185,7 @@ def dfloat11_utils() -> Any:
 def encode(weight: Tensor) -> DFloat11:
     """Encodes a weight where it lies, with DFloat11's own codes and tables.
 
-    Its encoder takes a symbol at a time in Python, minutes for a layer; this gives the same bytes.
+    Its encoder takes a symbol at a time in Python, minutes for the largest layers; this gives the same bytes.
     """
     bits = weight.flatten().view(torch.int16)
     exponents = (bits >> 7 & 0xFF).to(torch.uint8)
