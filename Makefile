@@ -79,10 +79,14 @@ wheel: $(VENV)/.ready
 wheel-test: wheel
 	$(call step,wheel test,rm -rf build/wheel && mkdir -p build/wheel && python3 -m venv build/wheel/venv && $(VENV)/bin/uv pip install --quiet --python build/wheel/venv/bin/python -c requirements.txt dist/infold-*.whl pytest hypothesis && cp -r python_tests build/wheel/ && cd build/wheel && env -i HOME="$$HOME" PATH=/usr/bin:/bin venv/bin/python -m pytest -q -c /dev/null --rootdir . python_tests/test_operators.py python_tests/test_golden.py python_tests/test_layout.py && rm -rf venv)
 
+# What gpu_check.py compares with beside PyTorch, as published; what cannot be fetched is left out.
+GPU_PEERS := torchao==0.18.0 dfloat11==0.5.0 dahuffman==0.4.2
+fetch_peers = for peer in $(GPU_PEERS); do test -d build/peers/$$peer || $(PYTHON) -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --no-compile --only-binary :all: --target build/peers/$$peer $$peer || { rm -rf build/peers/$$peer; echo "left out of the bundle, as it cannot be fetched: $$peer"; continue; }; cp -r build/peers/$$peer/. dist/gpu/peers/ || exit 1; done
+
 # What a machine with a GPU needs: run there `python3 dist/gpu/gpu_check.py --json FILE`; see docs/gpu-checks.md.
-# What gpu_check.py needs beside torch and transformers comes along.
+# What gpu_check.py needs beside torch and transformers comes along, and its peers apart from it, out of the tests' reach.
 gpu-bundle: $(LIBRARY)
-	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu/packages && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_rate.cu python_tests/test_device.py dist/gpu/ && for package in pytest _pytest pluggy iniconfig packaging pygments; do cp -r $$(dirname $$($(PYTHON) -c "import $$package; print($$package.__file__)")) dist/gpu/packages/ || exit 1; done && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
+	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu/packages dist/gpu/peers && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_peers.py benchmarks/gpu_rate.cu python_tests/test_device.py dist/gpu/ && for package in pytest _pytest pluggy iniconfig packaging pygments; do cp -r $$(dirname $$($(PYTHON) -c "import $$package; print($$package.__file__)")) dist/gpu/packages/ || exit 1; done && $(fetch_peers) && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
 
 docs: $(LIBRARY)
 	$(call step,docs,$(PYTHON) -m pdoc --output-directory docs/site/python infold && cargo doc --no-deps --no-default-features --release --quiet --target-dir build/rustdoc && rm -rf docs/site/rust && cp -r build/rustdoc/doc docs/site/rust)

@@ -30,6 +30,7 @@ if (HERE / "infold").is_dir():
     # The bundle: the library, its tests, and what runs these.
     sys.path[:0] = [str(HERE), str(HERE / "packages")]
 
+import gpu_peers  # noqa: E402
 import infold  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -216,55 +217,6 @@ def interleaved(sides: dict[str, list[Callable[[], object]]], repeats: int = 30)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def int4_peer(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """PyTorch's own int4 product, in groups of 128."""
-    groups = weight.cuda().float().view(len(weight), -1, 128)
-    scales = groups.abs().amax(2).clamp(min=1e-6) / 7
-    codes = (groups / scales.unsqueeze(2)).round().clamp(-8, 7).add(8).flatten(1).to(torch.uint8)
-    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
-    scales_and_zeros = torch.stack([scales, torch.zeros_like(scales)], 2).transpose(0, 1).contiguous().bfloat16()
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales_and_zeros)
-
-
-def int8_peer(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The library's product of integers, for x that are quantised already; of more than 16 rows."""
-    codes = (weight.cuda().float() * (127 / weight.abs().max())).round().to(torch.int8)
-    return lambda x: torch._int_mm(x.to(torch.int8), codes.t())
-
-
-#: By the format that they are compared with.
-PEERS = {"int4 g128": ("torch int4", int4_peer), "int8": ("torch int8", int8_peer)}
-
-
-Peers = dict[str, list[Callable[[Tensor], Tensor]]]
-
-
-def peers_of(name: str, weight: Tensor) -> Peers:
-    """Another library's product of the same format, over copies of its weight."""
-    if name not in PEERS:
-        return {}
-    label, peer = PEERS[name]
-    try:
-        return {label: [peer(weight.cuda()) for _ in range(int(COPIES_BYTES / weight.numel()) + 1)]}
-    except RuntimeError as error:
-        print(f"{label}: {str(error).splitlines()[0]}")
-        return {}
-
-
-def peer_runs(peers: Peers, x: Tensor) -> dict[str, list[Callable[[], object]]]:
-    """Those that take this x."""
-    runs: dict[str, list[Callable[[], object]]] = {}
-    for label, products in peers.items():
-        try:
-            products[0](x)
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            print(f"{label} of {len(x)} rows: {str(error).splitlines()[0]}")
-            continue
-        runs[label] = [lambda run=run: run(x) for run in products]  # type: ignore[misc]
-    return runs
-
-
 def linear_rates(rows_out: list[dict[str, Any]]) -> None:
     """Each format, shape and batch against cuBLAS, and against unpacking before it."""
     ratios: dict[tuple[str, str, int], list[float]] = {}
@@ -275,7 +227,7 @@ def linear_rates(rows_out: list[dict[str, Any]]) -> None:
                 copies, layout, numbers = copies_of(weight, name, form)
                 scales = copies[0].scales if copies[0].scales.numel() else None
                 denses = [weight.cuda() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
-                peers = peers_of(name, weight)
+                peers = gpu_peers.products_of(name, weight, COPIES_BYTES)
                 for batch in BATCHES if name == "lossless" else FUSED_BATCHES:
                     x = torch.randn(batch, cols, device="cuda").bfloat16()
 
@@ -293,7 +245,7 @@ def linear_rates(rows_out: list[dict[str, Any]]) -> None:
                             "ours": [lambda w=w: ours(w, False) for w in copies],  # type: ignore[misc]
                             "unpack, cuBLAS": [lambda w=w: ours(w, True) for w in copies[:8]],  # type: ignore[misc]
                             "cuBLAS": [lambda w=w, x=x: F.linear(x, w) for w in denses],  # type: ignore[misc]
-                            **peer_runs(peers, x),
+                            **gpu_peers.runs_of(peers, x),
                         }
                     )
                     ratio = medians["cuBLAS"] / medians["ours"]
@@ -343,6 +295,7 @@ def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
     digests = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
     weight = gaussian(rows, cols)
+    dfloat11, unpacked = gpu_peers.dfloat11_of(weight.cuda()), torch.empty_like(weight, device="cuda")
     for name, form in CASES:
         copies, layout, numbers = copies_of(weight, name, form)
         payload, scales = copies[0].payload, copies[0].scales if copies[0].scales.numel() else None
@@ -362,7 +315,11 @@ def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
         def copy(target: Tensor = target, source: Tensor = source) -> Tensor:
             return target.copy_(source)
 
-        medians = interleaved({"decode": [decode] * 4, "unpack": [unpack] * 2, "copy": [copy] * 4})
+        sides: dict[str, list[Callable[[], object]]]
+        sides = {"decode": [decode] * 4, "unpack": [unpack] * 2, "copy": [copy] * 4}
+        if name == "lossless" and dfloat11:
+            sides["DFloat11"] = [lambda: gpu_peers.decode(dfloat11, unpacked)] * 2
+        medians = interleaved(sides)
         weights, read = rows * cols / medians["decode"] / 1e6, size / medians["decode"] / 1e3
         written, copied = 2 * rows * cols / medians["unpack"] / 1e3, 2 * size / medians["copy"] / 1e3
         print(
@@ -371,6 +328,10 @@ def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
             flush=True,
         )
         rates = {"t_weights_per_s": weights, "gb_per_s": read, "copy_gb_per_s": copied, "unpacked_gb_per_s": written}
+        if dfloat11 and "DFloat11" in medians:
+            theirs = 2 * rows * cols / medians["DFloat11"] / 1e3
+            print(f"DFloat11 writes {theirs:.0f} GB/s; {size} bytes packed here, {dfloat11.nbytes} there", flush=True)
+            rates |= {"dfloat11_gb_per_s": theirs, "bytes": size, "dfloat11_bytes": dfloat11.nbytes}
         rows_out.append({"case": f"decoder alone, {name} ({layout})", **rates})
         del copies, payload, source, target
 
@@ -435,6 +396,7 @@ class Rows(list[dict[str, Any]]):
         super().append(row)
         if self.path:
             about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "sanitizer": self.sanitizer}
+            about |= {"peers": gpu_peers.versions(), "left_out": gpu_peers.left_out}
             self.path.write_text(json.dumps({**about, "rows": list(self)}, indent=2) + "\n", encoding="utf-8")
 
 
