@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::kernel::{Factor, contract, lanes};
-use super::transform::{Real, Scale, Transform, Workspace};
+use super::transform::{Real, Scale, Transform, Workspace, for_common_sizes};
 use crate::codec::per_isa;
 use crate::memory::{AlignedVec, with_scratch};
 use crate::parallel::{DisjointSlice, Pool};
@@ -115,35 +115,38 @@ fn for_groups<T: Real>(
 per_isa! {
     /// A spectrum's two rows for a product, of its halves. `signs` are [`Expand::signs`].
     fn expand<T: Real>(n: usize, re: &[T], im: &[T], signs: [T; 3], one: &mut [T], two: &mut [T]) {
-        let (half, middle) = (n.div_ceil(2), n / 2);
-        let (re, im) = (&re[..half], &im[..half]);
-        one[..half].copy_from_slice(re);
-        two[..half].iter_mut().zip(im).for_each(|(out, &im)| *out = signs[1] * im);
-        let alone = (one[0], im[0]);
-        // For an even block this writes the place of frequency 0 and Nyquist too, which come after.
-        let odd = n % 2;
-        one[middle + odd..][..half - odd].iter_mut().zip(&im[odd..]).for_each(|(out, &im)| *out = signs[0] * im);
-        two[middle + odd..][..half - odd].iter_mut().zip(&re[odd..]).for_each(|(out, &re)| *out = signs[2] * re);
-        (one[0], two[0]) = (alone.0, T::default());
-        if odd == 0 {
-            (one[middle], two[middle]) = (T::default(), alone.1);
-        }
+        for_common_sizes!(n, {
+            let (half, middle, odd) = (n.div_ceil(2), n / 2, n % 2);
+            let (re, im) = (&re[..half], &im[..half]);
+            let (one, two) = (&mut one[..n], &mut two[..n]);
+            one[..half].copy_from_slice(re);
+            two[..half].iter_mut().zip(im).for_each(|(out, &im)| *out = signs[1] * im);
+            one[middle + odd..].iter_mut().zip(&im[odd..]).for_each(|(out, &im)| *out = signs[0] * im);
+            two[middle + odd..].iter_mut().zip(&re[odd..]).for_each(|(out, &re)| *out = signs[2] * re);
+            // What is alone: frequency 0, and an even block's Nyquist frequency.
+            two[0] = T::default();
+            if odd == 0 {
+                (one[middle], two[middle]) = (T::default(), im[0]);
+            }
+        });
     }
 }
 
 per_isa! {
     /// The halves of a product's spectrum, of its two rows of sums.
     fn fold<T: Real>(n: usize, one: &[T], two: &[T], re: &mut [T], im: &mut [T]) {
-        let (half, middle) = (n.div_ceil(2), n / 2);
-        let sum = |row: &[T], out: &mut [T]| {
-            let (low, high) = (&row[..half], &row[middle..][..half]);
-            out[..half].iter_mut().zip(low).zip(high).for_each(|((out, &a), &b)| *out = a + b);
-        };
-        sum(one, re);
-        sum(two, im);
-        if n % 2 == 1 {
-            (re[0], im[0]) = (one[0], T::default());
-        }
+        for_common_sizes!(n, {
+            let (half, middle) = (n.div_ceil(2), n / 2);
+            let sum = |row: &[T], out: &mut [T]| {
+                let (low, high) = (&row[..half], &row[middle..][..half]);
+                out[..half].iter_mut().zip(low).zip(high).for_each(|((out, &a), &b)| *out = a + b);
+            };
+            sum(one, re);
+            sum(two, im);
+            if n % 2 == 1 {
+                (re[0], im[0]) = (one[0], T::default());
+            }
+        });
     }
 }
 
@@ -165,23 +168,27 @@ impl<T: Real> Vectors<'_, T> {
     }
 
     fn put_lanes<const L: usize, const PARTS: usize>(&self, place: usize, rows: [&[T]; PARTS]) {
-        for (part, row) in rows.into_iter().enumerate() {
-            let (whole, rest) = row[..self.n].as_chunks::<L>();
-            let start = |vector: usize| ((vector * self.places + place) * PARTS + part) * L;
-            for (vector, values) in whole.iter().enumerate() {
-                // SAFETY: each block has a place of its own.
-                #[allow(unsafe_code)]
-                let out = unsafe { self.out.range_mut(start(vector)..start(vector) + L) };
-                out.copy_from_slice(values);
+        let n = self.n;
+        let stride = self.places * PARTS * L;
+        for_common_sizes!(n, {
+            for (part, row) in rows.into_iter().enumerate() {
+                let (whole, rest) = row[..n].as_chunks::<L>();
+                let mut start = (place * PARTS + part) * L;
+                for values in whole {
+                    // SAFETY: each block has a place of its own.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { self.out.range_mut(start..start + L) };
+                    out.copy_from_slice(values);
+                    start += stride;
+                }
+                if !rest.is_empty() {
+                    // SAFETY: as above.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { self.out.range_mut(start..start + rest.len()) };
+                    out.copy_from_slice(rest);
+                }
             }
-            if !rest.is_empty() {
-                let start = start(whole.len());
-                // SAFETY: as above.
-                #[allow(unsafe_code)]
-                let out = unsafe { self.out.range_mut(start..start + rest.len()) };
-                out.copy_from_slice(rest);
-            }
-        }
+        });
     }
 }
 

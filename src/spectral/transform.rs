@@ -289,6 +289,23 @@ fn real_of<T: Real>(value: f64) -> T {
 /// Numbers that are mirrored at a time: the compiler makes vectors of these, but not of an iterator that runs backwards.
 const MIRRORED: usize = 8;
 
+/// Runs `$body` with `$n` as a constant where it is one of the common sizes: loops over a block are a few instructions then.
+macro_rules! for_common_sizes {
+    ($n:ident, $body:block) => {
+        for_common_sizes!($n, $body, 16 32 64 128)
+    };
+    ($n:ident, $body:block, $($size:literal)+) => {
+        match $n {
+            $($size => {
+                let $n: usize = $size;
+                $body
+            })+
+            $n => $body,
+        }
+    };
+}
+pub(super) use for_common_sizes;
+
 #[inline(always)]
 fn mirrored<T: Copy>(values: &[T; MIRRORED]) -> [T; MIRRORED] {
     std::array::from_fn(|i| values[MIRRORED - 1 - i])
@@ -298,21 +315,24 @@ per_isa! {
     /// What is even about a block, after which its first number stands again, and its middle; and what is odd about it, in
     /// whose first place is an even block's Nyquist frequency. The first number counts twice.
     fn mirror<T: Real>(block: &[T], even: &mut [T], odd: &mut [T]) {
-        let (n, half) = (block.len() - 1, block.len() / 2);
-        let (left, right) = (block[..half].as_chunks::<MIRRORED>(), block[n + 1 - half..].as_rchunks::<MIRRORED>());
-        let (evens, odds) = (even[..half].as_chunks_mut::<MIRRORED>(), odd[..half].as_chunks_mut::<MIRRORED>());
-        for (((even, odd), x), other) in evens.0.iter_mut().zip(odds.0).zip(left.0).zip(right.1.iter().rev()) {
-            let other = mirrored(other);
-            *even = std::array::from_fn(|i| x[i] + other[i]);
-            *odd = std::array::from_fn(|i| x[i] - other[i]);
-        }
-        for (((even, odd), &x), &other) in evens.1.iter_mut().zip(odds.1).zip(left.1).zip(right.0.iter().rev()) {
-            (*even, *odd) = (x + other, x - other);
-        }
-        even[half] = T::default();
-        if n % 2 == 0 {
-            (even[half], odd[0]) = (block[half], alternating(&block[..n]));
-        }
+        let n = block.len() - 1;
+        for_common_sizes!(n, {
+            let (block, half) = (&block[..n + 1], n.div_ceil(2));
+            let (left, right) = (block[..half].as_chunks::<MIRRORED>(), block[n + 1 - half..].as_rchunks::<MIRRORED>());
+            let (evens, odds) = (even[..half].as_chunks_mut::<MIRRORED>(), odd[..half].as_chunks_mut::<MIRRORED>());
+            for (((even, odd), x), other) in evens.0.iter_mut().zip(odds.0).zip(left.0).zip(right.1.iter().rev()) {
+                let other = mirrored(other);
+                *even = std::array::from_fn(|i| x[i] + other[i]);
+                *odd = std::array::from_fn(|i| x[i] - other[i]);
+            }
+            for (((even, odd), &x), &other) in evens.1.iter_mut().zip(odds.1).zip(left.1).zip(right.0.iter().rev()) {
+                (*even, *odd) = (x + other, x - other);
+            }
+            even[half] = T::default();
+            if n % 2 == 0 {
+                (even[half], odd[0]) = (block[half], alternating(&block[..n]));
+            }
+        });
     }
 }
 
@@ -320,21 +340,24 @@ per_isa! {
     /// The block of which `even` and `odd` are the products of real and imaginary parts, and one number after it that means
     /// nothing. `re` has the real parts, and last the Nyquist frequency, for the middle of an even block, whose rows of the transform have `scales`.
     fn unmirror<T: Real>(even: &[T], odd: &[T], re: &[T], scales: [T; 2], block: &mut [T]) {
-        let (n, half) = (block.len() - 1, block.len() / 2);
-        let (even, odd) = (even[..half].as_chunks::<MIRRORED>(), odd[..half].as_chunks::<MIRRORED>());
-        let (left, right) = block.split_at_mut(n + 1 - half);
-        let (left, right) = (left[..half].as_chunks_mut::<MIRRORED>(), right.as_rchunks_mut::<MIRRORED>());
-        for (((out, other), u), v) in left.0.iter_mut().zip(right.1.iter_mut().rev()).zip(even.0).zip(odd.0) {
-            *out = std::array::from_fn(|i| u[i] + v[i]);
-            *other = mirrored(&std::array::from_fn(|i| u[i] - v[i]));
-        }
-        for (((out, other), &u), &v) in left.1.iter_mut().zip(right.0.iter_mut().rev()).zip(even.1).zip(odd.1) {
-            (*out, *other) = (u + v, u - v);
-        }
-        if n % 2 == 0 {
-            let nyquist = if half % 2 == 0 { re[half] } else { -re[half] };
-            block[half] = (re[0] + nyquist) * scales[0] - alternating(&re[1..half]) * scales[1];
-        }
+        let n = block.len() - 1;
+        for_common_sizes!(n, {
+            let half = n.div_ceil(2);
+            let (even, odd) = (even[..half].as_chunks::<MIRRORED>(), odd[..half].as_chunks::<MIRRORED>());
+            let (left, right) = block[..n + 1].split_at_mut(n + 1 - half);
+            let (left, right) = (left[..half].as_chunks_mut::<MIRRORED>(), right.as_rchunks_mut::<MIRRORED>());
+            for (((out, other), u), v) in left.0.iter_mut().zip(right.1.iter_mut().rev()).zip(even.0).zip(odd.0) {
+                *out = std::array::from_fn(|i| u[i] + v[i]);
+                *other = mirrored(&std::array::from_fn(|i| u[i] - v[i]));
+            }
+            for (((out, other), &u), &v) in left.1.iter_mut().zip(right.0.iter_mut().rev()).zip(even.1).zip(odd.1) {
+                (*out, *other) = (u + v, u - v);
+            }
+            if n % 2 == 0 {
+                let nyquist = if half % 2 == 0 { re[half] } else { -re[half] };
+                block[half] = (re[0] + nyquist) * scales[0] - alternating(&re[1..half]) * scales[1];
+            }
+        });
     }
 }
 

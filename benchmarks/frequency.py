@@ -1,0 +1,158 @@
+"""Block-circulant layers against dense ones, against the same layer composed in PyTorch, and against PEFT's C3A.
+
+Square layers without a bias, warm, float32 where nothing else is said; "training" is forward and both gradients. The compositions
+are the same map: from `torch.fft`, with the weight's spectra computed before; and as three matrix products (real DFT, one product
+for each frequency, inverse). C3A's layer adds a circulant map to a dense one; only its part is timed. The floor is that of
+the multiply-adds of spectra and transforms at the rate that this machine shows for a matrix product, or of the bytes of the
+weight, whichever takes longer.
+
+Run: python benchmarks/frequency.py [--quick] [--isa avx2] [--threads N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from harness import Results, Run, interleaved_medians, machine_rates, parse_arguments
+from infold import spectral
+from infold.nn import FrequencyLinear
+from peft.tuners.c3a.utils import BlockCircularConvolution
+from torch import Tensor
+
+#: By batch: against F.linear, and against the better composition, at 4096 and blocks of 64.
+GOALS = {1: (60, 2.5), 16: (40, 2.5), 256: (14, 1.7)}
+TRAINING_GOAL = 10.0
+
+
+def from_fft(x: Tensor, spectra: Tensor, block: int) -> Tensor:
+    """The product composed from torch.fft; ``spectra`` are (frequency, output block, input block)."""
+    rows = x.shape[0]
+    transformed = torch.fft.rfft(x.view(rows, -1, block)).permute(2, 1, 0)
+    product = torch.bmm(spectra, transformed).permute(2, 1, 0)
+    return torch.fft.irfft(product, block).reshape(rows, -1)
+
+
+class Gemms:
+    """The product as three matrix products, all of them real."""
+
+    def __init__(self, layer: FrequencyLinear) -> None:
+        block = layer.block
+        transform = spectral.pack_spectrum(torch.eye(block, dtype=torch.float64)).T
+        self.block, self.half = block, block // 2
+        self.forward_matrix = transform.float().contiguous()
+        scale = torch.full((block,), math.sqrt(block / 2), dtype=torch.float64)
+        scale[[0, self.half]] = math.sqrt(block)
+        self.inverse_matrix = (transform * scale[:, None]).float().contiguous()
+        # Of each frequency pair [[re, -im], [im, re]]; what stands alone, frequency 0 and Nyquist, is a pair of its own.
+        spectrum = layer.spectrum.detach()
+        re, im = spectrum[..., : self.half], spectrum[..., self.half :]
+        off = torch.stack([-im, im])
+        off[..., 0] = 0
+        low, high = re.clone(), re.clone()
+        high[..., 0] = im[..., 0]
+        top = torch.cat([low, off[0]], 1).permute(2, 0, 1)
+        bottom = torch.cat([off[1], high], 1).permute(2, 0, 1)
+        self.pairs = torch.cat([top, bottom], 1).transpose(1, 2).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, half = x.shape[0], self.half
+        transformed = x.view(-1, self.block) @ self.forward_matrix.T
+        pairs = transformed.view(rows, -1, 2, half).permute(3, 0, 2, 1).reshape(half, rows, -1)
+        product = torch.bmm(pairs, self.pairs).view(half, rows, 2, -1).permute(1, 3, 2, 0).reshape(-1, self.block)
+        return (product @ self.inverse_matrix).view(rows, -1)
+
+
+def layer_case(results: Results, rates: tuple[float, float], features: int, block: int, batch: int) -> None:
+    torch.manual_seed(0)
+    layer = FrequencyLinear(features, features, block, bias=False)
+    blocks = spectral.unpack_spectrum(layer.spectrum.detach())
+    spectra = torch.fft.rfft(blocks).permute(2, 0, 1).contiguous()
+    gemms = Gemms(layer)
+    dense = torch.randn(features, features) / math.sqrt(features)
+    x = torch.randn(batch, features)
+    half, x_half = dense.bfloat16(), x.bfloat16()
+    c3a = blocks.contiguous()
+    expected = layer(x).detach()
+    for other in (from_fft(x, spectra, block), gemms(x)):
+        torch.testing.assert_close(other, expected, rtol=1e-3, atol=1e-4)
+    count = features // block
+    operations = batch * (2 * count * count * block + 2 * features * block / 2)
+    floor = max(operations / rates[0], layer.spectrum.numel() * 4 / rates[1])
+    with torch.no_grad():
+        runs: dict[str, Run] = {
+            "ours": lambda: layer(x),
+            "F.linear": lambda: F.linear(x, dense),
+            "F.linear bfloat16": lambda: F.linear(x_half, half),
+            "torch.fft": lambda: from_fft(x, spectra, block),
+            "three GEMMs": lambda: gemms(x),
+            "C3A": lambda: BlockCircularConvolution.apply(x, c3a),
+        }
+        medians = interleaved_medians(runs, results.arguments.seconds / 3)
+    report(results, f"d {features}, n {block}, batch {batch}, forward", (features, block, batch), medians, floor, False)
+
+    weight = dense.clone().requires_grad_()
+    variable = spectra.clone().requires_grad_()
+    kernel = c3a.clone().requires_grad_()
+    x = x.requires_grad_()
+    g = torch.randn(batch, features)
+
+    def step(run: Run) -> Run:
+        def whole() -> None:
+            y = run()
+            assert isinstance(y, Tensor)
+            y.backward(g)
+            for tensor in (x, weight, variable, kernel, layer.spectrum):
+                tensor.grad = None
+
+        return whole
+
+    runs = {
+        "ours": step(lambda: layer(x)),
+        "F.linear": step(lambda: F.linear(x, weight)),
+        "torch.fft": step(lambda: from_fft(x, variable, block)),
+        "C3A": step(lambda: BlockCircularConvolution.apply(x, kernel)),
+    }
+    medians = interleaved_medians(runs, results.arguments.seconds / 3)
+    case = f"d {features}, n {block}, batch {batch}, training"
+    report(results, case, (features, block, batch), medians, 3 * floor, True)
+
+
+def report(
+    results: Results,
+    case: str,
+    shape: tuple[int, int, int],
+    medians: dict[str, float],
+    floor: float,
+    training: bool,
+) -> None:
+    features, block, batch = shape
+    has_goals = (features, block) == (4096, 64)
+    composed = min((medians[name], name) for name in ("torch.fft", "three GEMMs") if name in medians)[1]
+    for peer, time in medians.items():
+        if peer == "ours":
+            continue
+        goal = None
+        if has_goals and peer == "F.linear":
+            goal = TRAINING_GOAL if training else GOALS[batch][0]
+        elif has_goals and peer == composed and not training:
+            goal = GOALS[batch][1]
+        elif has_goals and peer == "C3A":
+            goal = 10.0
+        results.add(case, peer, medians["ours"], time, goal=goal, floor_ms=floor)
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    results = Results(arguments)
+    rates = machine_rates()
+    cases = [(features, block) for features in (1024, 4096) for block in (16, 64, 256)]
+    for features, block in [(1024, 64)] if arguments.quick else cases:
+        for batch in (1, 16) if arguments.quick else (1, 16, 256):
+            layer_case(results, rates, features, block, batch)
+    results.write(isa=arguments.isa)
+
+
+if __name__ == "__main__":
+    main()
