@@ -329,7 +329,7 @@ per_isa! {
                 (*even, *odd) = (x + other, x - other);
             }
             even[half] = T::default();
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 (even[half], odd[0]) = (block[half], alternating(&block[..n]));
             }
         });
@@ -353,8 +353,8 @@ per_isa! {
             for (((out, other), &u), &v) in left.1.iter_mut().zip(right.0.iter_mut().rev()).zip(even.1).zip(odd.1) {
                 (*out, *other) = (u + v, u - v);
             }
-            if n % 2 == 0 {
-                let nyquist = if half % 2 == 0 { re[half] } else { -re[half] };
+            if n.is_multiple_of(2) {
+                let nyquist = if half.is_multiple_of(2) { re[half] } else { -re[half] };
                 block[half] = (re[0] + nyquist) * scales[0] - alternating(&re[1..half]) * scales[1];
             }
         });
