@@ -43,17 +43,23 @@ def test_the_embedded_kernels_are_fatbins() -> None:
     assert (b"\x50\xed\x55\xba" in raw) == infold.build_info()["cuda"]
 
 
-@pytest.mark.parametrize("name", ["embed", "load_library", "train_on_packed"])
-def test_example(name: str) -> None:
+@pytest.mark.parametrize("name", ["embed", "load_library", "mnist_frequency", "train_on_packed"])
+def test_example(name: str, tmp_path: Path) -> None:
+    arguments = ["--epochs", "1", "--seeds", "1", "--out", str(tmp_path)] if name == "mnist_frequency" else []
     result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    expected = {"embed": "bits a weight", "load_library": "gradients: x (4, 256)", "train_on_packed": "epoch 4"}
+    expected = {
+        "embed": "bits a weight",
+        "load_library": "gradients: x (4, 256)",
+        "mnist_frequency": "circulant 8       243,722   7.6x",
+        "train_on_packed": "epoch 4",
+    }
     assert expected[name] in result.stdout
 
 
