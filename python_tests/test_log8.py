@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def coefficients(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -40,8 +40,7 @@ def reference(encoded: Log8) -> Tensor:
     for index, byte in enumerate(encoded.codes.flatten().tolist()):
         word = encoded.words[index // 64].item() & 0xFFFF
         mu = [1, 2, 4, 8, 16, 32, 64, 256][word >> 13]
-        scale = torch.tensor((word & 0x1FFF) << 18, dtype=torch.int32).view(torch.float32)
-        scale = scale.clamp(max=torch.finfo(torch.float32).max)
+        scale = torch.tensor(min((word & 0x1FFF) << 18, 0x7F7FFFFF), dtype=torch.int32).view(torch.float32)
         code = 0 if byte == 128 else byte - 256 if byte > 128 else byte
         level = ((1 + mu) ** (abs(code) / 127) - 1) / mu
         values.append(torch.tensor(level if code >= 0 else -level, dtype=torch.float32) * scale)
