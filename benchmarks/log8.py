@@ -65,8 +65,8 @@ def eight_octaves() -> Tensor:
 
 
 def dynamic_tree() -> Tensor:
-    """All values of the signed dynamic map: zero, one, and for each of seven decades the middles of equal intervals between
-    its ends, twice as many as in the decade below, both signs.
+    """All values of the signed dynamic map: zero, one, and for each of seven decades the middles of equal intervals
+    between its ends, twice as many as in the decade below, both signs.
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
     for exponent in range(7):
