@@ -46,6 +46,11 @@ TORCH_LIBRARY(infold, m) {
   m.def("frequency_linear_dw(Tensor gradient, Tensor x, int block) -> Tensor", compute);
   m.def("frequency_linear_complex(Tensor x, Tensor spectrum, Tensor? bias, int block, int out_features) -> Tensor",
         compute);
+  m.def("frequency_linear_log8(Tensor x, Tensor codes, Tensor words, Tensor? bias, int out_features) -> Tensor",
+        compute);
+  m.def("log8_decode(Tensor codes, Tensor words, ScalarType dtype) -> Tensor", compute);
+  // Encode. Results are (codes, words), of sizes that x's shape gives.
+  m.def("log8_encode(Tensor x) -> (Tensor, Tensor)");
   // Encode: sizes depend on the data. Results are (payload, directory, tables, scales).
   m.def("pack_lossless(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_ecsq(Tensor weight, float? bits=None, float? max_error=None) -> (Tensor, Tensor, Tensor, Tensor)");

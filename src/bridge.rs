@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Mutex;
 
 use crate::ops;
+use crate::ops::frequency::Spectrum;
 use crate::parallel::Pool;
 use crate::{Error, Result, memory};
 
@@ -99,6 +100,16 @@ mod ffi {
             out: Pin<&mut Outputs>,
         ) -> Status;
         fn frequency_linear_dw(gradient: &Tensor, x: &Tensor, block: i64, out: Pin<&mut Outputs>) -> Status;
+        fn frequency_linear_log8(
+            x: &Tensor,
+            codes: &Tensor,
+            words: &Tensor,
+            bias: &Tensor,
+            out_features: i64,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn log8_encode(x: &Tensor, out: Pin<&mut Outputs>) -> Status;
+        fn log8_decode(codes: &Tensor, words: &Tensor, dtype: i32, out: Pin<&mut Outputs>) -> Status;
         fn pack_lossless(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
         /// A target that is not asked for is NaN.
         fn pack_ecsq(weight: &Tensor, bits: f64, max_error: f64, out: Pin<&mut Outputs>) -> Status;
@@ -261,7 +272,8 @@ fn unpack(w: &Weight, dtype: i32, out: Pin<&mut Outputs>) -> Status {
 fn frequency_linear(x: &Tensor, spectrum: &Tensor, bias: &Tensor, features: i64, out: Pin<&mut Outputs>) -> Status {
     call(out, |pool| {
         let (x, spectrum) = (need(x, "x")?, need(spectrum, "spectrum")?);
-        Ok(vec![ops::frequency::forward(&x, &spectrum, share(bias).as_ref(), features, pool)?])
+        let spectrum = Spectrum::Float(&spectrum);
+        Ok(vec![ops::frequency::forward(&x, spectrum, share(bias).as_ref(), features, pool)?])
     })
 }
 
@@ -276,6 +288,29 @@ fn frequency_linear_dw(gradient: &Tensor, x: &Tensor, block: i64, out: Pin<&mut 
     call(out, |pool| {
         Ok(vec![ops::frequency::spectrum_gradient(&need(gradient, "gradient")?, &need(x, "x")?, block, pool)?])
     })
+}
+
+fn frequency_linear_log8(
+    x: &Tensor,
+    codes: &Tensor,
+    words: &Tensor,
+    bias: &Tensor,
+    features: i64,
+    out: Pin<&mut Outputs>,
+) -> Status {
+    call(out, |pool| {
+        let (x, codes, words) = (need(x, "x")?, need(codes, "codes")?, need(words, "words")?);
+        let spectrum = Spectrum::Log8 { codes: &codes, words: &words };
+        Ok(vec![ops::frequency::forward(&x, spectrum, share(bias).as_ref(), features, pool)?])
+    })
+}
+
+fn log8_encode(x: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| ops::log8::encode(&need(x, "x")?, pool))
+}
+
+fn log8_decode(codes: &Tensor, words: &Tensor, dtype: i32, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| Ok(vec![ops::log8::decode(&need(codes, "codes")?, &need(words, "words")?, dtype, pool)?]))
 }
 
 fn pack_lossless(dense: &Tensor, out: Pin<&mut Outputs>) -> Status {

@@ -3,11 +3,23 @@
 use tch::{Kind, Tensor};
 
 use super::tensor::{contiguous, slice, slice_mut};
-use super::{check_bias, compute_kind, float_kind, rows_of, with_last, with_real};
+use super::{check_bias, compute_kind, float_kind, log8, rows_of, with_last, with_real};
 use crate::codec::MAX_DIMENSION;
+use crate::memory::AlignedVec;
 use crate::parallel::Pool;
 use crate::spectral::{self, Circulant};
 use crate::{Error, Result};
+
+/// Packed spectra as they are stored.
+#[derive(Clone, Copy)]
+pub enum Spectrum<'a> {
+    Float(&'a Tensor),
+    /// Decoded into a scratch.
+    Log8 {
+        codes: &'a Tensor,
+        words: &'a Tensor,
+    },
+}
 
 /// Blocks in each direction, and a block's size.
 fn blocks(spectrum: &Tensor) -> Result<[i64; 3]> {
@@ -40,22 +52,41 @@ fn in_kind(result: Tensor, kind: Kind) -> Result<Tensor> {
 }
 
 /// y = x·Wᵀ + b, in x's dtype. W has the packed spectra `spectrum`.
-pub fn forward(x: &Tensor, spectrum: &Tensor, bias: Option<&Tensor>, features: i64, pool: &dyn Pool) -> Result<Tensor> {
+pub fn forward(
+    x: &Tensor,
+    spectrum: Spectrum,
+    bias: Option<&Tensor>,
+    features: i64,
+    pool: &dyn Pool,
+) -> Result<Tensor> {
     let kind = float_kind(x, "x")?;
-    let [outputs, inputs, block] = blocks(spectrum)?;
+    let (Spectrum::Float(shaped) | Spectrum::Log8 { codes: shaped, .. }) = spectrum;
+    let [outputs, inputs, block] = blocks(shaped)?;
     let in_features = features_of(x, "x")?;
     check_features(in_features, inputs, block, "x's last dimension")?;
     check_features(features, outputs, block, "out_features")?;
     check_bias(bias, features)?;
     let rows = rows_of(x, "x", in_features)?;
     let compute = compute_kind(kind);
-    let (x_values, spectrum) = (contiguous(x, "x", compute)?, contiguous(spectrum, "spectrum", compute)?);
+    let x_values = contiguous(x, "x", compute)?;
     let bias = bias.map(|bias| contiguous(bias, "bias", compute)).transpose()?;
     let mut out = Tensor::f_empty(with_last(x, features), (compute, x.device()))?;
     with_real!(compute, T => {
         let shape = Circulant::<T>::new(features as usize, in_features as usize, block as usize)?;
         let bias = bias.as_ref().map(slice).transpose()?;
-        spectral::product(&shape, (slice(&x_values)?, rows), slice(&spectrum)?, bias, slice_mut(&mut out)?, pool);
+        let (floats, mut scratch);
+        let spectrum: &[T] = match spectrum {
+            Spectrum::Float(spectrum) => {
+                floats = contiguous(spectrum, "spectrum", compute)?;
+                slice(&floats)?
+            }
+            Spectrum::Log8 { codes, words } => {
+                scratch = AlignedVec::new(shape.len());
+                log8::decode_into(codes, words, &mut scratch, pool)?;
+                &scratch
+            }
+        };
+        spectral::product(&shape, (slice(&x_values)?, rows), spectrum, bias, slice_mut(&mut out)?, pool);
     });
     in_kind(out, kind)
 }

@@ -6,6 +6,7 @@ pub mod embedding;
 pub mod frequency;
 mod gpu;
 pub mod linear;
+pub mod log8;
 pub mod pack;
 mod tensor;
 

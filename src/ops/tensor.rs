@@ -22,7 +22,7 @@ macro_rules! element {
         })*
     };
 }
-element!(u8 => Uint8, i32 => Int, i64 => Int64, f32 => Float, f64 => Double, f16 => Half, bf16 => BFloat16);
+element!(u8 => Uint8, i16 => Int16, i32 => Int, i64 => Int64, f32 => Float, f64 => Double, f16 => Half, bf16 => BFloat16);
 
 /// The dtype of a ScalarType number.
 pub fn kind_of(scalar_type: i32) -> Result<Kind> {

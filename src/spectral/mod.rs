@@ -1,10 +1,11 @@
-//! Linear maps that are products of spectra.
+//! Linear maps that are products of spectra, and how spectra are stored.
 //!
 //! `transform.rs` has the real Fourier transform of a block, `circulant.rs` the block-circulant product and its two
-//! companions, `kernel.rs` their inner loops.
+//! companions, `kernel.rs` their inner loops, `log8.rs` the format of a byte for each coefficient.
 
 mod circulant;
 mod kernel;
+pub mod log8;
 mod transform;
 mod vector;
 

@@ -12,6 +12,7 @@ from infold.config import FusedConfig
 from infold.convert import convert
 from infold.files import load_into, save
 from infold.layout import prepare
+from infold.log8 import Log8, log8_decode, log8_encode
 from infold.memory import MemoryReport, profile_memory
 from infold.report import ConversionReport, LayerReport
 
@@ -20,11 +21,14 @@ __all__ = [
     "CorruptWeightError",
     "FusedConfig",
     "LayerReport",
+    "Log8",
     "MemoryReport",
     "build_info",
     "convert",
     "library_path",
     "load_into",
+    "log8_decode",
+    "log8_encode",
     "nn",
     "prepare",
     "profile_memory",
