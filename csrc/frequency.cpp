@@ -1,6 +1,8 @@
 // The block-circulant product and its companions. T(g, w, x) = Σ conj(ĝ)·ŵ·x̂ is trilinear; y, dx and dw are its partial
 // derivatives, so each one's backward is made of the other two, and gradients of any order need nothing new.
 
+#include "infold/csrc/frequency.h"
+
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -17,37 +19,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-struct FrequencyLinearOp {
-  static constexpr const char* name = "infold::frequency_linear";
-  using Signature = Tensor(const Tensor& x, const Tensor& spectrum, const OptionalTensor& bias, int64_t out_features);
-};
-
-struct FrequencyLinearDxOp {
-  static constexpr const char* name = "infold::frequency_linear_dx";
-  using Signature = Tensor(const Tensor& gradient, const Tensor& spectrum, int64_t in_features);
-};
-
-struct FrequencyLinearDwOp {
-  static constexpr const char* name = "infold::frequency_linear_dw";
-  using Signature = Tensor(const Tensor& gradient, const Tensor& x, int64_t block);
-};
-
-int64_t last(const Tensor& tensor, const char* what) {
-  TORCH_CHECK_VALUE(tensor.dim() > 0, what, ": expected at least one dimension, got a scalar");
-  return tensor.sym_size(-1).guard_int(__FILE__, __LINE__);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/// Checks that a spectrum's blocks cover `features` in dimension `dimension`.
-void check_spectrum(const Tensor& spectrum, int64_t dimension, int64_t features, const char* what) {
-  TORCH_CHECK_VALUE(spectrum.dim() == 3 && spectrum.size(2) > 0,
-                    "spectrum: expected shape [output blocks, input blocks, block], got ", spectrum.sym_sizes());
-  const auto blocks = spectrum.size(dimension), block = spectrum.size(2);
-  TORCH_CHECK_VALUE(features >= 0 && ceil_div(features, block) == blocks, what, ": expected ",
-                    blocks > 0 ? (blocks - 1) * block + 1 : 0, " to ", blocks * block, ", got ", features);
-}
 
 Tensor meta(const Tensor& x, const Tensor& spectrum, const OptionalTensor& bias, int64_t out_features) {
   check_spectrum(spectrum, 0, out_features, "out_features");

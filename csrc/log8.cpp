@@ -8,6 +8,7 @@
 
 #include "infold/csrc/call.h"
 #include "infold/csrc/cast.h"
+#include "infold/csrc/frequency.h"
 
 namespace infold {
 namespace {
@@ -20,11 +21,6 @@ using torch::autograd::variable_list;
 struct Log8DecodeOp {
   static constexpr const char* name = "infold::log8_decode";
   using Signature = Tensor(const Tensor& codes, const Tensor& words, ScalarType dtype);
-};
-
-struct FrequencyLinearDxOp {
-  static constexpr const char* name = "infold::frequency_linear_dx";
-  using Signature = Tensor(const Tensor& gradient, const Tensor& spectrum, int64_t in_features);
 };
 
 struct FrequencyLinearLog8Op {
@@ -49,26 +45,13 @@ Tensor meta_decode(const Tensor& codes, const Tensor& words, ScalarType dtype) {
   return codes.new_empty_symint(codes.sym_sizes(), codes.options().dtype(dtype));
 }
 
-/// An integer that is a size in every program.
-int64_t fixed_size(const Tensor& tensor, int64_t dimension) {
-  return tensor.sym_size(dimension).guard_int(__FILE__, __LINE__);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Tensor meta_linear(const Tensor& x, const Tensor& codes, const Tensor& words, const OptionalTensor& bias,
                    int64_t out_features) {
   check_words(codes, words);
-  TORCH_CHECK_VALUE(codes.dim() == 3 && fixed_size(codes, 2) > 0,
-                    "spectrum: expected shape [output blocks, input blocks, block], got ", codes.sym_sizes());
-  TORCH_CHECK_VALUE(x.dim() > 0, "x: expected at least one dimension, got a scalar");
-  const auto block = fixed_size(codes, 2), in_features = fixed_size(x, -1);
-  TORCH_CHECK_VALUE(out_features >= 0 && ceil_div(out_features, block) == fixed_size(codes, 0),
-                    "out_features: expected ", fixed_size(codes, 0), " blocks of ", block, ", got ", out_features);
-  TORCH_CHECK_VALUE(ceil_div(in_features, block) == fixed_size(codes, 1), "x's last dimension: expected ",
-                    fixed_size(codes, 1), " blocks of ", block, ", got ", in_features);
+  check_spectrum(codes, 0, out_features, "out_features");
+  check_spectrum(codes, 1, last(x, "x"), "x's last dimension");
   check_bias(bias, out_features);
-  return x.new_empty_symint(with_last(x, in_features, out_features, "x"));
+  return x.new_empty_symint(with_last(x, last(x, "x"), out_features, "x"));
 }
 
 Tensor decode(const Tensor& codes, const Tensor& words, ScalarType dtype) {
@@ -95,7 +78,7 @@ struct LinearFunction : Function<LinearFunction> {
                         const OptionalTensor& bias, int64_t out_features) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({codes, words});
-    ctx->saved_data["in_features"] = x.dim() > 0 ? fixed_size(x, -1) : 0;
+    ctx->saved_data["in_features"] = last(x, "x");
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["bias_dtype"] = static_cast<int64_t>(bias.has_value() ? bias->scalar_type() : x.scalar_type());
     return op<FrequencyLinearLog8Op>().call(x, codes, words, bias, out_features);
