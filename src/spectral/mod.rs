@@ -1,10 +1,14 @@
 //! Linear maps that are products of spectra.
 //!
 //! `transform.rs` has the real Fourier transform of a block, `circulant.rs` the block-circulant product and its two
-//! companions, `kernel.rs` their inner loops.
+//! companions, `kernel.rs` their inner loops. `conv.rs` has the convolution and its two, `tile.rs` the transforms of its tiles,
+//! `products.rs` its inner loop.
 
 mod circulant;
+pub mod conv;
 mod kernel;
+mod products;
+mod tile;
 mod transform;
 mod vector;
 
