@@ -41,8 +41,16 @@ fn compile_shim() -> Result<()> {
     println!("cargo:rerun-if-changed=csrc");
     let libraries = env::var("DEP_TCH_LIBTORCH_LIB").context("torch-sys did not say where libtorch is")?;
     let include = Path::new(&libraries).with_file_name("include");
-    let sources =
-        ["autocast.cpp", "autograd.cpp", "frequency.cpp", "host.cpp", "kernels.cpp", "meta.cpp", "register.cpp"];
+    let sources = [
+        "autocast.cpp",
+        "autograd.cpp",
+        "frequency.cpp",
+        "frequency_conv.cpp",
+        "host.cpp",
+        "kernels.cpp",
+        "meta.cpp",
+        "register.cpp",
+    ];
     cxx_build::bridge("src/bridge.rs")
         .files(sources.map(|name| Path::new("csrc").join(name)))
         // As system headers, so that PyTorch's own warnings stay out of ours.

@@ -89,7 +89,7 @@ pub enum Boundary {
 }
 
 impl Convolution {
-    /// Of (batch, in_channels, …) to (batch, out_channels, …) with one to three `axes`, whose numbers are below 2³⁹.
+    /// Of (batch, in_channels, …) to (batch, out_channels, …) with one to three `axes`, whose numbers are below 2³¹.
     pub fn new(
         batch: usize,
         in_channels: usize,
