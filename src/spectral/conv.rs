@@ -13,13 +13,17 @@ use super::Real;
 use super::products::{self, Factor, Product, Sums, contract};
 use super::tile::{Fourier, Run, Runs, Workspace};
 use crate::memory::AlignedVec;
-use crate::parallel::{DisjointSlice, Pool};
+use crate::parallel::{DisjointSlice, Pool, Serial};
 use crate::{Error, Result, codec};
 
-/// Bytes of spectra that are in work at a time: the cores' caches hold them.
-const PANEL_BYTES: usize = 4 << 20;
+/// Bytes of spectra that a thread has in work at a time: its cache holds them.
+const PART_BYTES: usize = 1 << 20;
 /// Tiles in work at a time, at least: each use of the kernels' spectra serves them all.
-const PANEL_TILES: usize = 8;
+const PART_TILES: usize = 8;
+/// With so many parts, each is one thread's from beginning to end; of fewer, all threads share every step.
+const PARTS: usize = 8;
+/// Bytes of spectra that threads share at a time. More would not be in their caches, fewer would make them wait more often.
+const SHARED_BYTES: usize = 32 << 20;
 /// The tiles' sizes suit batches of so many. Not the batch itself: a row's bits must not depend on the others.
 const NOMINAL_BATCH: f64 = 2.0;
 /// Numbers of the kernels' spectra from which on smaller tiles are worth slower transforms.
@@ -32,6 +36,8 @@ const COPY: f64 = 6.0;
 const TRANSFORM: f64 = 2000.0;
 /// One complex product, summed.
 const PRODUCT: f64 = 1.5;
+/// What is not worth waking another thread for.
+const SMALL: f64 = 1.5e6;
 
 /// One dimension.
 #[derive(Debug, Clone, Copy)]
@@ -217,10 +223,10 @@ fn cuts(extent: usize, stride: usize, total: usize, last: bool) -> Vec<Cut> {
 }
 
 /// What a whole convolution costs, by the counts of its operations.
-fn cost(cut: &[Cut; 3], ins: usize, outs: usize, groups: usize) -> f64 {
+fn cost(cut: &[Cut; 3], [ins, outs, groups]: [usize; 3], batch: f64) -> f64 {
     // Of what is not done, the numbers may be too large for integers.
     let n: f64 = cut.iter().map(|cut| cut.n as f64).product();
-    let tiles = NOMINAL_BATCH * cut.iter().map(|cut| cut.count as f64).product::<f64>();
+    let tiles = batch * cut.iter().map(|cut| cut.count as f64).product::<f64>();
     let transform = steps(n) + TRANSFORM;
     let kernels = (groups * ins * outs) as f64;
     let work = tiles * ((groups * (ins + outs)) as f64 * transform + kernels * n / 2.0 * PRODUCT) + kernels * transform;
@@ -228,7 +234,7 @@ fn cost(cut: &[Cut; 3], ins: usize, outs: usize, groups: usize) -> f64 {
 }
 
 /// Cuts every dimension, one after the other until it gets no better, from the fewest tiles and from many.
-fn plan(extents: [usize; 3], strides: [usize; 3], totals: [usize; 3], [ins, outs, groups]: [usize; 3]) -> [Cut; 3] {
+fn plan(extents: [usize; 3], strides: [usize; 3], totals: [usize; 3], channels: [usize; 3]) -> [Cut; 3] {
     let ways = [0, 1, 2].map(|axis| cuts(extents[axis], strides[axis], totals[axis], axis == 2));
     let few = [0, 1, 2].map(|axis| ways[axis][0]);
     let many = [0, 1, 2].map(|axis| {
@@ -236,14 +242,14 @@ fn plan(extents: [usize; 3], strides: [usize; 3], totals: [usize; 3], [ins, outs
         *fits.unwrap_or(&ways[axis][0])
     });
     let improved = [few, many].map(|mut cut| {
-        let mut best = cost(&cut, ins, outs, groups);
+        let mut best = cost(&cut, channels, NOMINAL_BATCH);
         for _ in 0..4 {
             let before = cut;
             for axis in [2, 1, 0] {
                 for &way in &ways[axis] {
                     let mut other = cut;
                     other[axis] = way;
-                    let cost = cost(&other, ins, outs, groups);
+                    let cost = cost(&other, channels, NOMINAL_BATCH);
                     if cost < best {
                         (best, cut) = (cost, other);
                     }
@@ -402,7 +408,35 @@ struct Pass<T> {
     /// Tiles of one element of the batch.
     tiles: usize,
     total: usize,
-    panel: usize,
+    groups: usize,
+    /// Bytes of a tile's spectra for one group.
+    bytes: usize,
+    is_small: bool,
+}
+
+/// Some of the tiles, over the batch, for some of the groups.
+#[derive(Debug, Clone)]
+struct Part {
+    groups: Range<usize>,
+    tiles: Range<usize>,
+}
+
+/// Tensors of so many channels a group times `size`.
+#[derive(Clone, Copy)]
+struct Tensors<V> {
+    values: V,
+    channels: usize,
+    size: [usize; 3],
+}
+
+impl<V> Tensors<V> {
+    fn volume(&self) -> usize {
+        self.size.iter().product()
+    }
+}
+
+fn ranges(total: usize, each: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    (0..total).step_by(each).map(move |start| start..(start + each).min(total))
 }
 
 impl<T: Real> Pass<T> {
@@ -410,17 +444,42 @@ impl<T: Real> Pass<T> {
     fn new(shape: &Convolution, strides: [usize; 3], totals: [usize; 3]) -> Self {
         let channels = [shape.ins(), shape.outs(), shape.groups];
         let cut = plan(shape.axes.map(|axis| axis.extent()), strides, totals, channels);
+        let is_small = cost(&cut, channels, shape.batch as f64) < SMALL;
         let fourier = Fourier::new(cut.map(|cut| cut.n));
         let tiles = cut.iter().map(|cut| cut.count).product();
-        let bytes = fourier.frequencies() * 3 * (shape.in_channels + shape.out_channels) * size_of::<T>();
-        let panel = (PANEL_BYTES / bytes.max(1)).max(PANEL_TILES);
-        Self { cut, fourier, tiles, total: shape.batch * tiles, panel }
+        let bytes = fourier.frequencies() * 3 * (shape.ins() + shape.outs()) * size_of::<T>();
+        Self { cut, fourier, tiles, total: shape.batch * tiles, groups: shape.groups, bytes, is_small }
     }
 
-    /// Tiles that are in work at a time, over the batch.
-    fn panels(&self) -> impl Iterator<Item = Range<usize>> {
-        let (total, panel) = (self.total, self.panel);
-        (0..total).step_by(panel).map(move |start| start..(start + panel).min(total))
+    /// The pool, or the calling thread alone for little work.
+    fn pool<'a>(&self, pool: &'a dyn Pool) -> &'a dyn Pool {
+        if self.is_small { &Serial } else { pool }
+    }
+
+    /// Tiles whose spectra for `groups` groups fit into so many bytes.
+    fn fitting(&self, bytes: usize, groups: usize) -> usize {
+        (bytes / (self.bytes * groups)).max(PART_TILES)
+    }
+
+    /// Calls `body` with parts that make the whole, each with its own thread or, where they are few, with all.
+    fn for_parts(&self, pool: &dyn Pool, body: impl Fn(Part, &dyn Pool) + Sync) {
+        // Small enough for the threads to have equally many, but not so small that each reads the kernels' spectra anew.
+        let share = (self.total * self.groups).div_ceil(2 * PARTS).max(PART_TILES / 2);
+        let each = self.fitting(PART_BYTES, 1).min(share);
+        let count = self.total.div_ceil(each);
+        if count * self.groups >= PARTS {
+            pool.for_ranges(count * self.groups, &|range| {
+                for part in range {
+                    let (group, start) = (part / count, part % count * each);
+                    let tiles = start..(start + each).min(self.total);
+                    body(Part { groups: group..group + 1, tiles }, &Serial);
+                }
+            });
+        } else {
+            for tiles in ranges(self.total, self.fitting(SHARED_BYTES, self.groups)) {
+                body(Part { groups: 0..self.groups, tiles }, pool);
+            }
+        }
     }
 
     /// The element of the batch, and the results along each dimension, of a tile.
@@ -457,43 +516,84 @@ impl<T: Real> Pass<T> {
         spectra
     }
 
-    /// The spectra of what some tiles need of `values`, tensors of `channels` times `size`: where it lies, `runs` says.
-    #[allow(clippy::too_many_arguments)] // a loop's parts
-    fn spectra(
-        &self,
-        (values, channels, size): (&[T], usize, [usize; 3]),
-        tiles: Range<usize>,
-        third: Option<Product>,
-        to: &mut Spectra<T>,
-        runs_of: impl Fn([Range<usize>; 3], &mut Runs) + Sync,
-        pool: &dyn Pool,
-    ) {
-        let places = Places::new(to);
-        let volume: usize = size.iter().product();
-        for_items(&self.fourier, tiles.len() * channels, pool, |item, workspace, runs| {
-            let (row, channel) = (item / channels, item % channels);
-            let (batch, results) = self.tile(tiles.start + row);
-            runs_of(results, runs);
-            let values = &values[(batch * channels + channel) * volume..][..volume];
-            self.fourier.forward(values, size, runs, T::one(), workspace);
-            places.put(row, channel, &workspace.spectrum, third);
-        });
+    /// The place of each channel of a part's groups, numbered from 0, in tensors: (row, channel) to (tile, tensor).
+    fn place<V>(&self, part: &Part, tensors: &Tensors<V>, row: usize, channel: usize) -> ([Range<usize>; 3], usize) {
+        let (batch, results) = self.tile(part.tiles.start + row);
+        (results, (batch * self.groups + part.groups.start) * tensors.channels + channel)
     }
 
-    /// Calls `body(group, vector, sums)` in parallel with each vector's sums.
-    fn multiply(&self, groups: usize, out: &mut Spectra<T>, pool: &dyn Pool, body: impl Fn(usize, &mut [T]) + Sync) {
-        let size = out.vector();
-        let count = groups * out.vectors;
-        let places = DisjointSlice::new(&mut out.values);
-        pool.for_ranges(count, &|range| {
-            for index in range {
-                // SAFETY: each vector is visited once.
+    /// The spectra of what a part's tiles need of tensors: where it lies, `runs_of` says.
+    fn spectra(
+        &self,
+        part: &Part,
+        from: Tensors<&[T]>,
+        third: Option<Product>,
+        runs_of: impl Fn(&[Range<usize>; 3], &mut Runs) + Sync,
+        pool: &dyn Pool,
+    ) -> Spectra<T> {
+        let planes = if third.is_some() { 3 } else { 2 };
+        let mut spectra = self.room(part.groups.len(), part.tiles.len(), from.channels, planes);
+        let places = Places::new(&mut spectra);
+        let (channels, volume) = (part.groups.len() * from.channels, from.volume());
+        for_items(&self.fourier, part.tiles.len() * channels, pool, |item, workspace, runs| {
+            let (row, channel) = (item / channels, item % channels);
+            let (results, tensor) = self.place(part, &from, row, channel);
+            runs_of(&results, runs);
+            let values = &from.values[tensor * volume..][..volume];
+            self.fourier.forward(values, from.size, runs, T::one(), workspace);
+            places.put(row, channel, &workspace.spectrum, third);
+        });
+        spectra
+    }
+
+    /// Transforms a part's sums back into tensors, to where `runs_of` says, and adds each channel's bias.
+    fn store(
+        &self,
+        part: &Part,
+        mut sums: Spectra<T>,
+        to: &Tensors<DisjointSlice<T>>,
+        bias: Option<&[T]>,
+        runs_of: impl Fn(&[Range<usize>; 3], &mut Runs) + Sync,
+        pool: &dyn Pool,
+    ) {
+        let sums = Places::new(&mut sums);
+        let (channels, volume, size) = (part.groups.len() * to.channels, to.volume(), to.size);
+        for_items(&self.fourier, part.tiles.len() * channels, pool, |item, workspace, runs| {
+            let (row, channel) = (item / channels, item % channels);
+            let (results, tensor) = self.place(part, to, row, channel);
+            runs_of(&results, runs);
+            sums.get(row, channel, &mut workspace.spectrum);
+            let bias = bias.map_or(T::default(), |bias| bias[part.groups.start * to.channels + channel]);
+            let run = runs[2][0];
+            self.fourier.inverse(runs, workspace, |plane, line, numbers| {
+                let start = tensor * volume + (plane * size[1] + line) * size[2] + run.from;
+                // SAFETY: every result belongs to one tile.
                 #[allow(unsafe_code)]
-                let sums = unsafe { places.range_mut(index * size..(index + 1) * size) };
-                body(index, sums);
-            }
+                let out = unsafe { to.values.range_mut(start..start + run.count) };
+                let numbers = &numbers[run.at..];
+                if run.every == 1 {
+                    out.iter_mut().zip(numbers).for_each(|(out, &number)| *out = number + bias);
+                } else {
+                    let numbers = numbers.iter().step_by(run.every);
+                    out.iter_mut().zip(numbers).for_each(|(out, &number)| *out = number + bias);
+                }
+            });
         });
     }
+}
+
+/// Calls `body(vector, sums)` in parallel with each vector's sums, of all groups.
+fn for_vectors<T: Real>(out: &mut Spectra<T>, groups: usize, pool: &dyn Pool, body: impl Fn(usize, &mut [T]) + Sync) {
+    let (size, count) = (out.vector(), groups * out.vectors);
+    let places = DisjointSlice::new(&mut out.values);
+    pool.for_ranges(count, &|range| {
+        for index in range {
+            // SAFETY: each vector is visited once.
+            #[allow(unsafe_code)]
+            let sums = unsafe { places.range_mut(index * size..(index + 1) * size) };
+            body(index, sums);
+        }
+    });
 }
 
 /// Where the kernel's elements lie in a box.
@@ -519,48 +619,37 @@ fn results_of(shape: &Convolution, results: &[Range<usize>; 3], runs: &mut Runs)
 
 /// y = x ⋆ w + b.
 pub fn forward<T: Real>(shape: &Convolution, x: &[T], weight: &[T], bias: Option<&[T]>, y: &mut [T], pool: &dyn Pool) {
-    let (size, channels) = (shape.outputs(), shape.out_channels);
-    let volume: usize = size.iter().product();
+    let size = shape.outputs();
     if shape.is_empty() {
-        for (channel, y) in y.chunks_exact_mut(volume).enumerate() {
-            y.fill(bias.map_or(T::default(), |bias| bias[channel % channels]));
+        for (channel, y) in y.chunks_exact_mut(size.iter().product()).enumerate() {
+            y.fill(bias.map_or(T::default(), |bias| bias[channel % shape.out_channels]));
         }
         return;
     }
     let pass = Pass::new(shape, shape.axes.map(|axis| axis.stride), size);
+    let pool = pass.pool(pool);
     let kernels = pass.kernels(shape, weight, pool);
-    let places = DisjointSlice::new(y);
-    for tiles in pass.panels() {
-        let mut b = pass.room(shape.groups, tiles.len(), shape.ins(), 3);
-        let inputs = |results: [Range<usize>; 3], runs: &mut Runs| inputs_of(shape, &results, runs);
-        let from = (x, shape.in_channels, shape.inputs());
-        pass.spectra(from, tiles.clone(), Some(Product::Conjugate), &mut b, inputs, pool);
-        let mut sums = pass.room(shape.groups, tiles.len(), shape.outs(), 2);
-        pass.multiply(shape.groups, &mut sums, pool, |index, sums| {
-            let a = factor(&kernels, index, Side::Rows);
-            let (a_item, b_item) = (kernels.item(), shape.outs() * kernels.item());
-            let out = Sums { values: sums, a_item, b_item, add: false };
-            contract(Product::Conjugate, a, factor(&b, index, Side::Rows), shape.ins(), out);
+    let (ins, outs) = (shape.ins(), shape.outs());
+    let x = Tensors { values: x, channels: ins, size: shape.inputs() };
+    let y = Tensors { values: DisjointSlice::new(y), channels: outs, size };
+    pass.for_parts(pool, |part, pool| {
+        let inputs = |results: &[Range<usize>; 3], runs: &mut Runs| inputs_of(shape, results, runs);
+        let b = pass.spectra(&part, x, Some(Product::Conjugate), inputs, pool);
+        let mut sums = pass.room(part.groups.len(), part.tiles.len(), outs, 2);
+        let (item, first) = (sums.item(), part.groups.start * kernels.vectors);
+        for_vectors(&mut sums, part.groups.len(), pool, |index, sums| {
+            let (a, b) = (factor(&kernels, first + index, Side::Rows), factor(&b, index, Side::Rows));
+            contract(
+                Product::Conjugate,
+                a,
+                b,
+                ins,
+                Sums { values: sums, a_item: item, b_item: outs * item, add: false },
+            );
         });
-        let sums = Places::new(&mut sums);
-        for_items(&pass.fourier, tiles.len() * channels, pool, |item, workspace, runs| {
-            let (row, channel) = (item / channels, item % channels);
-            let (batch, results) = pass.tile(tiles.start + row);
-            results_of(shape, &results, runs);
-            sums.get(row, channel, &mut workspace.spectrum);
-            let bias = bias.map_or(T::default(), |bias| bias[channel]);
-            let start = (batch * channels + channel) * volume;
-            let run = runs[2][0];
-            pass.fourier.inverse(runs, workspace, |plane, line, numbers| {
-                let start = start + (plane * size[1] + line) * size[2] + run.from;
-                // SAFETY: every result belongs to one tile.
-                #[allow(unsafe_code)]
-                let out = unsafe { places.range_mut(start..start + run.count) };
-                let numbers = numbers.iter().step_by(run.every);
-                out.iter_mut().zip(numbers).for_each(|(out, &number)| *out = number + bias);
-            });
-        });
-    }
+        let results = |results: &[Range<usize>; 3], runs: &mut Runs| results_of(shape, results, runs);
+        pass.store(&part, sums, &y, bias, results, pool);
+    });
 }
 
 /// Which of spectra's two indices a factor's items are; the other one is summed over.
@@ -601,51 +690,38 @@ pub fn input_gradient<T: Real>(shape: &Convolution, gradient: &[T], weight: &[T]
     if shape.is_empty() || positions.iter().any(Range::is_empty) {
         return;
     }
-    let (size, channels) = (shape.inputs(), shape.in_channels);
-    let volume: usize = size.iter().product();
     let pass = Pass::new(shape, [1; 3], positions.clone().map(|positions| positions.len()));
+    let pool = pass.pool(pool);
     let kernels = pass.kernels(shape, weight, pool);
-    let places = DisjointSlice::new(dx);
-    for tiles in pass.panels() {
-        // A tile's box begins where the kernel that ends at its first position does.
-        let mut b = pass.room(shape.groups, tiles.len(), shape.outs(), 3);
-        let needed = |tile: [Range<usize>; 3], runs: &mut Runs| {
-            for (axis, runs) in runs.iter_mut().enumerate() {
-                let [start, end] =
-                    [tile[axis].start, tile[axis].end].map(|place| (positions[axis].start + place) as isize);
-                result_runs(&shape.axes[axis], start + 1 - shape.axes[axis].extent() as isize..end, runs);
-            }
-        };
-        let from = (gradient, shape.out_channels, shape.outputs());
-        pass.spectra(from, tiles.clone(), Some(Product::Plain), &mut b, needed, pool);
-        let mut sums = pass.room(shape.groups, tiles.len(), shape.ins(), 2);
-        pass.multiply(shape.groups, &mut sums, pool, |index, sums| {
-            let a = factor(&kernels, index, Side::Channels);
-            let (a_item, b_item) = (kernels.item(), shape.ins() * kernels.item());
-            let out = Sums { values: sums, a_item, b_item, add: false };
-            contract(Product::Plain, a, factor(&b, index, Side::Rows), shape.outs(), out);
+    let (ins, outs) = (shape.ins(), shape.outs());
+    let gradient = Tensors { values: gradient, channels: outs, size: shape.outputs() };
+    let dx = Tensors { values: DisjointSlice::new(dx), channels: ins, size: shape.inputs() };
+    // A tile's box begins where the kernel does that ends at its first position.
+    let reach = shape.axes.map(|axis| axis.extent() - 1);
+    let needed = |tile: &[Range<usize>; 3], runs: &mut Runs| {
+        for (axis, runs) in runs.iter_mut().enumerate() {
+            let place = |place: usize| (positions[axis].start + place) as isize;
+            let start = place(tile[axis].start) - reach[axis] as isize;
+            result_runs(&shape.axes[axis], start..place(tile[axis].end), runs);
+        }
+    };
+    let stored = |tile: &[Range<usize>; 3], runs: &mut Runs| {
+        for (axis, runs) in runs.iter_mut().enumerate() {
+            let from = positions[axis].start + tile[axis].start - shape.axes[axis].before;
+            runs.clear();
+            runs.push(Run { at: reach[axis], every: 1, from, count: tile[axis].len() });
+        }
+    };
+    pass.for_parts(pool, |part, pool| {
+        let b = pass.spectra(&part, gradient, Some(Product::Plain), needed, pool);
+        let mut sums = pass.room(part.groups.len(), part.tiles.len(), ins, 2);
+        let (item, first) = (sums.item(), part.groups.start * kernels.vectors);
+        for_vectors(&mut sums, part.groups.len(), pool, |index, sums| {
+            let (a, b) = (factor(&kernels, first + index, Side::Channels), factor(&b, index, Side::Rows));
+            contract(Product::Plain, a, b, outs, Sums { values: sums, a_item: item, b_item: ins * item, add: false });
         });
-        let sums = Places::new(&mut sums);
-        for_items(&pass.fourier, tiles.len() * channels, pool, |item, workspace, runs| {
-            let (row, channel) = (item / channels, item % channels);
-            let (batch, tile) = pass.tile(tiles.start + row);
-            for (axis, runs) in runs.iter_mut().enumerate() {
-                let from = positions[axis].start + tile[axis].start - shape.axes[axis].before;
-                runs.clear();
-                runs.push(Run { at: shape.axes[axis].extent() - 1, every: 1, from, count: tile[axis].len() });
-            }
-            sums.get(row, channel, &mut workspace.spectrum);
-            let start = (batch * channels + channel) * volume;
-            let run = runs[2][0];
-            pass.fourier.inverse(runs, workspace, |plane, line, numbers| {
-                let start = start + (plane * size[1] + line) * size[2] + run.from;
-                // SAFETY: every position belongs to one tile.
-                #[allow(unsafe_code)]
-                let out = unsafe { places.range_mut(start..start + run.count) };
-                out.copy_from_slice(&numbers[run.at..run.at + run.count]);
-            });
-        });
-    }
+        pass.store(&part, sums, &dx, None, stored, pool);
+    });
 }
 
 /// Sums what a circular boundary makes one: `padded`, of `size`, to `out`.
@@ -690,42 +766,45 @@ pub fn weight_gradient<T: Real>(shape: &Convolution, gradient: &[T], x: &[T], dw
     }
     let (ins, outs) = (shape.ins(), shape.outs());
     let pass = Pass::new(shape, shape.axes.map(|axis| axis.stride), shape.outputs());
-    let mut sums = pass.room(shape.groups, outs, ins, 2);
-    for tiles in pass.panels() {
-        let mut a = pass.room(shape.groups, tiles.len(), outs, 2);
-        let results = |results: [Range<usize>; 3], runs: &mut Runs| results_of(shape, &results, runs);
-        let from = (gradient, shape.out_channels, shape.outputs());
-        pass.spectra(from, tiles.clone(), None, &mut a, results, pool);
-        let mut b = pass.room(shape.groups, tiles.len(), ins, 3);
-        let inputs = |results: [Range<usize>; 3], runs: &mut Runs| inputs_of(shape, &results, runs);
-        let from = (x, shape.in_channels, shape.inputs());
-        pass.spectra(from, tiles.clone(), Some(Product::Conjugate), &mut b, inputs, pool);
-        let (item, add) = (sums.item(), tiles.start > 0);
-        pass.multiply(shape.groups, &mut sums, pool, |index, sums| {
-            let (a, b) = (factor(&a, index, Side::Channels), factor(&b, index, Side::Channels));
-            contract(
-                Product::Conjugate,
-                a,
-                b,
-                tiles.len(),
-                Sums { values: sums, a_item: ins * item, b_item: item, add },
-            );
-        });
-    }
-    let (sums, places) = (Places::new(&mut sums), DisjointSlice::new(dw));
+    let pool = pass.pool(pool);
+    let gradient = Tensors { values: gradient, channels: outs, size: shape.outputs() };
+    let x = Tensors { values: x, channels: ins, size: shape.inputs() };
+    let places = DisjointSlice::new(dw);
     let (size, scale, runs) = (shape.kernels(), pass.scale(), kernel_runs(shape));
-    let volume: usize = size.iter().product();
-    for_items(&pass.fourier, shape.out_channels * ins, pool, |item, workspace, _| {
-        let (output, input) = (item / ins, item % ins);
-        sums.get(output % outs, output / outs * ins + input, &mut workspace.spectrum);
-        let dilation = shape.axes[2].dilation;
-        pass.fourier.inverse(&runs, workspace, |plane, line, numbers| {
-            let start = item * volume + (plane * size[1] + line) * size[2];
-            // SAFETY: each kernel is visited once.
-            #[allow(unsafe_code)]
-            let out = unsafe { places.range_mut(start..start + size[2]) };
-            let numbers = numbers.iter().step_by(dilation);
-            out.iter_mut().zip(numbers).for_each(|(out, &number)| *out = number * scale);
+    let (volume, dilation) = (size.iter().product::<usize>(), shape.axes[2].dilation);
+    // A sum over the tiles: its order is theirs, whoever does it.
+    let part = |groups: Range<usize>, bytes: usize, pool: &dyn Pool| {
+        let mut sums = pass.room(groups.len(), outs, ins, 2);
+        for tiles in ranges(pass.total, pass.fitting(bytes, groups.len())) {
+            let part = Part { groups: groups.clone(), tiles };
+            let results = |results: &[Range<usize>; 3], runs: &mut Runs| results_of(shape, results, runs);
+            let a = pass.spectra(&part, gradient, None, results, pool);
+            let inputs = |results: &[Range<usize>; 3], runs: &mut Runs| inputs_of(shape, results, runs);
+            let b = pass.spectra(&part, x, Some(Product::Conjugate), inputs, pool);
+            let (item, add) = (sums.item(), part.tiles.start > 0);
+            for_vectors(&mut sums, groups.len(), pool, |index, sums| {
+                let (a, b) = (factor(&a, index, Side::Channels), factor(&b, index, Side::Channels));
+                let out = Sums { values: sums, a_item: ins * item, b_item: item, add };
+                contract(Product::Conjugate, a, b, part.tiles.len(), out);
+            });
+        }
+        let sums = Places::new(&mut sums);
+        for_items(&pass.fourier, groups.len() * outs * ins, pool, |item, workspace, _| {
+            let (output, input) = (item / ins, item % ins);
+            sums.get(output % outs, output / outs * ins + input, &mut workspace.spectrum);
+            pass.fourier.inverse(&runs, workspace, |plane, line, numbers| {
+                let start = (groups.start * outs * ins + item) * volume + (plane * size[1] + line) * size[2];
+                // SAFETY: each kernel is visited once.
+                #[allow(unsafe_code)]
+                let out = unsafe { places.range_mut(start..start + size[2]) };
+                let numbers = numbers.iter().step_by(dilation);
+                out.iter_mut().zip(numbers).for_each(|(out, &number)| *out = number * scale);
+            });
         });
-    });
+    };
+    if shape.groups >= PARTS {
+        pool.for_ranges(shape.groups, &|range| range.for_each(|group| part(group..group + 1, PART_BYTES, &Serial)));
+    } else {
+        part(0..shape.groups, SHARED_BYTES, pool);
+    }
 }

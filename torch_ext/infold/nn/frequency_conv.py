@@ -27,7 +27,16 @@ class _FrequencyConv(_ConvNd):
         self._borders = [before for before, _ in borders] + [after for _, after in borders]
 
     def _arguments(self) -> dict[str, Any]:
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
         device, dtype = self.weight.device, self.weight.dtype
         return {name: getattr(self, name) for name in names} | {
             "bias": self.bias is not None,
@@ -67,8 +76,8 @@ class FrequencyConv1d(_FrequencyConv, nn.Conv1d):
     """``torch.nn.Conv1d`` by Fourier transforms: quick where the kernel is long, about from 64 elements on.
 
     Arguments, parameters, their initial values and the state dict are those of ``nn.Conv1d``, with ``padding_mode``
-    ``"zeros"`` or ``"circular"``; results are its results, to rounding. Long inputs are transformed piece by piece, so that
-    the scratch does not grow with them.
+    ``"zeros"`` or ``"circular"``; results are its results, to rounding. Long inputs are transformed piece by piece:
+    the memory for spectra does not grow with them.
     """
 
     _dense = nn.Conv1d
