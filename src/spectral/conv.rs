@@ -10,8 +10,8 @@ use std::ops::Range;
 use realfft::num_complex::Complex;
 
 use super::Real;
-use super::products::{self, Factor, Product, Sums, contract};
-use super::tile::{Fourier, Run, Runs, Workspace};
+use super::products::{self, Factor, Product, Sums, contract, multiply};
+use super::tile::{Fourier, Run, Runs, Twin, Twins, Workspace};
 use crate::memory::AlignedVec;
 use crate::parallel::{DisjointSlice, Pool, Serial};
 use crate::{Error, Result, codec};
@@ -626,14 +626,20 @@ pub fn forward<T: Real>(shape: &Convolution, x: &[T], weight: &[T], bias: Option
         }
         return;
     }
-    let pass = Pass::new(shape, shape.axes.map(|axis| axis.stride), size);
-    let pool = pass.pool(pool);
-    let kernels = pass.kernels(shape, weight, pool);
     let (ins, outs) = (shape.ins(), shape.outs());
     let x = Tensors { values: x, channels: ins, size: shape.inputs() };
     let y = Tensors { values: DisjointSlice::new(y), channels: outs, size };
+    let inputs = |results: &[Range<usize>; 3], runs: &mut Runs| inputs_of(shape, results, runs);
+    let results = |results: &[Range<usize>; 3], runs: &mut Runs| results_of(shape, results, runs);
+    let last = (shape.axes[2].stride, size[2]);
+    if let Some(paired) = Paired::new(shape, (Product::Conjugate, outs), last, weight, pool) {
+        paired.run(x, &y, bias, inputs, results);
+        return;
+    }
+    let pass = Pass::new(shape, shape.axes.map(|axis| axis.stride), size);
+    let pool = pass.pool(pool);
+    let kernels = pass.kernels(shape, weight, pool);
     pass.for_parts(pool, |part, pool| {
-        let inputs = |results: &[Range<usize>; 3], runs: &mut Runs| inputs_of(shape, results, runs);
         let b = pass.spectra(&part, x, Some(Product::Conjugate), inputs, pool);
         let mut sums = pass.room(part.groups.len(), part.tiles.len(), outs, 2);
         let (item, first) = (sums.item(), part.groups.start * kernels.vectors);
@@ -647,7 +653,6 @@ pub fn forward<T: Real>(shape: &Convolution, x: &[T], weight: &[T], bias: Option
                 Sums { values: sums, a_item: item, b_item: outs * item, add: false },
             );
         });
-        let results = |results: &[Range<usize>; 3], runs: &mut Runs| results_of(shape, results, runs);
         pass.store(&part, sums, &y, bias, results, pool);
     });
 }
@@ -690,9 +695,6 @@ pub fn input_gradient<T: Real>(shape: &Convolution, gradient: &[T], weight: &[T]
     if shape.is_empty() || positions.iter().any(Range::is_empty) {
         return;
     }
-    let pass = Pass::new(shape, [1; 3], positions.clone().map(|positions| positions.len()));
-    let pool = pass.pool(pool);
-    let kernels = pass.kernels(shape, weight, pool);
     let (ins, outs) = (shape.ins(), shape.outs());
     let gradient = Tensors { values: gradient, channels: outs, size: shape.outputs() };
     let dx = Tensors { values: DisjointSlice::new(dx), channels: ins, size: shape.inputs() };
@@ -712,6 +714,13 @@ pub fn input_gradient<T: Real>(shape: &Convolution, gradient: &[T], weight: &[T]
             runs.push(Run { at: reach[axis], every: 1, from, count: tile[axis].len() });
         }
     };
+    if let Some(paired) = Paired::new(shape, (Product::Plain, ins), (1, positions[2].len()), weight, pool) {
+        paired.run(gradient, &dx, None, needed, stored);
+        return;
+    }
+    let pass = Pass::new(shape, [1; 3], positions.clone().map(|positions| positions.len()));
+    let pool = pass.pool(pool);
+    let kernels = pass.kernels(shape, weight, pool);
     pass.for_parts(pool, |part, pool| {
         let b = pass.spectra(&part, gradient, Some(Product::Plain), needed, pool);
         let mut sums = pass.room(part.groups.len(), part.tiles.len(), ins, 2);
@@ -722,6 +731,107 @@ pub fn input_gradient<T: Real>(shape: &Convolution, gradient: &[T], weight: &[T]
         });
         pass.store(&part, sums, &dx, None, stored, pool);
     });
+}
+
+/// A convolution along the last dimension alone whose every result is of one channel: nothing is summed, so that two tiles at
+/// a time are transformed as one complex row, multiplied where they are, and transformed back.
+struct Paired<'a, T> {
+    cut: Cut,
+    twins: Twins<T>,
+    batch: usize,
+    groups: usize,
+    /// Of each result's kernel, times the inverse transform's factor; conjugates for a correlation.
+    kernels: AlignedVec<Complex<T>>,
+    pool: &'a dyn Pool,
+}
+
+impl<'a, T: Real> Paired<'a, T> {
+    /// None if it is no such convolution. `channels` are those of a group's results.
+    fn new(
+        shape: &Convolution,
+        (product, channels): (Product, usize),
+        (stride, total): (usize, usize),
+        weight: &[T],
+        pool: &'a dyn Pool,
+    ) -> Option<Self> {
+        let single = if product == Product::Conjugate { shape.ins() } else { shape.outs() };
+        let is_one_dimension = |axis: &Axis| axis.padded() == 1;
+        if single != 1 || !shape.axes[..2].iter().all(is_one_dimension) {
+            return None;
+        }
+        let axis = &shape.axes[2];
+        let kernels = (shape.groups * channels) as f64;
+        let cost = |cut: &Cut, batch: f64| {
+            let pairs = batch * cut.count.div_ceil(2) as f64 * shape.groups as f64;
+            (pairs * (1 + channels) as f64 + kernels) * (steps(cut.n as f64) + TRANSFORM)
+        };
+        let by_cost = |a: &Cut, b: &Cut| cost(a, NOMINAL_BATCH).total_cmp(&cost(b, NOMINAL_BATCH));
+        let cut = cuts(axis.extent(), stride, total, true).into_iter().min_by(by_cost)?;
+        let pool = if cost(&cut, shape.batch as f64) < SMALL { &Serial } else { pool };
+        let twins = Twins::new(cut.n);
+        let mut kernels = AlignedVec::new(shape.groups * channels * cut.n);
+        let places = DisjointSlice::new(&mut kernels);
+        let scale = real(1.0 / cut.n as f64);
+        let [.., runs] = kernel_runs(shape);
+        pool.for_ranges(shape.groups * channels, &|range| {
+            let [_, mut scratch] = twins.workspace();
+            for item in range {
+                // SAFETY: each kernel has a place of its own.
+                #[allow(unsafe_code)]
+                let spectrum = unsafe { places.range_mut(item * cut.n..(item + 1) * cut.n) };
+                Twins::put(Twin::First, &weight[item * axis.kernel..][..axis.kernel], &runs, scale, spectrum);
+                twins.forward(spectrum, &mut scratch);
+                if product == Product::Conjugate {
+                    spectrum.iter_mut().for_each(|number| *number = number.conj());
+                }
+            }
+        });
+        Some(Self { cut, twins, batch: shape.batch, groups: shape.groups, kernels, pool })
+    }
+
+    fn run(
+        &self,
+        from: Tensors<&[T]>,
+        to: &Tensors<DisjointSlice<T>>,
+        bias: Option<&[T]>,
+        needed: impl Fn(&[Range<usize>; 3], &mut Runs) + Sync,
+        stored: impl Fn(&[Range<usize>; 3], &mut Runs) + Sync,
+    ) {
+        let Self { cut, twins, kernels, .. } = self;
+        let (pairs, zero) = (cut.count.div_ceil(2), Complex::new(T::default(), T::default()));
+        let (volume, out_volume) = (from.volume(), to.volume());
+        self.pool.for_ranges(self.batch * self.groups * pairs, &|range| {
+            let ([mut rows, mut scratch], mut product, mut runs) =
+                (twins.workspace(), vec![zero; cut.n], Runs::default());
+            for item in range {
+                let (row, first) = (item / pairs, item % pairs * 2);
+                // Of an odd count, the last has no twin.
+                let tiles =
+                    [(Twin::First, first), (Twin::Second, first + 1)].into_iter().filter(|tile| tile.1 < cut.count);
+                rows.fill(zero);
+                for (twin, tile) in tiles.clone() {
+                    needed(&[0..1, 0..1, cut.results(tile)], &mut runs);
+                    Twins::put(twin, &from.values[row * volume..][..volume], &runs[2], T::one(), &mut rows);
+                }
+                twins.forward(&mut rows, &mut scratch);
+                for channel in 0..to.channels {
+                    let kernel = row % self.groups * to.channels + channel;
+                    multiply(&rows, &kernels[kernel * cut.n..][..cut.n], &mut product);
+                    twins.inverse(&mut product, &mut scratch);
+                    let bias = bias.map_or(T::default(), |bias| bias[kernel]);
+                    for (twin, tile) in tiles.clone() {
+                        stored(&[0..1, 0..1, cut.results(tile)], &mut runs);
+                        let run = runs[2][0];
+                        let start = (row * to.channels + channel) * out_volume + run.from;
+                        // SAFETY: every result belongs to one tile.
+                        #[allow(unsafe_code)]
+                        let out = unsafe { to.values.range_mut(start..start + run.count) };
+                        Twins::get(twin, &product, run, bias, out);
+                    }
+                }
+            }
+        });
+    }
 }
 
 /// Sums what a circular boundary makes one: `padded`, of `size`, to `out`.

@@ -1,6 +1,8 @@
 //! Sums of products of complex numbers, frequency by frequency: the inner loop of convolutions. Compiled once per instruction
 //! set; each sum is in the order of its steps, whatever else is computed beside it.
 
+use realfft::num_complex::Complex;
+
 use super::Real;
 use super::vector::{Vector, Vectors};
 use crate::codec::Isa;
@@ -63,6 +65,38 @@ pub fn contract<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: us
         Isa::Avx2 => unsafe { avx2(product, a, b, steps, out) },
         Isa::Neon => either::<T, <T as Vectors>::Fused, 2, 2>(product, a, b, steps, out),
         _ => either::<T, <T as Vectors>::Portable, 2, 2>(product, a, b, steps, out),
+    }
+}
+
+/// `out[k] = a[k] · b[k]`.
+pub fn multiply<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    fn avx512<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+        multiply_all(a, b, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+        multiply_all(a, b, out);
+    }
+    match Isa::get() {
+        // SAFETY: `Isa::get` names only what the CPU has.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512(a, b, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Isa::Avx2 => unsafe { avx2(a, b, out) },
+        _ => multiply_all(a, b, out),
+    }
+}
+
+#[inline(always)]
+fn multiply_all<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+    for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+        *out = Complex::new(a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re);
     }
 }
 

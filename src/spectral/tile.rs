@@ -189,6 +189,70 @@ impl<T: Real> Fourier<T> {
     }
 }
 
+/// The transform of two rows at a time, as the real and the imaginary parts of one: times a real kernel's spectrum, they
+/// stay apart.
+pub struct Twins<T> {
+    n: usize,
+    fft: Pair<T>,
+}
+
+/// One of two rows.
+#[derive(Debug, Clone, Copy)]
+pub enum Twin {
+    First,
+    Second,
+}
+
+impl Twin {
+    fn of<T>(self, number: &mut Complex<T>) -> &mut T {
+        match self {
+            Self::First => &mut number.re,
+            Self::Second => &mut number.im,
+        }
+    }
+}
+
+impl<T: Real> Twins<T> {
+    pub fn new(n: usize) -> Self {
+        let plan =
+            |planners: &mut Planners<T>| [planners.complex.plan_fft_forward(n), planners.complex.plan_fft_inverse(n)];
+        Self { n, fft: with_planners(plan) }
+    }
+
+    /// Room for the rows, and what the transforms need besides.
+    pub fn workspace(&self) -> [Vec<Complex<T>>; 2] {
+        let scratch = self.fft.iter().map(|fft| fft.get_inplace_scratch_len()).max().unwrap_or(0);
+        [self.n, scratch].map(|len| vec![Complex::new(T::default(), T::default()); len])
+    }
+
+    /// Writes `values` at `runs` to one of the rows, times `scale`. The rest is as it was.
+    pub fn put(twin: Twin, values: &[T], runs: &[Run], scale: T, rows: &mut [Complex<T>]) {
+        for run in runs {
+            let values = &values[run.from..run.from + run.count];
+            let rows = rows[run.at..].iter_mut().step_by(run.every);
+            rows.zip(values).for_each(|(out, &value)| *twin.of(out) = value * scale);
+        }
+    }
+
+    /// Adds `bias` to what one of the rows has at `run`.
+    pub fn get(twin: Twin, rows: &[Complex<T>], run: Run, bias: T, out: &mut [T]) {
+        let rows = rows[run.at..].iter().step_by(run.every);
+        match twin {
+            Twin::First => out.iter_mut().zip(rows).for_each(|(out, number)| *out = number.re + bias),
+            Twin::Second => out.iter_mut().zip(rows).for_each(|(out, number)| *out = number.im + bias),
+        }
+    }
+
+    pub fn forward(&self, rows: &mut [Complex<T>], scratch: &mut [Complex<T>]) {
+        self.fft[0].process_with_scratch(rows, scratch);
+    }
+
+    /// Times `n`.
+    pub fn inverse(&self, rows: &mut [Complex<T>], scratch: &mut [Complex<T>]) {
+        self.fft[1].process_with_scratch(rows, scratch);
+    }
+}
+
 /// Transposes a matrix of `rows` by `columns`.
 fn transpose<T: Copy>(from: &[T], rows: usize, columns: usize, to: &mut [T]) {
     for first in (0..rows).step_by(SQUARE) {
