@@ -6,6 +6,7 @@
 //! a tile that is read around it.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use realfft::num_complex::Complex;
 
@@ -176,27 +177,41 @@ impl Cut {
     }
 }
 
-/// A transform's length from `least` on, with factors of 2, 3, 5 and 7 alone, that takes the fewest steps.
-fn favourable(least: usize, even: bool) -> usize {
-    if least <= 1 && !even {
-        return 1;
-    }
-    let mut best = (f64::INFINITY, least);
-    for sevens in (0u32..).map(|power| 7usize.saturating_pow(power)).take_while(|&n| n < 2 * least) {
-        for fives in (0u32..).map(|power| sevens * 5usize.saturating_pow(power)).take_while(|&n| n < 2 * least) {
-            for odd in (0u32..).map(|power| fives * 3usize.saturating_pow(power)).take_while(|&n| n < 2 * least) {
-                let twos = least.div_ceil(odd).next_power_of_two().max(if even { 2 } else { 1 });
-                let n = odd * twos;
+/// Lengths with factors of 2, 3, 5 and 7 alone, of which each takes fewer steps than all that are longer.
+fn lengths(even: bool) -> Vec<usize> {
+    const LONGEST: usize = 1 << 34;
+    let powers = |from: usize, base: usize| std::iter::successors(Some(from), move |n| Some(n * base));
+    let mut all = Vec::new();
+    for sevens in powers(1, 7).take_while(|&n| n <= LONGEST) {
+        for fives in powers(sevens, 5).take_while(|&n| n <= LONGEST) {
+            for odd in powers(fives, 3).take_while(|&n| n <= LONGEST) {
                 // Many different factors are slower than few.
                 let mixed = usize::from(odd > fives) + usize::from(fives > sevens) + usize::from(sevens > 1);
-                let cost = steps(n as f64) * (1.0 + 0.05 * mixed as f64);
-                if cost < best.0 {
-                    best = (cost, n);
+                for n in powers(odd, 2).take_while(|&n| n <= LONGEST).filter(|n| !even || n % 2 == 0) {
+                    all.push((n, steps(n as f64) * (1.0 + 0.05 * mixed as f64)));
                 }
             }
         }
     }
-    best.1
+    all.sort_by_key(|&(n, _)| n);
+    let mut least = f64::INFINITY;
+    let mut kept: Vec<usize> = Vec::new();
+    for (n, cost) in all.into_iter().rev() {
+        if cost < least {
+            least = cost;
+            kept.push(n);
+        }
+    }
+    kept.reverse();
+    kept
+}
+
+/// The length from `least` on that takes the fewest steps.
+fn favourable(least: usize, even: bool) -> usize {
+    static LENGTHS: OnceLock<[Vec<usize>; 2]> = OnceLock::new();
+    let lengths = &LENGTHS.get_or_init(|| [false, true].map(lengths))[usize::from(even)];
+    let place = lengths.partition_point(|&n| n < least);
+    lengths.get(place).copied().unwrap_or_else(|| least.next_power_of_two())
 }
 
 /// Steps of a transform of `n` numbers and of the copies to it and from it.
@@ -774,13 +789,13 @@ impl<'a, T: Real> Paired<'a, T> {
         let scale = real(1.0 / cut.n as f64);
         let [.., runs] = kernel_runs(shape);
         pool.for_ranges(shape.groups * channels, &|range| {
-            let [_, mut scratch] = twins.workspace();
+            let mut workspace = twins.workspace();
             for item in range {
                 // SAFETY: each kernel has a place of its own.
                 #[allow(unsafe_code)]
                 let spectrum = unsafe { places.range_mut(item * cut.n..(item + 1) * cut.n) };
-                Twins::put(Twin::First, &weight[item * axis.kernel..][..axis.kernel], &runs, scale, spectrum);
-                twins.forward(spectrum, &mut scratch);
+                workspace.put(Twin::First, &weight[item * axis.kernel..][..axis.kernel], &runs);
+                twins.forward(&mut workspace, scale, spectrum);
                 if product == Product::Conjugate {
                     spectrum.iter_mut().for_each(|number| *number = number.conj());
                 }
@@ -801,23 +816,25 @@ impl<'a, T: Real> Paired<'a, T> {
         let (pairs, zero) = (cut.count.div_ceil(2), Complex::new(T::default(), T::default()));
         let (volume, out_volume) = (from.volume(), to.volume());
         self.pool.for_ranges(self.batch * self.groups * pairs, &|range| {
-            let ([mut rows, mut scratch], mut product, mut runs) =
-                (twins.workspace(), vec![zero; cut.n], Runs::default());
+            let (mut workspace, mut runs) = (twins.workspace(), Runs::default());
+            let (mut spectrum, mut product) = (vec![zero; cut.n], vec![zero; cut.n]);
             for item in range {
                 let (row, first) = (item / pairs, item % pairs * 2);
                 // Of an odd count, the last has no twin.
                 let tiles =
                     [(Twin::First, first), (Twin::Second, first + 1)].into_iter().filter(|tile| tile.1 < cut.count);
-                rows.fill(zero);
                 for (twin, tile) in tiles.clone() {
                     needed(&[0..1, 0..1, cut.results(tile)], &mut runs);
-                    Twins::put(twin, &from.values[row * volume..][..volume], &runs[2], T::one(), &mut rows);
+                    workspace.put(twin, &from.values[row * volume..][..volume], &runs[2]);
                 }
-                twins.forward(&mut rows, &mut scratch);
+                if first + 1 == cut.count {
+                    workspace.put(Twin::Second, &[], &[]);
+                }
+                twins.forward(&mut workspace, T::one(), &mut spectrum);
                 for channel in 0..to.channels {
                     let kernel = row % self.groups * to.channels + channel;
-                    multiply(&rows, &kernels[kernel * cut.n..][..cut.n], &mut product);
-                    twins.inverse(&mut product, &mut scratch);
+                    multiply(&spectrum, &kernels[kernel * cut.n..][..cut.n], &mut product);
+                    twins.inverse(&mut product, &mut workspace);
                     let bias = bias.map_or(T::default(), |bias| bias[kernel]);
                     for (twin, tile) in tiles.clone() {
                         stored(&[0..1, 0..1, cut.results(tile)], &mut runs);
@@ -826,7 +843,7 @@ impl<'a, T: Real> Paired<'a, T> {
                         // SAFETY: every result belongs to one tile.
                         #[allow(unsafe_code)]
                         let out = unsafe { to.values.range_mut(start..start + run.count) };
-                        Twins::get(twin, &product, run, bias, out);
+                        workspace.get(twin, run, bias, out);
                     }
                 }
             }

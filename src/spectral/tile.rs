@@ -124,14 +124,7 @@ impl<T: Real> Fourier<T> {
             for (at_row, from_row) in pairs(&runs[1]) {
                 let values = &values[(from_plane * size[1] + from_row) * size[2]..][..size[2]];
                 row.fill(T::default());
-                for run in &runs[2] {
-                    let values = &values[run.from..run.from + run.count];
-                    if run.every == 1 {
-                        row[run.at..run.at + run.count].copy_from_slice(values);
-                    } else {
-                        row[run.at..].iter_mut().step_by(run.every).zip(values).for_each(|(out, &value)| *out = value);
-                    }
-                }
+                spread(values, &runs[2], row);
                 if scale != T::one() {
                     row.iter_mut().for_each(|value| *value = *value * scale);
                 }
@@ -197,17 +190,41 @@ pub struct Twins<T> {
 }
 
 /// One of two rows.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Twin {
     First,
     Second,
 }
 
-impl Twin {
-    fn of<T>(self, number: &mut Complex<T>) -> &mut T {
-        match self {
-            Self::First => &mut number.re,
-            Self::Second => &mut number.im,
+/// Two rows side by side, and what their transforms need besides.
+pub struct TwinRows<T> {
+    first: Vec<T>,
+    second: Vec<T>,
+    scratch: Vec<Complex<T>>,
+}
+
+impl<T: Real> TwinRows<T> {
+    fn row(&mut self, twin: Twin) -> &mut [T] {
+        match twin {
+            Twin::First => &mut self.first,
+            Twin::Second => &mut self.second,
+        }
+    }
+
+    /// Makes one of the rows `values` at `runs` and zeros.
+    pub fn put(&mut self, twin: Twin, values: &[T], runs: &[Run]) {
+        let row = self.row(twin);
+        row.fill(T::default());
+        spread(values, runs, row);
+    }
+
+    /// Adds `bias` to what one of the rows has at `run`.
+    pub fn get(&mut self, twin: Twin, run: Run, bias: T, out: &mut [T]) {
+        let row = &self.row(twin)[run.at..];
+        if run.every == 1 {
+            out.iter_mut().zip(row).for_each(|(out, &number)| *out = number + bias);
+        } else {
+            out.iter_mut().zip(row.iter().step_by(run.every)).for_each(|(out, &number)| *out = number + bias);
         }
     }
 }
@@ -219,37 +236,40 @@ impl<T: Real> Twins<T> {
         Self { n, fft: with_planners(plan) }
     }
 
-    /// Room for the rows, and what the transforms need besides.
-    pub fn workspace(&self) -> [Vec<Complex<T>>; 2] {
+    /// Both rows are zero.
+    pub fn workspace(&self) -> TwinRows<T> {
         let scratch = self.fft.iter().map(|fft| fft.get_inplace_scratch_len()).max().unwrap_or(0);
-        [self.n, scratch].map(|len| vec![Complex::new(T::default(), T::default()); len])
+        let zero = Complex::new(T::default(), T::default());
+        let row = vec![T::default(); self.n];
+        TwinRows { first: row.clone(), second: row, scratch: vec![zero; scratch] }
     }
 
-    /// Writes `values` at `runs` to one of the rows, times `scale`. The rest is as it was.
-    pub fn put(twin: Twin, values: &[T], runs: &[Run], scale: T, rows: &mut [Complex<T>]) {
-        for run in runs {
-            let values = &values[run.from..run.from + run.count];
-            let rows = rows[run.at..].iter_mut().step_by(run.every);
-            rows.zip(values).for_each(|(out, &value)| *twin.of(out) = value * scale);
+    /// The spectrum of the rows, times `scale`.
+    pub fn forward(&self, rows: &mut TwinRows<T>, scale: T, spectrum: &mut [Complex<T>]) {
+        for ((out, &re), &im) in spectrum.iter_mut().zip(&rows.first).zip(&rows.second) {
+            *out = Complex::new(re * scale, im * scale);
+        }
+        self.fft[0].process_with_scratch(spectrum, &mut rows.scratch);
+    }
+
+    /// The rows of a spectrum, times their length.
+    pub fn inverse(&self, spectrum: &mut [Complex<T>], rows: &mut TwinRows<T>) {
+        self.fft[1].process_with_scratch(spectrum, &mut rows.scratch);
+        for ((number, re), im) in spectrum.iter().zip(&mut rows.first).zip(&mut rows.second) {
+            (*re, *im) = (number.re, number.im);
         }
     }
+}
 
-    /// Adds `bias` to what one of the rows has at `run`.
-    pub fn get(twin: Twin, rows: &[Complex<T>], run: Run, bias: T, out: &mut [T]) {
-        let rows = rows[run.at..].iter().step_by(run.every);
-        match twin {
-            Twin::First => out.iter_mut().zip(rows).for_each(|(out, number)| *out = number.re + bias),
-            Twin::Second => out.iter_mut().zip(rows).for_each(|(out, number)| *out = number.im + bias),
+/// Writes `values` to a row at `runs`.
+fn spread<T: Copy>(values: &[T], runs: &[Run], row: &mut [T]) {
+    for run in runs {
+        let values = &values[run.from..run.from + run.count];
+        if run.every == 1 {
+            row[run.at..run.at + run.count].copy_from_slice(values);
+        } else {
+            row[run.at..].iter_mut().step_by(run.every).zip(values).for_each(|(out, &value)| *out = value);
         }
-    }
-
-    pub fn forward(&self, rows: &mut [Complex<T>], scratch: &mut [Complex<T>]) {
-        self.fft[0].process_with_scratch(rows, scratch);
-    }
-
-    /// Times `n`.
-    pub fn inverse(&self, rows: &mut [Complex<T>], scratch: &mut [Complex<T>]) {
-        self.fft[1].process_with_scratch(rows, scratch);
     }
 }
 
