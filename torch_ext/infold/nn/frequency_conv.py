@@ -73,7 +73,7 @@ class _FrequencyConv(_ConvNd):
 
 
 class FrequencyConv1d(_FrequencyConv, nn.Conv1d):
-    """``torch.nn.Conv1d`` by Fourier transforms: quick where the kernel is long, about from 64 elements on (`benchmarks/frequency_conv.py`).
+    """``torch.nn.Conv1d`` by Fourier transforms: quick where the kernel is long, about from 64 elements on.
 
     Arguments, parameters, their initial values and the state dict are those of ``nn.Conv1d``, with ``padding_mode``
     ``"zeros"`` or ``"circular"``; results are its results, to rounding. Long inputs are transformed piece by piece:
