@@ -45,6 +45,7 @@ fn compile_shim() -> Result<()> {
         "autocast.cpp",
         "autograd.cpp",
         "frequency.cpp",
+        "frequency_conv.cpp",
         "host.cpp",
         "kernels.cpp",
         "log8.cpp",

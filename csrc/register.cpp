@@ -46,6 +46,18 @@ TORCH_LIBRARY(infold, m) {
   m.def("frequency_linear_dw(Tensor gradient, Tensor x, int block) -> Tensor", compute);
   m.def("frequency_linear_complex(Tensor x, Tensor spectrum, Tensor? bias, int block, int out_features) -> Tensor",
         compute);
+  m.def(
+      "frequency_conv(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
+      "bool circular) -> Tensor",
+      compute);
+  m.def(
+      "frequency_conv_dx(Tensor gradient, Tensor weight, SymInt[] x_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups, bool circular) -> Tensor",
+      compute);
+  m.def(
+      "frequency_conv_dw(Tensor gradient, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups, bool circular) -> Tensor",
+      compute);
   m.def("frequency_linear_log8(Tensor x, Tensor codes, Tensor words, Tensor? bias, int out_features) -> Tensor",
         compute);
   m.def("log8_decode(Tensor codes, Tensor words, ScalarType dtype) -> Tensor", compute);

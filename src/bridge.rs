@@ -110,6 +110,29 @@ mod ffi {
         ) -> Status;
         fn log8_encode(x: &Tensor, out: Pin<&mut Outputs>) -> Status;
         fn log8_decode(codes: &Tensor, words: &Tensor, dtype: i32, out: Pin<&mut Outputs>) -> Status;
+        fn frequency_conv(
+            x: &Tensor,
+            weight: &Tensor,
+            bias: &Tensor,
+            window: &Window,
+            circular: bool,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn frequency_conv_dx(
+            gradient: &Tensor,
+            weight: &Tensor,
+            x_size: &[i64],
+            window: &Window,
+            circular: bool,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn frequency_conv_dw(
+            gradient: &Tensor,
+            x: &Tensor,
+            window: &Window,
+            circular: bool,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
         fn pack_lossless(weight: &Tensor, out: Pin<&mut Outputs>) -> Status;
         /// A target that is not asked for is NaN.
         fn pack_ecsq(weight: &Tensor, bits: f64, max_error: f64, out: Pin<&mut Outputs>) -> Status;
@@ -311,6 +334,41 @@ fn log8_encode(x: &Tensor, out: Pin<&mut Outputs>) -> Status {
 
 fn log8_decode(codes: &Tensor, words: &Tensor, dtype: i32, out: Pin<&mut Outputs>) -> Status {
     call(out, |pool| Ok(vec![ops::log8::decode(&need(codes, "codes")?, &need(words, "words")?, dtype, pool)?]))
+}
+
+fn frequency_conv(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    window: &Window,
+    circular: bool,
+    out: Pin<&mut Outputs>,
+) -> Status {
+    call(out, |pool| {
+        let (x, weight) = (need(x, "x")?, need(weight, "weight")?);
+        Ok(vec![ops::frequency_conv::forward(&x, &weight, share(bias).as_ref(), window, circular, pool)?])
+    })
+}
+
+fn frequency_conv_dx(
+    gradient: &Tensor,
+    weight: &Tensor,
+    x_size: &[i64],
+    window: &Window,
+    circular: bool,
+    out: Pin<&mut Outputs>,
+) -> Status {
+    call(out, |pool| {
+        let (gradient, weight) = (need(gradient, "gradient")?, need(weight, "weight")?);
+        Ok(vec![ops::frequency_conv::input_gradient(&gradient, &weight, x_size, window, circular, pool)?])
+    })
+}
+
+fn frequency_conv_dw(gradient: &Tensor, x: &Tensor, window: &Window, circular: bool, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| {
+        let (gradient, x) = (need(gradient, "gradient")?, need(x, "x")?);
+        Ok(vec![ops::frequency_conv::weight_gradient(&gradient, &x, window, circular, pool)?])
+    })
 }
 
 fn pack_lossless(dense: &Tensor, out: Pin<&mut Outputs>) -> Status {

@@ -4,6 +4,7 @@ pub mod conv;
 mod device;
 pub mod embedding;
 pub mod frequency;
+pub mod frequency_conv;
 mod gpu;
 pub mod linear;
 pub mod log8;

@@ -2,9 +2,13 @@
 
 from infold.nn.conv import FusedDecompressConv
 from infold.nn.frequency import FrequencyLinear
+from infold.nn.frequency_conv import FrequencyConv1d, FrequencyConv2d, FrequencyConv3d
 from infold.nn.fused import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 
 __all__ = [
+    "FrequencyConv1d",
+    "FrequencyConv2d",
+    "FrequencyConv3d",
     "FrequencyLinear",
     "FusedDecompressConv",
     "FusedDecompressEmbedding",

@@ -1,0 +1,202 @@
+//! Sums of products of complex numbers, frequency by frequency: the inner loop of convolutions. Compiled once per instruction
+//! set; each sum is in the order of its steps, whatever else is computed beside it.
+
+use realfft::num_complex::Complex;
+
+use super::Real;
+use super::vector::{Vector, Vectors};
+use crate::codec::Isa;
+
+/// The frequencies that a vector holds the real or the imaginary parts of.
+pub fn lanes<T: Real>() -> usize {
+    match Isa::get() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => <T as Vectors>::Avx512::LANES,
+        _ => 8,
+    }
+}
+
+/// Which product: what the third plane of the second factor is, and which planes make the four products of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Product {
+    /// a · b; the third plane is −Im b.
+    Plain,
+    /// conj(a) · b; the third plane is −Re b.
+    Conjugate,
+}
+
+/// Where a factor's numbers lie: `values[item · i + step · s + plane · lanes + lane]`.
+#[derive(Clone, Copy)]
+pub struct Factor<'a, T> {
+    pub values: &'a [T],
+    pub items: usize,
+    pub item: usize,
+    pub step: usize,
+}
+
+/// Where the sums go, `values[a_item · i + b_item · j + plane · lanes + lane]`, and whether they continue what is there.
+pub struct Sums<'a, T> {
+    pub values: &'a mut [T],
+    pub a_item: usize,
+    pub b_item: usize,
+    pub add: bool,
+}
+
+/// For all items `i` of `a`, of two planes, and `j` of `b`, of three: Σ_s a[i][s] · b[j][s], or with a's conjugates.
+pub fn contract<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    fn avx512<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
+        either::<T, <T as Vectors>::Avx512, 4, 2>(product, a, b, steps, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
+        either::<T, <T as Vectors>::Avx, 2, 2>(product, a, b, steps, out);
+    }
+    match Isa::get() {
+        // SAFETY: `Isa::get` names only what the CPU has.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512(product, a, b, steps, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Isa::Avx2 => unsafe { avx2(product, a, b, steps, out) },
+        Isa::Neon => either::<T, <T as Vectors>::Fused, 2, 2>(product, a, b, steps, out),
+        _ => either::<T, <T as Vectors>::Portable, 2, 2>(product, a, b, steps, out),
+    }
+}
+
+/// `out[k] = a[k] · b[k]`.
+pub fn multiply<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    fn avx512<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+        multiply_all(a, b, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+        multiply_all(a, b, out);
+    }
+    match Isa::get() {
+        // SAFETY: `Isa::get` names only what the CPU has.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512(a, b, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Isa::Avx2 => unsafe { avx2(a, b, out) },
+        _ => multiply_all(a, b, out),
+    }
+}
+
+#[inline(always)]
+fn multiply_all<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+    for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+        *out = Complex::new(a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re);
+    }
+}
+
+#[inline(always)]
+fn either<T: Real, V: Vector<T>, const I: usize, const J: usize>(
+    product: Product,
+    a: Factor<T>,
+    b: Factor<T>,
+    steps: usize,
+    out: Sums<T>,
+) {
+    match product {
+        Product::Plain => contract_all::<T, V, I, J, false>(a, b, steps, out),
+        Product::Conjugate => contract_all::<T, V, I, J, true>(a, b, steps, out),
+    }
+}
+
+#[inline(always)]
+fn contract_all<T: Real, V: Vector<T>, const I: usize, const J: usize, const CONJUGATE: bool>(
+    a: Factor<T>,
+    b: Factor<T>,
+    steps: usize,
+    out: Sums<T>,
+) {
+    let mut column = 0;
+    macro_rules! rows {
+        ($row:ident, $height:expr, $width:expr) => {
+            while a.items - $row >= $height {
+                let a = Factor { values: a.values.get($row * a.item..).unwrap_or_default(), ..a };
+                let b = Factor { values: b.values.get(column * b.item..).unwrap_or_default(), ..b };
+                let values = &mut out.values[$row * out.a_item + column * out.b_item..];
+                let out = Sums { values, ..out };
+                tile::<T, V, { $height }, { $width }, CONJUGATE>(a, b, steps, out);
+                $row += $height;
+            }
+        };
+    }
+    macro_rules! columns {
+        ($width:expr) => {
+            while b.items - column >= $width {
+                let mut row = 0;
+                rows!(row, I, $width);
+                rows!(row, 1, $width);
+                column += $width;
+            }
+        };
+    }
+    columns!(J);
+    columns!(1);
+}
+
+#[inline(always)]
+fn tile<T: Real, V: Vector<T>, const I: usize, const J: usize, const CONJUGATE: bool>(
+    a: Factor<T>,
+    b: Factor<T>,
+    steps: usize,
+    out: Sums<T>,
+) {
+    let last = |factor: &Factor<T>, items: usize, planes: usize| {
+        (items - 1) * factor.item + (steps - 1) * factor.step + planes * V::LANES
+    };
+    assert!(steps == 0 || (last(&a, I, 2) <= a.values.len() && last(&b, J, 3) <= b.values.len()));
+    let place = |i: usize, j: usize, plane: usize| i * out.a_item + j * out.b_item + plane * V::LANES;
+    let mut sums = [[[V::zero(); 2]; J]; I];
+    if out.add {
+        for (i, sums) in sums.iter_mut().enumerate() {
+            for (j, sums) in sums.iter_mut().enumerate() {
+                for (plane, sum) in sums.iter_mut().enumerate() {
+                    *sum = V::load(&out.values[place(i, j, plane)..]);
+                }
+            }
+        }
+    }
+    for s in 0..steps {
+        let mut right = [[V::zero(); 3]; J];
+        for (j, right) in right.iter_mut().enumerate() {
+            for (plane, right) in right.iter_mut().enumerate() {
+                // SAFETY: the assertion is of the last of them.
+                #[allow(unsafe_code)]
+                let vector = unsafe { V::load_at(b.values, j * b.item + s * b.step + plane * V::LANES) };
+                *right = vector;
+            }
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let start = i * a.item + s * a.step;
+            // SAFETY: as above.
+            #[allow(unsafe_code)]
+            let (re, im) = unsafe { (V::load_at(a.values, start), V::load_at(a.values, start + V::LANES)) };
+            for ([sum_re, sum_im], [b_re, b_im, third]) in sums.iter_mut().zip(&right) {
+                let (for_re, for_im) = if CONJUGATE { (*b_im, *third) } else { (*third, *b_re) };
+                *sum_re = im.multiply_add(for_re, re.multiply_add(*b_re, *sum_re));
+                *sum_im = im.multiply_add(for_im, re.multiply_add(*b_im, *sum_im));
+            }
+        }
+    }
+    for (i, sums) in sums.iter().enumerate() {
+        for (j, sums) in sums.iter().enumerate() {
+            for (plane, sum) in sums.iter().enumerate() {
+                sum.store(&mut out.values[place(i, j, plane)..]);
+            }
+        }
+    }
+}
