@@ -64,8 +64,8 @@ struct LinearFunction : Function<LinearFunction> {
                         int64_t out_features) {
     const at::AutoDispatchBelowADInplaceOrView below;
     // Each of the two is needed for the other's gradient alone.
-    ctx->save_for_backward(
-        {spectrum.requires_grad() ? x : Tensor(), x.requires_grad() ? spectrum : Tensor(), spectrum.new_empty({0})});
+    ctx->save_for_backward({spectrum.requires_grad() ? x : Tensor(), x.requires_grad() ? spectrum : Tensor()});
+    ctx->saved_data["spectrum_dtype"] = static_cast<int64_t>(spectrum.scalar_type());
     ctx->saved_data["in_features"] = last(x, "x");
     ctx->saved_data["block"] = last(spectrum, "spectrum");
     ctx->saved_data["has_bias"] = bias.has_value();
@@ -82,7 +82,7 @@ struct LinearFunction : Function<LinearFunction> {
     if (ctx->needs_input_grad(1))
       dw = op<FrequencyLinearDwOp>()
                .call(gradient, saved[0], ctx->saved_data["block"].toInt())
-               .to(saved[2].scalar_type());
+               .to(static_cast<at::ScalarType>(ctx->saved_data["spectrum_dtype"].toInt()));
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2))
       db = sum_rows(gradient).to(static_cast<at::ScalarType>(ctx->saved_data["bias_dtype"].toInt()));
     return {dx, dw, db, {}};

@@ -192,54 +192,56 @@ impl<T: Real> Vectors<'_, T> {
     }
 }
 
-/// The spectra of some of `rows`' blocks, each expanded to two rows and in vectors; block `b` of row `r` in place
-/// `place(r, b)`. What is beyond a block in its last vector is left as it is: no lane's sum has to do with another's.
-fn expanded<T: Real>(
-    transform: &Transform<T>,
-    rows: Rows<T>,
-    range: &Range<usize>,
-    how: Expand,
-    out: &mut [T],
-    place: impl Fn(usize, usize) -> usize + Sync,
-    pool: &dyn Pool,
-) {
-    let n = transform.n();
-    let places = range.len() * rows.blocks;
-    let vectors = Vectors { out: DisjointSlice::new(out), n, places };
-    for_groups(transform, places, pool, |workspace, start, blocks| {
-        let (mut one, mut two) = (vec![T::default(); n], vec![T::default(); n]);
-        let place_of = |index: usize| ((start + index) / rows.blocks, (start + index) % rows.blocks);
-        let block = |index: usize| rows.block(range.start + place_of(index).0, place_of(index).1);
-        transform.forward(Scale::Plain, blocks, block, workspace, |index, re, im| {
-            expand(n, re, im, how.signs(), &mut one, &mut two);
-            let (row, block) = place_of(index);
-            vectors.put(place(row, block), [&one, &two]);
-        });
-    });
+/// Blocks to transform: those of some rows, and where each one's spectrum goes.
+struct Blocks<'a, T, P> {
+    rows: Rows<'a, T>,
+    range: &'a Range<usize>,
+    /// Of a row of `range`, counted from its first, and a block.
+    place: P,
 }
 
-/// The packed orthonormal spectra of some of `rows`' blocks, as [`expanded`].
-fn packed<T: Real>(
-    transform: &Transform<T>,
-    rows: Rows<T>,
-    range: &Range<usize>,
-    out: &mut [T],
-    place: impl Fn(usize, usize) -> usize + Sync,
-    pool: &dyn Pool,
-) {
-    let n = transform.n();
-    let places = range.len() * rows.blocks;
-    let vectors = Vectors { out: DisjointSlice::new(out), n, places };
-    for_groups(transform, places, pool, |workspace, start, blocks| {
-        let mut row_of_numbers = vec![T::default(); n];
-        let place_of = |index: usize| ((start + index) / rows.blocks, (start + index) % rows.blocks);
-        let block = |index: usize| rows.block(range.start + place_of(index).0, place_of(index).1);
-        transform.forward(Scale::Orthonormal, blocks, block, workspace, |index, re, im| {
-            join(n, re, im, |place, value| row_of_numbers[place] = value);
-            let (row, block) = place_of(index);
-            vectors.put(place(row, block), [&row_of_numbers]);
+impl<T: Real, P: Fn(usize, usize) -> usize + Sync> Blocks<'_, T, P> {
+    /// Transforms the blocks and writes to `out`, in vectors, the rows of numbers that `write(real, imaginary, rows)` makes of
+    /// each spectrum. What is beyond a block in its last vector is left as it is: no lane's sum has to do with another's.
+    fn transform<const PARTS: usize>(
+        &self,
+        transform: &Transform<T>,
+        scale: Scale,
+        out: &mut [T],
+        write: impl Fn(&[T], &[T], &mut [Vec<T>; PARTS]) + Sync,
+        pool: &dyn Pool,
+    ) {
+        let Self { rows, range, place } = self;
+        let n = transform.n();
+        let places = range.len() * rows.blocks;
+        let vectors = Vectors { out: DisjointSlice::new(out), n, places };
+        for_groups(transform, places, pool, |workspace, start, blocks| {
+            let mut numbers: [Vec<T>; PARTS] = std::array::from_fn(|_| vec![T::default(); n]);
+            let place_of = |index: usize| ((start + index) / rows.blocks, (start + index) % rows.blocks);
+            let block = |index: usize| rows.block(range.start + place_of(index).0, place_of(index).1);
+            transform.forward(scale, blocks, block, workspace, |index, re, im| {
+                write(re, im, &mut numbers);
+                let (row, block) = place_of(index);
+                vectors.put(place(row, block), numbers.each_ref().map(Vec::as_slice));
+            });
         });
-    });
+    }
+
+    /// Expanded, each to two rows.
+    fn expand(&self, transform: &Transform<T>, how: Expand, out: &mut [T], pool: &dyn Pool) {
+        let write = |re: &[T], im: &[T], [one, two]: &mut [Vec<T>; 2]| {
+            expand(transform.n(), re, im, how.signs(), one, two);
+        };
+        self.transform(transform, Scale::Plain, out, write, pool);
+    }
+
+    /// Packed and orthonormal.
+    fn pack(&self, transform: &Transform<T>, out: &mut [T], pool: &dyn Pool) {
+        let write = |re: &[T], im: &[T], [numbers]: &mut [Vec<T>; 1]| {
+            join(transform.n(), re, im, |place, value| numbers[place] = value);
+        };
+        self.transform(transform, Scale::Orthonormal, out, write, pool);
+    }
 }
 
 /// Calls `put(place, number)` with a packed spectrum's numbers.
@@ -253,7 +255,7 @@ struct Contraction<'a, T> {
     a: Factor<'a, T>,
     /// How far the vectors of one item and step lie apart in `a`.
     vector: usize,
-    /// As [`expanded`] makes it.
+    /// As [`Blocks::expand`] makes it.
     b: &'a [T],
     items: usize,
     steps: usize,
@@ -369,8 +371,8 @@ pub fn spectrum_gradient<T: Real>(
             let steps = panel.len();
             let place = |row: usize, block: usize| block * steps + row;
             let (a, b) = (&mut a[..g_row * steps], &mut b[..x_row * steps]);
-            packed(transform, gradient, &panel, a, place, pool);
-            expanded(transform, x, &panel, Expand::Outer, b, place, pool);
+            Blocks { rows: gradient, range: &panel, place }.pack(transform, a, pool);
+            Blocks { rows: x, range: &panel, place }.expand(transform, Expand::Outer, b, pool);
             let a = Factor { values: a, items: shape.outputs, item: steps * lanes, step: lanes };
             let vector = shape.outputs * steps * lanes;
             let sums = Contraction { a, vector, b, items: shape.inputs, steps };
@@ -435,7 +437,8 @@ impl<T: Real> Spectra<'_, T> {
             let out = Outputs { values: DisjointSlice::new(out), features, bias };
             for panel in panels(rows) {
                 let b = &mut b[..row * panel.len()];
-                expanded(transform, input, &panel, how, b, |row, block| row * steps + block, pool);
+                let place = |row: usize, block: usize| row * steps + block;
+                Blocks { rows: input, range: &panel, place }.expand(transform, how, b, pool);
                 let sums = Contraction { a, vector, b, items: panel.len(), steps };
                 sums.run(transform, pool, |workspace, blocks, row, sums| {
                     let fill = |index: usize, re: &mut [T], im: &mut [T]| {

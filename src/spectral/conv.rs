@@ -11,7 +11,8 @@ use std::sync::OnceLock;
 use realfft::num_complex::Complex;
 
 use super::Real;
-use super::products::{self, Factor, Product, Sums, contract, multiply};
+use super::kernel::Factor;
+use super::products::{self, Product, Sums, contract, multiply};
 use super::tile::{Fourier, Run, Runs, Twin, Twins, Workspace};
 use crate::memory::AlignedVec;
 use crate::parallel::{DisjointSlice, Pool, Serial};

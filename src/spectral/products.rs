@@ -4,8 +4,9 @@
 use realfft::num_complex::Complex;
 
 use super::Real;
+use super::kernel::Factor;
 use super::vector::{Vector, Vectors};
-use crate::codec::Isa;
+use crate::codec::{Isa, per_isa};
 
 /// The frequencies that a vector holds the real or the imaginary parts of.
 pub fn lanes<T: Real>() -> usize {
@@ -25,15 +26,6 @@ pub enum Product {
     Conjugate,
 }
 
-/// Where a factor's numbers lie: `values[item · i + step · s + plane · lanes + lane]`.
-#[derive(Clone, Copy)]
-pub struct Factor<'a, T> {
-    pub values: &'a [T],
-    pub items: usize,
-    pub item: usize,
-    pub step: usize,
-}
-
 /// Where the sums go, `values[a_item · i + b_item · j + plane · lanes + lane]`, and whether they continue what is there.
 pub struct Sums<'a, T> {
     pub values: &'a mut [T],
@@ -42,7 +34,7 @@ pub struct Sums<'a, T> {
     pub add: bool,
 }
 
-/// For all items `i` of `a`, of two planes, and `j` of `b`, of three: Σ_s a[i][s] · b[j][s], or with a's conjugates.
+/// For all items `i` of `a`, of two planes of lanes, and `j` of `b`, of three: Σ_s a[i][s] · b[j][s], or with a's conjugates.
 pub fn contract<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
@@ -68,35 +60,12 @@ pub fn contract<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: us
     }
 }
 
-/// `out[k] = a[k] · b[k]`.
-pub fn multiply<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    fn avx512<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
-        multiply_all(a, b, out);
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    fn avx2<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
-        multiply_all(a, b, out);
-    }
-    match Isa::get() {
-        // SAFETY: `Isa::get` names only what the CPU has.
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        Isa::Avx512 | Isa::Amx => unsafe { avx512(a, b, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        Isa::Avx2 => unsafe { avx2(a, b, out) },
-        _ => multiply_all(a, b, out),
-    }
-}
-
-#[inline(always)]
-fn multiply_all<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
-    for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-        *out = Complex::new(a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re);
+per_isa! {
+    /// `out[k] = a[k] · b[k]`.
+    pub fn multiply<T: Real>(a: &[Complex<T>], b: &[Complex<T>], out: &mut [Complex<T>]) {
+        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+            *out = Complex::new(a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re);
+        }
     }
 }
 
