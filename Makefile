@@ -35,7 +35,7 @@ asan-test: $(VENV)/.ready
 
 # Without torch, so that a change to the codec is tested in seconds; on each instruction set up to this machine's widest. The
 # GPU's kernels are emulated once: they ask for none.
-EMULATED := device device_lay_out device_pack
+EMULATED := device device_frequency device_lay_out device_pack
 ON_EACH_ISA := $(filter-out $(EMULATED),$(patsubst rust_tests/%.rs,%,$(shell sed -n 's/^path = "\(rust_tests.*\)"/\1/p' Cargo.toml)))
 CARGO_TEST := cargo test --release --no-default-features --locked --quiet
 rust-test: $(VENV)/.ready
@@ -86,7 +86,7 @@ fetch_peers = for peer in $(GPU_PEERS); do test -d build/peers/$$peer || $(PYTHO
 # What a machine with a GPU needs: run there `python3 dist/gpu/gpu_check.py --json FILE`; see docs/gpu-checks.md.
 # What gpu_check.py needs beside torch and transformers comes along, and its peers apart from it, out of the tests' reach.
 gpu-bundle: $(LIBRARY)
-	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu/packages dist/gpu/peers && cp -r torch_ext/infold cuda benchmarks/gpu_check.py benchmarks/gpu_peers.py benchmarks/gpu_rate.cu python_tests/test_device.py dist/gpu/ && for package in pytest _pytest pluggy iniconfig packaging pygments; do cp -r $$(dirname $$($(PYTHON) -c "import $$package; print($$package.__file__)")) dist/gpu/packages/ || exit 1; done && $(fetch_peers) && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
+	$(call step,GPU bundle,rm -rf dist/gpu && mkdir -p dist/gpu/packages dist/gpu/peers && cp -r torch_ext/infold cuda benchmarks/gpu_*.py benchmarks/gpu_rate.cu python_tests/test_device*.py dist/gpu/ && for package in pytest _pytest pluggy iniconfig packaging pygments; do cp -r $$(dirname $$($(PYTHON) -c "import $$package; print($$package.__file__)")) dist/gpu/packages/ || exit 1; done && $(fetch_peers) && strip dist/gpu/infold/libinfold.so && find dist/gpu -name __pycache__ -prune -exec rm -r {} + && du -sh dist/gpu)
 
 docs: $(LIBRARY)
 	$(call step,docs,$(PYTHON) -m pdoc --output-directory docs/site/python infold && cargo doc --no-deps --no-default-features --release --quiet --target-dir build/rustdoc && rm -rf docs/site/rust && cp -r build/rustdoc/doc docs/site/rust)

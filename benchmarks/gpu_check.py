@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import importlib.util
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ if (HERE / "infold").is_dir():
     # The bundle: the library, its tests, and what runs these.
     sys.path[:0] = [str(HERE), str(HERE / "packages")]
 
+import gpu_frequency  # noqa: E402
 import gpu_peers  # noqa: E402
 import infold  # noqa: E402
 import torch  # noqa: E402
@@ -39,7 +41,7 @@ from infold.packed import LAYOUTS, Packed, lay_out, pack  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 CUDA = next(folder for folder in (HERE / "cuda", HERE.parent / "cuda") if folder.is_dir())
-TESTS = next(path for folder in (HERE, HERE.parent / "python_tests") if (path := folder / "test_device.py").is_file())
+TESTS = next(folder for folder in (HERE, HERE.parent / "python_tests") if (folder / "test_device.py").is_file())
 #: Of each layout: bits of a weight in its tile, and words between head and tiles.
 TILES = {
     "window": (12, 0),
@@ -78,12 +80,12 @@ FUSED_BATCHES = (1, 4, 16, 64, 256)
 
 
 def correctness() -> None:
-    """Runs the tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", str(TESTS)]
+    """Runs the tests that need a GPU, in several processes where pytest-xdist is there."""
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-n8"] if importlib.util.find_spec("xdist") else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print("\n".join(result.stdout.strip().splitlines()[-30:]))
-    result.check_returncode()
+    tests = sorted(map(str, TESTS.glob("test_device*.py")))
+    subprocess.run([*command, *tests], env=environment, check=True)
 
 
 def small() -> None:
@@ -103,6 +105,9 @@ def small() -> None:
             rows_of = infold.nn.FusedDecompressEmbedding.from_embedding(embedding, config).cuda()
             rows_of.lay_out(form)
             rows_of(torch.arange(rows).cuda())
+    for block, batch in itertools.product((16, 32, 64, 128, 256), (1, 5, 70)):
+        layer = infold.nn.FrequencyLinear(200, 330, block).cuda()
+        layer(torch.randn(batch, 200, dtype=torch.bfloat16, device="cuda", requires_grad=True)).sum().backward()
     torch.cuda.synchronize()
 
 
@@ -177,7 +182,8 @@ def profile(rows_out: list[dict[str, Any]]) -> None:
 
 
 def gaussian(rows: int, cols: int) -> Tensor:
-    return (torch.randn(rows, cols) * 0.02).bfloat16()
+    """Drawn on the GPU, which is quicker, for the host to pack."""
+    return (torch.randn(rows, cols, device="cuda") * 0.02).bfloat16().cpu()
 
 
 def copies_of(weight: Tensor, name: str, form: str) -> tuple[list[Packed], str, tuple[object, ...]]:
@@ -217,52 +223,68 @@ def interleaved(sides: dict[str, list[Callable[[], object]]], repeats: int = 30)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def copies_of_dense(weight: Tensor) -> list[Tensor]:
+    return [weight.cuda() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
+
+
+def product_row(
+    name: str, weight: Tensor, form: str, batches: tuple[int, ...], with_peers: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One format of one weight by batches against cuBLAS, and against unpacking before it."""
+    rows, cols = weight.shape
+    copies, layout, numbers = copies_of(weight, name, form)
+    scales = copies[0].scales if copies[0].scales.numel() else None
+    denses = copies_of_dense(weight)
+    peers = gpu_peers.products_of(name, weight, COPIES_BYTES) if with_peers else {}
+    for batch in batches:
+        x = torch.randn(batch, cols, device="cuda").bfloat16()
+
+        def ours(w: Packed, exact: bool, x: Tensor = x) -> Tensor:
+            return ops.fused_linear(x, *w[:3], scales, None, *numbers, exact)  # type: ignore[no-any-return]
+
+        medians = interleaved(
+            {
+                "ours": [lambda w=w: ours(w, False) for w in copies],  # type: ignore[misc]
+                "unpack, cuBLAS": [lambda w=w: ours(w, True) for w in copies[:8]],  # type: ignore[misc]
+                "cuBLAS": [lambda w=w, x=x: F.linear(x, w) for w in denses],  # type: ignore[misc]
+                **gpu_peers.runs_of(peers, x),
+            }
+        )
+        ratio, rate = medians["cuBLAS"] / medians["ours"], copies[0].nbytes / medians["ours"] / 1e3
+        case = f"{name} ({layout}), {cols} -> {rows}, batch {batch}"
+        times = ", ".join(f"{side} {microseconds:.2f}" for side, microseconds in medians.items())
+        print(f"{case:48} us: {times}; {ratio:5.2f}x, {rate:6.0f} GB/s", flush=True)
+        yield {"case": case, "batch": batch, "microseconds": medians, "ratio": ratio, "gb_per_s": rate}
+
+
 def linear_rates(rows_out: list[dict[str, Any]]) -> None:
-    """Each format, shape and batch against cuBLAS, and against unpacking before it."""
-    ratios: dict[tuple[str, str, int], list[float]] = {}
-    for model, shapes in SHAPES.items():
-        for cols, rows in shapes:
-            weight = gaussian(rows, cols)
-            for name, form in CASES if model == "8B" else [case for case in CASES if case[0] == "lossless"]:
-                copies, layout, numbers = copies_of(weight, name, form)
-                scales = copies[0].scales if copies[0].scales.numel() else None
-                denses = [weight.cuda() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
-                peers = gpu_peers.products_of(name, weight, COPIES_BYTES)
-                for batch in BATCHES if name == "lossless" else FUSED_BATCHES:
-                    x = torch.randn(batch, cols, device="cuda").bfloat16()
+    """Each format, shape and batch."""
+    for name, form in CASES:
+        ratios: dict[int, list[float]] = {}
+        for cols, rows in SHAPES["8B"]:
+            for row in product_row(name, gaussian(rows, cols), form, BATCHES if name == "lossless" else FUSED_BATCHES):
+                ratios.setdefault(row["batch"], []).append(row["ratio"])
+                rows_out.append(row)
+            torch.cuda.empty_cache()
+        for batch, values in ratios.items():
+            mean, goal = statistics.geometric_mean(values), GOALS.get(name, {}).get(batch)
+            case = f"8B, {name} ({'pairs' if form == 'pairs' else 'fixed width'}), batch {batch}"
+            print(f"{case}: {mean:5.2f}x cuBLAS, geometric mean; goal {goal}", flush=True)
+            rows_out.append({"case": case, "ratio": mean, "goal": goal})
+    for cols, rows in SHAPES["70B"]:
+        for form in ("device", "pairs"):
+            for row in product_row("lossless", gaussian(rows, cols), form, BATCHES):
+                rows_out.append(row)
+            torch.cuda.empty_cache()
 
-                    def ours(
-                        w: Packed,
-                        exact: bool,
-                        x: Tensor = x,
-                        scales: Tensor | None = scales,
-                        numbers: tuple[object, ...] = numbers,
-                    ) -> Tensor:
-                        return ops.fused_linear(x, *w[:3], scales, None, *numbers, exact)  # type: ignore[no-any-return]
 
-                    medians = interleaved(
-                        {
-                            "ours": [lambda w=w: ours(w, False) for w in copies],  # type: ignore[misc]
-                            "unpack, cuBLAS": [lambda w=w: ours(w, True) for w in copies[:8]],  # type: ignore[misc]
-                            "cuBLAS": [lambda w=w, x=x: F.linear(x, w) for w in denses],  # type: ignore[misc]
-                            **gpu_peers.runs_of(peers, x),
-                        }
-                    )
-                    ratio = medians["cuBLAS"] / medians["ours"]
-                    rate = copies[0].nbytes / medians["ours"] / 1e3
-                    if model == "8B":
-                        ratios.setdefault((name, form, batch), []).append(ratio)
-                    case = f"{name} ({layout}), {cols} -> {rows}, batch {batch}"
-                    times = ", ".join(f"{side} {microseconds:.2f}" for side, microseconds in medians.items())
-                    print(f"{case:48} us: {times}; {ratio:5.2f}x, {rate:6.0f} GB/s", flush=True)
-                    rows_out.append({"case": case, "microseconds": medians, "ratio": ratio, "gb_per_s": rate})
-                del copies, denses, peers
-                torch.cuda.empty_cache()
-    for (name, form, batch), values in ratios.items():
-        mean, goal = statistics.geometric_mean(values), GOALS.get(name, {}).get(batch)
-        case = f"8B, {name} ({'pairs' if form == 'pairs' else 'fixed width'}), batch {batch}"
-        print(f"{case}: {mean:5.2f}x cuBLAS, geometric mean; goal {goal}")
-        rows_out.append({"case": case, "ratio": mean, "goal": goal})
+def peer_rates(rows_out: list[dict[str, Any]]) -> None:
+    """Other libraries' products of the same formats, on two shapes."""
+    for name in gpu_peers.FORMATS:
+        for cols, rows in ((4096, 4096), (4096, 28672)):
+            for row in product_row(name, gaussian(rows, cols), "device", (1, 16, 64), with_peers=True):
+                rows_out.append(row)
+            torch.cuda.empty_cache()
 
 
 class Weight(ctypes.Structure):
@@ -403,12 +425,23 @@ class Rows(list[dict[str, Any]]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parts = ("tests", "sanitizer", "decoders", "layouts", "linear", "profile", "small", "profiled")
+    parts = (
+        "tests",
+        "sanitizer",
+        "decoders",
+        "layouts",
+        "frequency",
+        "linear",
+        "peers",
+        "profile",
+        "small",
+        "profiled",
+    )
     parser.add_argument("--only", choices=parts, help="one part; small, profiled: what sanitizer and profiler run")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = Rows(arguments.json)
-    wanted = [arguments.only] if arguments.only else parts[:6]
+    wanted = [arguments.only] if arguments.only else parts[:8]
     if "small" in wanted:
         small()
     if "tests" in wanted:
@@ -419,8 +452,12 @@ def main() -> None:
         decoder_rates(rows)
     if "layouts" in wanted:
         layout_rates(rows)
+    if "frequency" in wanted:
+        gpu_frequency.rates(rows, interleaved, COPIES_BYTES)
     if "linear" in wanted:
         linear_rates(rows)
+    if "peers" in wanted:
+        peer_rates(rows)
     if "profile" in wanted:
         profile(rows)
     if "profiled" in wanted:

@@ -111,6 +111,10 @@ PEERS: dict[str, dict[str, Callable[[Tensor], Product]]] = {
 }
 
 
+#: What one of the peers is for.
+FORMATS = ("lossless", *PEERS)
+
+
 def products_of(name: str, weight: Tensor, copies_bytes: float) -> Products:
     """Other libraries' products of the same format, each over copies of its weight that take about so much together."""
     count = int(copies_bytes / weight.numel()) + 1

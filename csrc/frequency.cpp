@@ -161,6 +161,12 @@ TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("frequency_linear_dw", linear_dw);
 }
 
+TORCH_LIBRARY_IMPL(infold, CUDA, m) {
+  m.impl("frequency_linear", linear);
+  m.impl("frequency_linear_dx", linear_dx);
+  m.impl("frequency_linear_dw", linear_dw);
+}
+
 TORCH_LIBRARY_IMPL(infold, Meta, m) {
   m.impl("frequency_linear", meta);
   m.impl("frequency_linear_dx", meta_dx);

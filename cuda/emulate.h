@@ -19,6 +19,10 @@
 #define __launch_bounds__(...)
 #define INFOLD_HOPPER(...) __VA_ARGS__
 
+struct uint2 {
+  uint32_t x, y;
+};
+
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -253,6 +257,13 @@ inline uint16_t to_f16(float value) {
   // A mantissa that rounds up to the next power of two carries into the exponent by itself.
   return static_cast<uint16_t>(sign | (steps + ((last + 24) << 10)));
 }
+
+inline float cosine_of_turns(float turns) { return static_cast<float>(std::cos(2 * M_PI * turns)); }
+inline float sine_of_turns(float turns) { return static_cast<float>(std::sin(2 * M_PI * turns)); }
+
+inline float square_root(float value) { return std::sqrt(value); }
+
+inline void prefetch(const void*) {}
 
 inline bool is_nan(float value) { return std::isnan(value); }
 

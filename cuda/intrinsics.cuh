@@ -84,6 +84,17 @@ __device__ __forceinline__ uint16_t to_f16(float value) {
   return bits;
 }
 
+// Of an angle in turns.
+__device__ __forceinline__ float cosine_of_turns(float turns) { return cospif(2 * turns); }
+__device__ __forceinline__ float sine_of_turns(float turns) { return sinpif(2 * turns); }
+
+__device__ __forceinline__ float square_root(float value) { return sqrtf(value); }
+
+// A line on its way to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(line)));
+}
+
 __device__ __forceinline__ bool is_nan(float value) { return value != value; }
 
 // The upper half of a float: a bfloat16, where that is what it holds.

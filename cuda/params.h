@@ -163,3 +163,27 @@ struct InfoldMeasure {
   int32_t every;
   float max; /* the largest level */
 };
+
+/*
+ * The block-circulant product y = x Wᵀ + bias by packed spectra (src/spectral/circulant.rs); or dx = g W, of conjugate
+ * spectra and with g as x and dx as y.
+ */
+struct InfoldCirculant {
+  const void* x;        /* (batch, in_features) */
+  const void* spectrum; /* of each output and input block, n numbers */
+  const void* bias;     /* (out_features), or null */
+  void* y;              /* (batch, out_features) */
+  uint32_t* tiles;      /* the spectra as a product of many rows reads them: see cuda/circulant_many.cu */
+  int32_t dtype;        /* of x, bias and y */
+  int32_t spectrum_dtype;
+  int32_t batch;
+  int32_t in_features;
+  int32_t out_features;
+  int32_t n;
+  int32_t inputs;        /* blocks of x */
+  int32_t outputs;       /* blocks of y */
+  int32_t input_stride;  /* in blocks, from an input's spectra to the next one's */
+  int32_t output_stride; /* the same of outputs */
+  int32_t conjugate;
+  int32_t outputs_each; /* blocks of y of a task of many rows: a multiple of 8 */
+};

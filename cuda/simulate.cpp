@@ -5,7 +5,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "circulant_many.cuh"
 #include "decode.cuh"
+#include "fourier.cuh"
 #include "inputs.cuh"
 #include "narrow.cuh"
 #include "pairs_layout.cuh"
@@ -14,6 +16,12 @@
 
 namespace in_backward {
 #include "backward.cu"
+}
+namespace in_circulant_few {
+#include "circulant_few.cu"
+}
+namespace in_circulant_many {
+#include "circulant_many.cu"
 }
 namespace in_decode {
 #include "decode.cu"
@@ -66,6 +74,15 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
     const char* name;
     void (*launch)(unsigned, unsigned, unsigned, const void*);
   } kKernels[] = {
+      INFOLD_KERNEL(circulant_few, InfoldCirculant, infold_circulant_few_16),
+      INFOLD_KERNEL(circulant_few, InfoldCirculant, infold_circulant_few_32),
+      INFOLD_KERNEL(circulant_few, InfoldCirculant, infold_circulant_few_64),
+      INFOLD_KERNEL(circulant_few, InfoldCirculant, infold_circulant_few_128),
+      INFOLD_KERNEL(circulant_few, InfoldCirculant, infold_circulant_few_256),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_tiles),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_32),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_64),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_128),
       INFOLD_KERNEL(inputs, InfoldInputs, infold_inputs_rows),
       INFOLD_KERNEL(inputs, InfoldInputs, infold_inputs_tiles),
       INFOLD_KERNELS(window),
@@ -167,6 +184,49 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
   wide->splits = 18;
   wide->first_row = 19;
   wide->row_count = 20;
+}
+
+// The same for the block-circulant product.
+extern "C" size_t infold_circulant_fields(InfoldCirculant* p) {
+  p->x = reinterpret_cast<const void*>(1);
+  p->spectrum = reinterpret_cast<const void*>(2);
+  p->bias = reinterpret_cast<const void*>(3);
+  p->y = reinterpret_cast<void*>(4);
+  p->tiles = reinterpret_cast<uint32_t*>(5);
+  p->dtype = INFOLD_F16;
+  p->spectrum_dtype = INFOLD_F32;
+  p->batch = 6;
+  p->in_features = 7;
+  p->out_features = 8;
+  p->n = 9;
+  p->inputs = 10;
+  p->outputs = 11;
+  p->input_stride = 12;
+  p->output_stride = 13;
+  p->conjugate = 14;
+  p->outputs_each = 15;
+  return sizeof *p;
+}
+
+// The shared memory that its kernels need, for so many blocks of x.
+extern "C" size_t infold_circulant_shared(int n, int inputs, bool many) {
+  const auto few = [&](auto plan, int size) {
+    using Plan = decltype(plan);
+    return (256 / Plan::kLanes * Plan::kScratch + (inputs + inputs % 2) * (size / 2)) * sizeof(infold::Complex);
+  };
+  using namespace infold::circulant;
+  switch (n) {
+    case 16:
+      return few(infold::fourier::Plan<16>{}, n);
+    case 32:
+      return many ? Shape<32>::kSharedWords * 4 : few(infold::fourier::Plan<32>{}, n);
+    case 64:
+      return many ? Shape<64>::kSharedWords * 4 : few(infold::fourier::Plan<64>{}, n);
+    case 128:
+      return many ? Shape<128>::kSharedWords * 4 : few(infold::fourier::Plan<128>{}, n);
+    default:
+      return few(infold::fourier::Plan<256>{}, n);
+  }
 }
 
 // The same for what lays weights out.

@@ -226,10 +226,16 @@ def test_damage_is_named() -> None:
         lay_out(packed._replace(payload=packed.payload[:-1]), "compact")
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> None:
+def is_close(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
     """Sums in float32, rounded once to the result's dtype; `scale` is the sum of the terms' magnitudes."""
     limit = scale * 1e-5 + expected.abs() * {torch.bfloat16: 1 / 256, torch.float16: 1 / 2048}.get(actual.dtype, 0)
-    assert ((actual.double().cpu() - expected).abs() <= limit + 1e-30).all()
+    return bool(((actual.double().cpu() - expected).abs() <= limit + 1e-30).all())
+
+
+def dense(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """The dense layer's product in x's dtype, on its device."""
+    assert linear.bias is not None
+    return F.linear(x, *(parameter.detach().to(x) for parameter in (linear.weight, linear.bias)))
 
 
 SHAPES = [(16, 64), (1, 1), (70, 200), (4096, 1000), (33, 4097), (6144, 4096)]
@@ -248,13 +254,15 @@ def test_linear_on_cuda(rows: int, cols: int, batch: int) -> None:
         weight, exact = linear.weight.detach().double(), x.detach().double().cpu()
         assert linear.bias is not None
         bias = linear.bias.detach().cpu().double()
-        close(y, F.linear(exact, weight, bias), F.linear(exact.abs(), weight.abs(), bias.abs()))
+        expected, scale = F.linear(exact, weight, bias), F.linear(exact.abs(), weight.abs(), bias.abs())
+        # Many rows are the library's own product, whose sums of an odd number of columns are coarser.
+        assert is_close(y, expected, scale) or torch.equal(y, dense(x.detach(), linear))
         if batch and dtype == torch.bfloat16:
             gradient = torch.randn_like(y)
             y.backward(gradient)
             assert x.grad is not None
             g = gradient.double().cpu()
-            close(x.grad, g @ weight, g.abs() @ weight.abs())
+            assert is_close(x.grad, g @ weight, g.abs() @ weight.abs())
 
 
 @cuda
@@ -293,7 +301,7 @@ def test_scales_train_on_cuda(name: str) -> None:
             module.scales.grad = None
         linear(x.to(device)).backward(gradient.to(device))
         embedding(indices.to(device)).square().sum().backward()
-        gradients[device] = [module.scales.grad.cpu() for module in (linear, embedding)]  # type: ignore[union-attr]
+        gradients[device] = [module.scales.grad.cpu().clone() for module in (linear, embedding)]  # type: ignore[union-attr]
     for actual, expected in zip(gradients["cuda"], gradients["cpu"], strict=True):
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -361,7 +369,8 @@ def test_pairs_on_cuda(name: str, rows: int, cols: int) -> None:
         assert packed.layout in ("pairs", "pairs_of_levels")
         exact = F.linear(x.double(), weight.double(), bias)
         if name == "lossless":
-            close(y, exact, F.linear(x.double().abs(), weight.double().abs(), bias.abs()))
+            scale = F.linear(x.double().abs(), weight.double().abs(), bias.abs())
+            assert is_close(y, exact, scale) or torch.equal(y, dense(x.cuda(), linear).cpu())
         else:
             limit = (x.double().square() @ weight.double().T.square()).sqrt() / 64 + exact.abs() / 128
             assert ((y.double() - exact).abs() <= limit).all()
@@ -422,7 +431,9 @@ def test_a_model_is_converted_on_cuda(name: str) -> None:
     there = copy.deepcopy(model).cuda()
     infold.convert(model, config, progress=False)
     report = infold.convert(there, config, progress=False)
-    assert [layer.layout for layer in report.layers] == [name.split()[0] if name != "lossless" else "window"] * 2
+    # What is measured to be faster.
+    fixed, pairs = ("window", "pairs") if name == "lossless" else (name.split()[0], "pairs_of_levels")
+    assert {layer.layout for layer in report.layers} <= {fixed, pairs}
     own, other = model.state_dict(), there.state_dict()
     assert all(torch.equal(own[field], other[field].cpu()) for field in own)
     floats = infold.convert(nn.Sequential(nn.Linear(64, 64)).cuda(), LOSSLESS, progress=False)

@@ -1,5 +1,6 @@
 //! Which kernel computes what, with how many blocks and threads: what the driver launches, and the tests emulate.
 
+use super::frequency;
 use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Measure, Quantise, Unpack, Weight, Wide};
 use super::weight::{Family, Kind, STRIPE, TILE_COLS};
 
@@ -173,7 +174,13 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
     let lay_out = HISTOGRAM.into_iter().chain(APART).map(move |name| plain("lay_out", name));
     let quantise = [LARGEST, QUANTISE, SQUARE, MEASURE].into_iter().flatten().map(move |name| plain("quantise", name));
-    inputs.into_iter().chain(Kind::COMPUTED.into_iter().flat_map(of_kind)).chain(decode).chain(lay_out).chain(quantise)
+    inputs
+        .into_iter()
+        .chain(Kind::COMPUTED.into_iter().flat_map(of_kind))
+        .chain(decode)
+        .chain(lay_out)
+        .chain(quantise)
+        .chain(frequency::kernels())
 }
 
 /// Shared memory of the product of few columns on Hopper: its warps' rings.
@@ -200,7 +207,7 @@ pub struct Launch<P> {
 }
 
 impl<P> Launch<P> {
-    fn new(kernel: &'static str, blocks: u32, parameters: P) -> Self {
+    pub(super) fn new(kernel: &'static str, blocks: u32, parameters: P) -> Self {
         Self { kernel, blocks, threads: THREADS, shared: 0, parameters }
     }
 }

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "torch")]
 pub mod driver;
+pub mod frequency;
 pub mod launch;
 pub mod lay_out;
 pub mod pack;

@@ -110,6 +110,29 @@ pub struct Wide {
     pub row_count: i32,
 }
 
+/// The block-circulant product, or dx of it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Circulant {
+    pub x: *const c_void,
+    pub spectrum: *const c_void,
+    pub bias: *const c_void,
+    pub y: *mut c_void,
+    pub tiles: *mut u32,
+    pub dtype: Dtype,
+    pub spectrum_dtype: Dtype,
+    pub batch: i32,
+    pub in_features: i32,
+    pub out_features: i32,
+    pub n: i32,
+    pub inputs: i32,
+    pub outputs: i32,
+    pub input_stride: i32,
+    pub output_stride: i32,
+    pub conjugate: i32,
+    pub outputs_each: i32,
+}
+
 /// Rows of the dense weight: those that `indices` name, or all of them if it is null.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]

@@ -23,7 +23,7 @@ pub fn is_cuda(tensor: &Tensor) -> bool {
 }
 
 /// A tensor's memory, checked to be on `device`, of a kind, and without gaps.
-fn pointer(tensor: &Tensor, what: &'static str, kind: Kind, device: Device) -> Result<*mut u16> {
+pub fn pointer(tensor: &Tensor, what: &'static str, kind: Kind, device: Device) -> Result<*mut u16> {
     let found = (tensor.f_kind()?, tensor.device());
     if found != (kind, device) || !tensor.is_contiguous() {
         return Err(Error::argument(what, format!("a contiguous {kind:?} on {device:?}"), format!("{found:?}")));
@@ -76,10 +76,15 @@ fn open(weight: &Weight) -> Result<(DeviceKind, params::Weight, Option<Tensor>)>
 
 /// Launches on PyTorch's current stream of the weight's device.
 fn run<P>(weight: &Weight, launch: &Launch<P>) -> Result<()> {
-    let Device::Cuda(device) = weight.payload.device() else {
-        return Err(Error::argument("payload", "a CUDA tensor", "another"));
+    run_beside(&weight.payload, launch)
+}
+
+/// The same of a tensor's device.
+pub fn run_beside<P>(tensor: &Tensor, launch: &Launch<P>) -> Result<()> {
+    let Device::Cuda(device) = tensor.device() else {
+        return Err(Error::argument("tensor", "one on CUDA", format!("{:?}", tensor.device())));
     };
-    let stream = Stream { handle: current_stream(&weight.payload), device };
+    let stream = Stream { handle: current_stream(tensor), device };
     // SAFETY: tensors of the sizes that the parameters say, on this device; PyTorch keeps memory that is freed on its stream
     // until what was launched there before has run.
     unsafe { driver::launch(launch, stream) }
@@ -94,7 +99,7 @@ pub fn load(device: Device) -> Result<()> {
 }
 
 /// What kernels call a kind, if they know it.
-fn dtype_of(kind: Kind) -> Option<Dtype> {
+pub fn dtype_of(kind: Kind) -> Option<Dtype> {
     match kind {
         Kind::BFloat16 => Some(Dtype::Bf16),
         Kind::Half => Some(Dtype::F16),

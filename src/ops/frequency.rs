@@ -2,8 +2,9 @@
 
 use tch::{Kind, Tensor};
 
+use super::frequency_gpu::Direction;
 use super::tensor::{contiguous, slice, slice_mut};
-use super::{check_bias, compute_kind, float_kind, log8, rows_of, with_last, with_real};
+use super::{check_bias, compute_kind, device, float_kind, frequency_gpu, log8, rows_of, with_last, with_real};
 use crate::codec::MAX_DIMENSION;
 use crate::memory::AlignedVec;
 use crate::parallel::Pool;
@@ -68,6 +69,13 @@ pub fn forward(
     check_bias(bias, features)?;
     let rows = rows_of(x, "x", in_features)?;
     let compute = compute_kind(kind);
+    if device::is_cuda(x) {
+        let Spectrum::Float(spectrum) = spectrum else {
+            return Err(Error::argument("codes", "a CPU tensor", "one on CUDA"));
+        };
+        let direction = Direction::Forward;
+        return frequency_gpu::product(x, spectrum, bias, (rows, features), direction);
+    }
     let x_values = contiguous(x, "x", compute)?;
     let bias = bias.map(|bias| contiguous(bias, "bias", compute)).transpose()?;
     let mut out = Tensor::f_empty(with_last(x, features), (compute, x.device()))?;
@@ -99,6 +107,9 @@ pub fn input_gradient(gradient: &Tensor, spectrum: &Tensor, features: i64, pool:
     check_features(out_features, outputs, block, "gradient's last dimension")?;
     check_features(features, inputs, block, "in_features")?;
     let rows = rows_of(gradient, "gradient", out_features)?;
+    if device::is_cuda(gradient) {
+        return frequency_gpu::product(gradient, spectrum, None, (rows, features), Direction::Backward);
+    }
     let compute = compute_kind(kind);
     let (values, spectrum) = (contiguous(gradient, "gradient", compute)?, contiguous(spectrum, "spectrum", compute)?);
     let mut out = Tensor::f_empty(with_last(gradient, features), (compute, gradient.device()))?;
@@ -121,6 +132,9 @@ pub fn spectrum_gradient(gradient: &Tensor, x: &Tensor, block: i64, pool: &dyn P
     }
     if !(1..MAX_DIMENSION as i64).contains(&block) {
         return Err(Error::argument("block", "a positive size", block));
+    }
+    if device::is_cuda(x) {
+        return frequency_gpu::spectrum_gradient(gradient, x, block, compute);
     }
     let (gradient, x) = (contiguous(gradient, "gradient", compute)?, contiguous(x, "x", compute)?);
     let count = |features: i64| (features as u64).div_ceil(block as u64) as i64;

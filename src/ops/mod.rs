@@ -5,6 +5,7 @@ mod device;
 pub mod embedding;
 pub mod frequency;
 pub mod frequency_conv;
+mod frequency_gpu;
 mod gpu;
 pub mod linear;
 pub mod log8;

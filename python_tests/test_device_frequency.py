@@ -1,0 +1,108 @@
+"""The block-circulant operators on a GPU, against those of the CPU in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from infold._library import ops
+from infold.nn import FrequencyLinear
+from torch import Tensor
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+#: By the kernels that compute them: for few rows, for many of bfloat16, and PyTorch's transforms.
+BLOCKS = [16, 32, 64, 128, 256, 1, 3, 48]
+SHAPES = [(1, 1), (130, 200), (640, 1024), (4096, 4096)]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    expected = expected.detach()
+    size = expected.norm().item()
+    return (actual.detach().double().cpu() - expected).norm().item() / size if size else 0.0
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_products_and_gradients_on_cuda(block: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    if block < 16 and outputs > 1000:
+        pytest.skip("large for so small blocks")
+    # Of bfloat16 many rows: two transforms, two spectra, the weights and the result are rounded.
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    generator = torch.Generator().manual_seed(block)
+    layer = FrequencyLinear(inputs, outputs, block, dtype=torch.float64)
+    for batch in (0, 1, 5, 16, 17, 64, 300):
+        x = torch.randn(batch, inputs, generator=generator, dtype=torch.float64).to(dtype)
+        g = torch.randn(batch, outputs, generator=generator, dtype=torch.float64).to(dtype)
+        results = []
+        for device in ("cpu", "cuda"):
+            own = torch.float64 if device == "cpu" else dtype
+            spectrum = layer.spectrum.detach().to(dtype).to(device, own).requires_grad_()  # type: ignore[union-attr]
+            bias = layer.bias.detach().to(dtype).to(device, own).requires_grad_()  # type: ignore[union-attr]
+            here = x.to(device, own).requires_grad_()
+            y = ops.frequency_linear(here, spectrum, bias, outputs)
+            y.backward(g.to(device, own))
+            results.append((y, here.grad, spectrum.grad, bias.grad))
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert (actual.shape, actual.device.type) == (expected.shape, "cuda")
+            assert relative(actual, expected) <= limit
+
+
+@cuda
+@pytest.mark.parametrize("block", [16, 64, 5])
+def test_strided_float32_spectra_and_repeats_on_cuda(block: int) -> None:
+    layer = FrequencyLinear(256, 320, block).cuda()
+    for batch in (3, 40):
+        x = torch.randn(2, 512, batch, dtype=torch.bfloat16, device="cuda").transpose(1, 2)[..., ::2]
+        y = layer(x)
+        assert (y.shape, y.dtype) == ((2, batch, 320), torch.bfloat16)
+        exact = x.double() @ layer.dense_weight().double().T + layer.bias.double()  # type: ignore[union-attr]
+        assert relative(y, exact.cpu()) <= 8e-3
+        assert torch.equal(layer(x), y)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert torch.equal(layer(x.float()), y)
+
+
+@cuda
+def test_graphs_and_compile_on_cuda() -> None:
+    layer = FrequencyLinear(512, 512, 64).cuda()
+    compiled = torch.compile(layer, fullgraph=True)
+    for batch in (2, 100):
+        x = torch.randn(batch, 512, dtype=torch.bfloat16, device="cuda")
+        with torch.no_grad():
+            layer(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(x)
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert torch.equal(y, layer(x))
+            assert torch.equal(compiled(x), y)
+
+
+@cuda
+@pytest.mark.parametrize("block", [4, 16, 7])
+def test_gradients_of_any_order_on_cuda(block: int) -> None:
+    options = {"dtype": torch.float64, "device": "cuda", "requires_grad": True}
+    x = torch.randn(2, 20, **options)  # type: ignore[call-overload]
+    spectrum = torch.randn(-(-30 // block), -(-20 // block), block, **options)  # type: ignore[call-overload]
+
+    def layer(x: Tensor, spectrum: Tensor) -> Tensor:
+        return ops.frequency_linear(x, spectrum, None, 30)  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(layer, (x, spectrum))
+    assert torch.autograd.gradgradcheck(layer, (x, spectrum))
+
+
+@cuda
+def test_opcheck_on_cuda() -> None:
+    layer = FrequencyLinear(64, 128, 16).cuda()
+    x = torch.randn(3, 64, device="cuda", requires_grad=True)
+    torch.library.opcheck(ops.frequency_linear.default, (x, layer.spectrum, layer.bias, 128))
+
+
+@cuda
+def test_inputs_elsewhere_are_refused_on_cuda() -> None:
+    layer = FrequencyLinear(64, 128, 16)
+    with pytest.raises(ValueError, match="spectrum: expected a tensor on Cuda"):
+        ops.frequency_linear(torch.randn(3, 64, device="cuda"), layer.spectrum, None, 128)

@@ -1,0 +1,262 @@
+//! The GPU's kernels of the block-circulant product, emulated on the host, against the CPU's in float64.
+
+mod emulation;
+mod support;
+
+use emulation::{Guarded, emulate};
+use half::{bf16, f16};
+use infold::cuda::frequency::{self, Product};
+use infold::cuda::params::{Circulant, Dtype};
+use infold::parallel::Threads;
+use infold::spectral;
+use support::*;
+
+unsafe extern "C" {
+    fn infold_circulant_fields(parameters: *mut Circulant) -> usize;
+    fn infold_circulant_shared(n: i32, inputs: i32, many: bool) -> usize;
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    n: usize,
+    out_features: usize,
+    in_features: usize,
+    rows: usize,
+    dtype: Dtype,
+    spectrum_dtype: Dtype,
+    backward: bool,
+    with_bias: bool,
+}
+
+/// Values as a dtype has them: its bytes, and the numbers that they stand for.
+fn rounded(values: &[f32], dtype: Dtype) -> (Guarded, Vec<f64>) {
+    match dtype {
+        Dtype::F32 => (Guarded::new(values), values.iter().map(|&value| f64::from(value)).collect()),
+        Dtype::F16 => {
+            let halves: Vec<f16> = values.iter().map(|&value| f16::from_f32(value)).collect();
+            (Guarded::new(&halves), halves.iter().map(|half| half.to_f64()).collect())
+        }
+        Dtype::Bf16 => {
+            let halves = to_bf16(values);
+            (Guarded::new(&halves), halves.iter().map(|half| half.to_f64()).collect())
+        }
+    }
+}
+
+fn read(memory: &Guarded, dtype: Dtype) -> Vec<f64> {
+    match dtype {
+        Dtype::F32 => memory.values::<f32>().into_iter().map(f64::from).collect(),
+        Dtype::F16 => memory.values::<f16>().into_iter().map(f64::from).collect(),
+        Dtype::Bf16 => memory.values::<bf16>().into_iter().map(f64::from).collect(),
+    }
+}
+
+/// The result and what it should be.
+fn run(case: Case, product: Product, random: &mut Random) -> (Vec<f64>, Vec<f64>) {
+    let Case { n, out_features, in_features, rows, dtype, .. } = case;
+    let (outputs, inputs) = (out_features.div_ceil(n), in_features.div_ceil(n));
+    let (from, to) = if case.backward { (out_features, in_features) } else { (in_features, out_features) };
+    let (x, x_values) = rounded(&random.normals(rows * from, 1.0), dtype);
+    let (spectrum, spectra) = rounded(&random.normals(outputs * inputs * n, 0.1), case.spectrum_dtype);
+    let (bias, bias_values) = rounded(&random.normals(to, 0.5), dtype);
+    let y = rounded(&vec![f32::NAN; rows * to], dtype).0;
+    let words = frequency::tile_words(n, from.div_ceil(n), to.div_ceil(n));
+    let tiles = Guarded::of_bytes(4 * words);
+    let (input_stride, output_stride) = if case.backward { (inputs as i32, 1) } else { (1, inputs as i32) };
+    let with_bias = case.with_bias && !case.backward;
+    let parameters = Circulant {
+        x: x.pointer().cast(),
+        spectrum: spectrum.pointer().cast(),
+        bias: if with_bias { bias.pointer().cast() } else { std::ptr::null() },
+        y: y.pointer().cast(),
+        tiles: tiles.pointer().cast(),
+        dtype,
+        spectrum_dtype: case.spectrum_dtype,
+        batch: rows as i32,
+        in_features: from as i32,
+        out_features: to as i32,
+        n: n as i32,
+        inputs: from.div_ceil(n) as i32,
+        outputs: to.div_ceil(n) as i32,
+        input_stride,
+        output_stride,
+        conjugate: case.backward.into(),
+        outputs_each: 0,
+    };
+    if product == Product::Few {
+        emulate(frequency::few(parameters));
+    } else {
+        emulate(frequency::tiles(parameters));
+        emulate(frequency::many(parameters));
+    }
+
+    let shape = spectral::Circulant::new(out_features, in_features, n).unwrap();
+    let mut expected = vec![f64::NAN; rows * to];
+    if case.backward {
+        spectral::input_gradient(&shape, (&x_values, rows), &spectra, &mut expected, &Threads(2));
+    } else {
+        let bias = with_bias.then_some(&bias_values[..]);
+        spectral::product(&shape, (&x_values, rows), &spectra, bias, &mut expected, &Threads(2));
+    }
+    (read(&y, dtype), expected)
+}
+
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|value| value * value).sum::<f64>().sqrt()
+}
+
+fn relative_error(actual: &[f64], expected: &[f64]) -> f64 {
+    norm(actual.iter().zip(expected).map(|(a, e)| a - e)) / norm(expected.iter().copied())
+}
+
+#[test]
+fn few_rows_in_every_dtype() {
+    let mut random = Random(1);
+    for n in [16, 32, 64, 128, 256] {
+        for (out_features, in_features, rows) in [(n, n, 1), (2 * n + 3, 3 * n - 5, 2), (1, 1, 3), (n + 1, 20 * n, 1)] {
+            for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+                for backward in [false, true] {
+                    let spectrum_dtype = if rows == 1 { Dtype::F32 } else { dtype };
+                    let case = Case {
+                        n,
+                        out_features,
+                        in_features,
+                        rows,
+                        dtype,
+                        spectrum_dtype,
+                        backward,
+                        with_bias: rows != 2,
+                    };
+                    let (actual, expected) = run(case, Product::Few, &mut random);
+                    // Sums are in float32; the result is rounded once.
+                    let size = norm(expected.iter().copied());
+                    let step = match dtype {
+                        Dtype::F32 => 0.0,
+                        Dtype::F16 => 2f64.powi(-11),
+                        Dtype::Bf16 => 2f64.powi(-8),
+                    };
+                    for (a, e) in actual.iter().zip(&expected) {
+                        assert!((a - e).abs() <= 2e-6 * size + 1.001 * step * e.abs(), "{case:?}: {a} for {e}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn many_rows() {
+    let mut random = Random(2);
+    for (n, out_features, in_features, rows) in [
+        (32, 32, 32, 1),
+        (32, 70, 4096, 17),
+        (32, 4100, 33, 5),
+        (64, 64, 64, 16),
+        (64, 72 * 8, 64 * 8, 33),
+        (64, 1, 1, 3),
+        (64, 650, 1001, 18),
+        (64, 65, 4096, 2),
+        (128, 128, 256, 20),
+        (128, 777, 1300, 16),
+    ] {
+        for backward in [false, true] {
+            if backward && out_features > 4096 {
+                continue;
+            }
+            let spectrum_dtype = if rows % 2 == 0 { Dtype::F32 } else { Dtype::Bf16 };
+            let with_bias = rows != 16;
+            let case =
+                Case { n, out_features, in_features, rows, dtype: Dtype::Bf16, spectrum_dtype, backward, with_bias };
+            let (actual, expected) = run(case, Product::Many, &mut random);
+            // Both matrices, both spectra and the weights are rounded to bfloat16, and the result.
+            let error = relative_error(&actual, &expected);
+            let limit = if actual.len() < 100 { 1e-2 } else { 5e-3 };
+            assert!(error < limit, "{case:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_spectrum_of_one_frequency() {
+    // Exact in bfloat16 all through: a matrix of ones, and signs that alternate.
+    let (n, rows) = (64, 3);
+    for slot in [0, n / 2] {
+        let mut spectrum = vec![0f32; n];
+        spectrum[slot] = 8.0;
+        let x: Vec<bf16> = (0..rows * n).map(|i| bf16::from_f32(f32::from(u8::from(i % 7 == 0)))).collect();
+        let (x, spectrum) = (Guarded::new(&x), Guarded::new(&spectrum));
+        let tiles = Guarded::of_bytes(4 * frequency::tile_words(n, 1, 1));
+        let y = Guarded::new(&vec![bf16::NAN; rows * n]);
+        let parameters = Circulant {
+            x: x.pointer().cast(),
+            spectrum: spectrum.pointer().cast(),
+            bias: std::ptr::null(),
+            y: y.pointer().cast(),
+            tiles: tiles.pointer().cast(),
+            dtype: Dtype::Bf16,
+            spectrum_dtype: Dtype::F32,
+            batch: rows as i32,
+            in_features: n as i32,
+            out_features: n as i32,
+            n: n as i32,
+            inputs: 1,
+            outputs: 1,
+            input_stride: 1,
+            output_stride: 1,
+            conjugate: 0,
+            outputs_each: 0,
+        };
+        let sign = |i: usize| if slot > 0 && i % 2 == 1 { -1.0 } else { 1.0 };
+        let values = read(&x, Dtype::Bf16);
+        let expected: Vec<f64> =
+            (0..rows * n).map(|i| (0..n).map(|j| sign(i % n) * sign(j) * values[i / n * n + j]).sum()).collect();
+        emulate(frequency::tiles(parameters));
+        emulate(frequency::many(parameters));
+        assert_eq!(read(&y, Dtype::Bf16), expected);
+        emulate(frequency::few(parameters));
+        assert_eq!(read(&y, Dtype::Bf16), expected);
+    }
+}
+
+#[test]
+fn rust_and_device_agree_on_parameters_and_memory() {
+    let mut parameters = std::mem::MaybeUninit::<Circulant>::uninit();
+    // SAFETY: every field is set before the structure is read.
+    let parameters = unsafe {
+        assert_eq!(infold_circulant_fields(parameters.as_mut_ptr()), size_of::<Circulant>());
+        parameters.assume_init()
+    };
+    let pointers = [parameters.x, parameters.spectrum, parameters.bias, parameters.y, parameters.tiles.cast()];
+    assert_eq!(pointers.map(|pointer| pointer.addr()), [1, 2, 3, 4, 5]);
+    assert_eq!((parameters.dtype, parameters.spectrum_dtype), (Dtype::F16, Dtype::F32));
+    let Circulant { batch, in_features, out_features, n, inputs, outputs, .. } = parameters;
+    assert_eq!([batch, in_features, out_features, n, inputs, outputs], [6, 7, 8, 9, 10, 11]);
+    let Circulant { input_stride, output_stride, conjugate, outputs_each, .. } = parameters;
+    assert_eq!([input_stride, output_stride, conjugate, outputs_each], [12, 13, 14, 15]);
+
+    for n in [16, 32, 64, 128, 256] {
+        for inputs in [1, 2, 7] {
+            let parameters = Circulant { n, inputs, outputs: 9, batch: 40, ..parameters };
+            // SAFETY: only numbers are asked for.
+            assert_eq!(frequency::few(parameters).shared as usize, unsafe {
+                infold_circulant_shared(n, inputs, false)
+            });
+            if (32..=128).contains(&n) {
+                // SAFETY: as above.
+                assert_eq!(frequency::many(parameters).shared as usize, unsafe {
+                    infold_circulant_shared(n, inputs, true)
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn who_computes_what() {
+    assert_eq!(Product::of(64, 64, 1, Dtype::Bf16), Product::Few);
+    assert_eq!(Product::of(64, 64, 4096, Dtype::Bf16), Product::Many);
+    assert_eq!(Product::of(64, 64, 4096, Dtype::F32), Product::Composed);
+    assert_eq!(Product::of(64, 65, 4096, Dtype::Bf16), Product::Composed);
+    assert_eq!(Product::of(48, 1, 1, Dtype::Bf16), Product::Composed);
+    assert_eq!(Product::of(64, 1 << 20, 1, Dtype::Bf16), Product::Composed);
+}
