@@ -61,7 +61,7 @@ CONFIGS = {
 #: Those whose weights are coded in pairs too.
 PAIRS = ("lossless", "ecsq 3 bits", "ecsq 4 bits", "int4 g128")
 #: Each format as it lies on the GPU.
-CASES = [(name, form) for name in CONFIGS for form in ("device", "pairs") if form == "device" or name in PAIRS]
+CASES = [(name, form) for form in ("device", "pairs") for name in CONFIGS if form == "device" or name in PAIRS]
 #: Of Llama-3-8B and 70B, as (in_features, out_features).
 SHAPES = {
     "8B": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)),
@@ -82,7 +82,7 @@ FUSED_BATCHES = (1, 4, 16, 64, 256)
 def correctness() -> None:
     """Runs the tests that need a GPU, in several processes where pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["-n8"] if importlib.util.find_spec("xdist") else []
+    command += ["-n16"] if importlib.util.find_spec("xdist") else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
     tests = sorted(map(str, TESTS.glob("test_device*.py")))
     subprocess.run([*command, *tests], env=environment, check=True)
@@ -182,17 +182,15 @@ def profile(rows_out: list[dict[str, Any]]) -> None:
 
 
 def gaussian(rows: int, cols: int) -> Tensor:
-    """Drawn on the GPU, which is quicker, for the host to pack."""
-    return (torch.randn(rows, cols, device="cuda") * 0.02).bfloat16().cpu()
+    return (torch.randn(rows, cols, device="cuda") * 0.02).bfloat16()
 
 
 def copies_of(weight: Tensor, name: str, form: str) -> tuple[list[Packed], str, tuple[object, ...]]:
     """Copies of a weight on the GPU, the name of their layout, and the integers that operators take."""
     packed = lay_out(pack(weight, CONFIGS[name]), form)
-    number = ops.inspect_packed(*packed[:3])[2]
+    number = ops.inspect_packed(*(tensor.cpu() for tensor in packed[:3]))[2]
     count = max(2, int(COPIES_BYTES / packed.nbytes) + 1)
-    on_device = [tensor.cuda() for tensor in packed]
-    copies = [Packed(on_device[0].clone(), *on_device[1:]) for _ in range(count)]
+    copies = [Packed(packed.payload.clone(), *packed[1:]) for _ in range(count)]
     return copies, LAYOUTS[number], (0, number, *weight.shape, torch.bfloat16)
 
 
@@ -224,7 +222,7 @@ def interleaved(sides: dict[str, list[Callable[[], object]]], repeats: int = 30)
 
 
 def copies_of_dense(weight: Tensor) -> list[Tensor]:
-    return [weight.cuda() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
+    return [weight.clone() for _ in range(max(2, int(COPIES_BYTES / weight.nbytes) + 1))]
 
 
 def product_row(
@@ -317,7 +315,7 @@ def decoder_rates(rows_out: list[dict[str, Any]]) -> None:
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
     digests = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
     weight = gaussian(rows, cols)
-    dfloat11, unpacked = gpu_peers.dfloat11_of(weight.cuda()), torch.empty_like(weight, device="cuda")
+    dfloat11, unpacked = gpu_peers.dfloat11_of(weight), torch.empty_like(weight)
     for name, form in CASES:
         copies, layout, numbers = copies_of(weight, name, form)
         payload, scales = copies[0].payload, copies[0].scales if copies[0].scales.numel() else None
@@ -373,8 +371,8 @@ def seconds(run: Callable[[], object], repeats: int = 7) -> float:
 def layout_rates(rows_out: list[dict[str, Any]]) -> None:
     """Laying out from the canonical form, and packing."""
     rows, cols = 14336, 4096
-    weight = gaussian(rows, cols)
-    there = weight.cuda()
+    there = gaussian(rows, cols)
+    weight = there.cpu()
     for name, config in CONFIGS.items():
         packed = Packed(*(tensor.cuda() for tensor in pack(weight, config)))
         rates = {"laid_out": rows * cols / seconds(lambda packed=packed: lay_out(packed, "device"))}  # type: ignore[misc]

@@ -111,6 +111,12 @@ TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("frequency_linear_log8", linear);
 }
 
+TORCH_LIBRARY_IMPL(infold, CUDA, m) {
+  m.impl("log8_encode", encode);
+  m.impl("log8_decode", decode);
+  m.impl("frequency_linear_log8", linear);
+}
+
 TORCH_LIBRARY_IMPL(infold, Meta, m) {
   m.impl("log8_decode", meta_decode);
   m.impl("frequency_linear_log8", meta_linear);

@@ -1,6 +1,7 @@
-// The block-circulant product of few rows: a block computes one block of one row of y, and for that transforms the whole
-// row of x. Spectra are read as they are stored, and are on their way while x is transformed.
+// The block-circulant product of few rows: a block computes one block of one row of y, and for that transforms the
+// whole row of x. Spectra are read as they are stored, and are on their way while x is transformed.
 #include "fourier.cuh"
+#include "log8.cuh"
 #include "values.cuh"
 
 namespace {
@@ -16,7 +17,9 @@ __device__ uint32_t load_bits(const void* values, size_t index, int dtype) {
   return dtype == INFOLD_F32 ? static_cast<const uint32_t*>(values)[index]
                              : static_cast<const uint16_t*>(values)[index];
 }
-__device__ float value_of(uint32_t bits, int dtype) { return load_value(&bits, 0, dtype); }
+__device__ float value_of(uint32_t bits, int dtype) {
+  return dtype == INFOLD_LOG8 ? float_of(bits) : load_value(&bits, 0, dtype);
+}
 
 struct Bits {
   uint32_t re, im;
@@ -40,6 +43,8 @@ struct Few {
     if (input >= p.inputs) return {0, 0};
     const size_t block = static_cast<size_t>(output) * p.output_stride + static_cast<size_t>(input) * p.input_stride;
     const size_t first = block * N + slot;
+    if (p.spectrum_dtype == INFOLD_LOG8)
+      return {bits_of(log8::load(p.log8, first)), bits_of(log8::load(p.log8, first + kSlots))};
     return {load_bits(p.spectrum, first, p.spectrum_dtype), load_bits(p.spectrum, first + kSlots, p.spectrum_dtype)};
   }
 
@@ -47,21 +52,33 @@ struct Few {
     return col < p.in_features ? load_bits(p.x, static_cast<size_t>(row) * p.in_features + col, p.dtype) : 0;
   }
 
+  // A lane's numbers of two blocks of x.
+  struct Column {
+    Bits rows[Plan::kFirst];
+  };
+
+  __device__ Column load_column(int pair) const {
+    Column result;
+#pragma unroll
+    for (int i = 0; i < Plan::kFirst; ++i) {
+      const int col = 2 * pair * N + i * Plan::kLanes + threadIdx.x % Plan::kLanes;
+      result.rows[i] = {load_input(col), load_input(col + N)};
+    }
+    return result;
+  }
+
   // The spectra of x's blocks, of which two at a time are the parts of one complex block.
-  __device__ void transform_inputs(const Complex (&roots)[N], Complex* scratch, Complex* spectra) const {
+  __device__ void transform_inputs(Column bits, const Complex (&roots)[N], Complex* scratch, Complex* spectra) const {
     const int lane = threadIdx.x % Plan::kLanes, pairs = (p.inputs + 1) / 2;
     Complex* own = scratch + threadIdx.x / Plan::kLanes * Plan::kScratch;
     for (int first = 0; first < pairs; first += kTransforms) {
       const int pair = first + threadIdx.x / Plan::kLanes;
-      Bits bits[Plan::kFirst];
-#pragma unroll
-      for (int i = 0; i < Plan::kFirst; ++i) {
-        const int col = 2 * pair * N + i * Plan::kLanes + lane;
-        bits[i] = {load_input(col), load_input(col + N)};
-      }
+      if (first > 0) bits = load_column(pair);
       Complex column[Plan::kFirst];
 #pragma unroll
-      for (int i = 0; i < Plan::kFirst; ++i) column[i] = {value_of(bits[i].re, p.dtype), value_of(bits[i].im, p.dtype)};
+      for (int i = 0; i < Plan::kFirst; ++i) {
+        column[i] = {value_of(bits.rows[i].re, p.dtype), value_of(bits.rows[i].im, p.dtype)};
+      }
       Plan::run(column, roots, own);
       if (pair < pairs) {
         Complex* out = spectra + 2 * pair * kSlots;
@@ -78,8 +95,7 @@ struct Few {
 
   __device__ void multiply_add(Complex& sum, Bits bits, Complex x) const {
     const Complex w = {value_of(bits.re, p.spectrum_dtype), value_of(bits.im, p.spectrum_dtype)};
-    const Complex product =
-        slot == 0 ? Complex{w.re * x.re, w.im * x.im} : (p.conjugate ? conjugate(w) : w) * x;
+    const Complex product = slot == 0 ? Complex{w.re * x.re, w.im * x.im} : (p.conjugate ? conjugate(w) : w) * x;
     sum = sum + product;
   }
 
@@ -107,12 +123,13 @@ struct Few {
     __shared__ Complex shares[kThreads];
     Complex* scratch = reinterpret_cast<Complex*>(dynamic_shared());
     Complex* spectra = scratch + kTransforms * Plan::kScratch;
+    const Column first = load_column(threadIdx.x / Plan::kLanes);
     Bits ahead[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ahead[i] = load_spectrum(part + i * kParts);
     Plan::fill(roots);
     __syncthreads();
-    transform_inputs(roots, scratch, spectra);
+    transform_inputs(first, roots, scratch, spectra);
     __syncthreads();
 
     Complex sum = {0, 0};
@@ -149,9 +166,9 @@ struct Few {
 
 }  // namespace
 
-#define INFOLD_KERNEL(n)                                                                                \
+#define INFOLD_KERNEL(n)                                                                               \
   extern "C" __global__ void __launch_bounds__(kThreads) infold_circulant_few_##n(InfoldCirculant p) { \
-    Few<n>{p}.run();                                                                                    \
+    Few<n>{p}.run();                                                                                   \
   }
 INFOLD_KERNEL(16)
 INFOLD_KERNEL(32)

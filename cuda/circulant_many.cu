@@ -4,6 +4,7 @@
 // take their place.
 #include "circulant_many.cuh"
 #include "intrinsics.cuh"
+#include "log8.cuh"
 #include "params.h"
 #include "values.cuh"
 
@@ -14,11 +15,11 @@ constexpr int kRowsEach = circulant::kRows;
 
 __device__ uint32_t pack(float low, float high) { return to_bf16(low) | static_cast<uint32_t>(to_bf16(high)) << 16; }
 
-// What a number of a slot is multiplied by at a time.
-__device__ float wave(int n, int slot, int part, int time) {
+// What a number of a slot is multiplied by at a time, from a period of a cosine.
+template <int N>
+__device__ float wave(const float (&cosines)[N], int slot, int part, int time) {
   if (slot == 0) return part == 1 && time % 2 == 1 ? -1.0f : 1.0f;
-  const float turns = static_cast<float>(slot * time % n) / static_cast<float>(n);
-  return part == 0 ? cosine_of_turns(turns) : -sine_of_turns(turns);
+  return cosines[(slot * time + part * (N / 4)) % N];
 }
 
 // Eight bfloat16s of a row, zeros beyond it.
@@ -32,20 +33,26 @@ __device__ uint4 load_run(const uint16_t* row, int col, int cols, bool aligned) 
   return {words[0], words[1], words[2], words[3]};
 }
 
-template <int N>
+template <int N, int kFeatures>
 struct Many {
-  using Shape = circulant::Shape<N>;
+  using Shape = circulant::Shape<N, kFeatures>;
   static constexpr int kThreads = Shape::kThreads, kWarps = kThreads / kLanes;
+  static constexpr int kSteps = Shape::kSteps, kInputSteps = Shape::kInputSteps;
+  // And the tiles that they are of.
+  static constexpr int kAhead = Shape::kAhead;
+  static constexpr int kTogether = kAhead > kInputSteps ? kAhead / kInputSteps : 1;
 
   const InfoldCirculant& p;
   uint32_t* regions;
   uint2 *forward, *inverse;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int group = lane / 4, column = lane % 4;
-  const int steps = (p.inputs + 15) / 16;
 
   // The transforms' matrices as operands B.
   __device__ void fill() const {
+    __shared__ float cosines[N];
+    for (int i = threadIdx.x; i < N; i += kThreads) cosines[i] = cosine_of_turns(static_cast<float>(i) / N);
+    __syncthreads();
     for (int i = threadIdx.x; i < Shape::kMatrixWords / 2; i += kThreads) {
       const int own = i % kLanes, tile = i / kLanes % Shape::kGroups, step = i / kLanes / Shape::kGroups;
       uint32_t words[2][2];
@@ -56,8 +63,8 @@ struct Many {
         float to[2], back[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          to[e] = wave(N, number / 2, number % 2, Shape::time_of_step(step, own, high, e));
-          back[e] = wave(N, slot, e, time);
+          to[e] = wave(cosines, number / 2, number % 2, Shape::time_of_step(step, own, high, e));
+          back[e] = wave(cosines, slot, e, time);
         }
         words[0][high] = pack(to[0], to[1]);
         words[1][high] = pack(back[0], back[1]);
@@ -67,37 +74,48 @@ struct Many {
     }
   }
 
-  // Of two blocks of x at a time, whose spectra go to the regions.
-  __device__ void transform(int first_row) const {
+  // Operands A of a transform: two blocks of x.
+  struct Inputs {
+    uint32_t a[2][kSteps][4];
+  };
+
+  __device__ Inputs load_inputs(int first_row, int pair) const {
     const auto* x = static_cast<const uint16_t*>(p.x);
     const bool aligned = p.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    for (int pair = warp; pair < 8 * steps; pair += kWarps) {
-      uint32_t a[2][Shape::kSteps][4];
+    Inputs result;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int below = 0; below < 2; ++below) {
-          const int row = first_row + group + 8 * below;
-          const int cols = row < p.batch ? p.in_features : 0;
-          const int col = (2 * pair + half) * N + column * (N / 4);
+      for (int below = 0; below < 2; ++below) {
+        const int row = first_row + group + 8 * below;
+        const int cols = row < p.batch ? p.in_features : 0;
+        const int col = (2 * pair + half) * N + column * (N / 4);
 #pragma unroll
-          for (int step = 0; step < Shape::kSteps; step += 2) {
-            const uint4 run = load_run(x + static_cast<size_t>(row) * p.in_features, col + 4 * step, cols, aligned);
-            a[half][step][below] = run.x;
-            a[half][step][below + 2] = run.y;
-            a[half][step + 1][below] = run.z;
-            a[half][step + 1][below + 2] = run.w;
-          }
+        for (int step = 0; step < kSteps; step += 2) {
+          const uint4 run = load_run(x + static_cast<size_t>(row) * p.in_features, col + 4 * step, cols, aligned);
+          result.a[half][step][below] = run.x;
+          result.a[half][step][below + 2] = run.y;
+          result.a[half][step + 1][below] = run.z;
+          result.a[half][step + 1][below + 2] = run.w;
         }
       }
+    }
+    return result;
+  }
+
+  // The spectra of x go to the regions.
+  __device__ void transform(int first_row) const {
+    constexpr int kPairs = Shape::kInputs / 2;
+    for (int pair = warp; pair < kPairs; pair += kWarps) {
+      const Inputs inputs = load_inputs(first_row, pair);
 #pragma unroll 2
       for (int tile = 0; tile < Shape::kGroups; ++tile) {
         float sums[2][4] = {};
 #pragma unroll
-        for (int step = 0; step < Shape::kSteps; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
           const uint2 b = forward[(step * Shape::kGroups + tile) * kLanes + lane];
-          infold::multiply_add(sums[0], a[0][step], b.x, b.y);
-          infold::multiply_add(sums[1], a[1][step], b.x, b.y);
+          infold::multiply_add(sums[0], inputs.a[0][step], b.x, b.y);
+          infold::multiply_add(sums[1], inputs.a[1][step], b.x, b.y);
         }
         uint32_t* region = regions + (4 * tile + column) * Shape::kRegion;
 #pragma unroll
@@ -109,54 +127,81 @@ struct Many {
     }
   }
 
+  // Operands A of a slot: spectra of x.
+  struct Spectra {
+    uint32_t re[kInputSteps][4], im[kInputSteps][4];
+  };
+
+  __device__ Spectra load_spectra(const uint32_t* region) const {
+    Spectra result;
+#pragma unroll
+    for (int step = 0; step < kInputSteps; ++step) {
+      const uint4 re = *reinterpret_cast<const uint4*>(region + Shape::operand_place(0, step, lane));
+      const uint4 im = *reinterpret_cast<const uint4*>(region + Shape::operand_place(1, step, lane));
+      result.re[step][0] = re.x, result.re[step][1] = re.y, result.re[step][2] = re.z, result.re[step][3] = re.w;
+      result.im[step][0] = im.x, result.im[step][1] = im.y, result.im[step][2] = im.z, result.im[step][3] = im.w;
+    }
+    return result;
+  }
+
   // Each frequency's product, of `count` outputs from `first` on.
   __device__ void multiply(int first, int count) const {
-    const int tiles = (p.outputs + 7) / 8;
+    const int all = (p.outputs + 7) / 8, tiles = (count + 7) / 8;
     for (int slot = warp; slot < Shape::kSlots; slot += kWarps) {
-      uint32_t* region = regions + slot * Shape::kRegion;
-      uint32_t re[Shape::kInputSteps][4], im[Shape::kInputSteps][4];
+      const uint32_t* weights = p.tiles + circulant::weight_place(slot, all, first / 8, kInputSteps, 0, lane);
+      const auto load = [&](int index) { return load_quad(weights + static_cast<size_t>(index) * (4 * kLanes)); };
+      uint4 ahead[kAhead];
 #pragma unroll
-      for (int step = 0; step < Shape::kInputSteps; ++step) {
-        if (step >= steps) break;
-        const uint4 a = *reinterpret_cast<const uint4*>(region + Shape::operand_place(0, step, lane));
-        const uint4 b = *reinterpret_cast<const uint4*>(region + Shape::operand_place(1, step, lane));
-        re[step][0] = a.x, re[step][1] = a.y, re[step][2] = a.z, re[step][3] = a.w;
-        im[step][0] = b.x, im[step][1] = b.y, im[step][2] = b.z, im[step][3] = b.w;
+      for (int i = 0; i < kAhead; ++i) {
+        if (i < tiles * kInputSteps) ahead[i] = load(i);
       }
+      uint32_t* region = regions + slot * Shape::kRegion;
+      const Spectra x = load_spectra(region);
       // All lanes have read what is overwritten.
       sync_warp();
-      for (int tile = 0; tile < (count + 7) / 8; ++tile) {
-        // Of real parts by real parts, imaginary by imaginary ones, and of one by the other.
-        float real[4] = {}, imaginary[4] = {}, mixed[4] = {};
+      for (int start = 0; start < tiles; start += kTogether) {
 #pragma unroll
-        for (int step = 0; step < Shape::kInputSteps; ++step) {
-          if (step >= steps) break;
-          const uint4 w = load_quad(p.tiles + circulant::weight_place(slot, tiles, first / 8 + tile, steps, step, lane));
-          infold::multiply_add(real, re[step], w.x, w.y);
-          infold::multiply_add(imaginary, im[step], w.z, w.w);
-          infold::multiply_add(mixed, re[step], w.z, w.w);
-          infold::multiply_add(mixed, im[step], w.x, w.y);
-        }
+        for (int i = 0; i < kTogether; ++i) {
+          const int tile = start + i;
+          if (tile >= tiles) break;
+          // Of real parts by real parts, imaginary by imaginary ones, and of one by the other.
+          float real[4] = {}, imaginary[4] = {}, mixed[4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          mixed[i] = slot == 0 ? imaginary[i] : mixed[i];
-          real[i] -= slot == 0 ? 0 : imaginary[i];
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          auto* out = reinterpret_cast<uint2*>(region + Shape::output_place(8 * tile + 2 * column + i, group));
-          *out = {pack(real[i], mixed[i]), pack(real[i + 2], mixed[i + 2])};
+          for (int step = 0; step < kInputSteps; ++step) {
+            const uint4 w = ahead[(i * kInputSteps + step) % kAhead];
+            const int next = tile * kInputSteps + step + kAhead;
+            if (next < tiles * kInputSteps) ahead[(i * kInputSteps + step) % kAhead] = load(next);
+            infold::multiply_add(real, x.re[step], w.x, w.y);
+            infold::multiply_add(imaginary, x.im[step], w.z, w.w);
+            infold::multiply_add(mixed, x.re[step], w.z, w.w);
+            infold::multiply_add(mixed, x.im[step], w.x, w.y);
+          }
+          store_product(region, slot, tile, real, imaginary, mixed);
         }
       }
+    }
+  }
+
+  __device__ void store_product(uint32_t* region, int slot, int tile, float (&real)[4], const float (&imaginary)[4],
+                                float (&mixed)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      mixed[i] = slot == 0 ? imaginary[i] : mixed[i];
+      real[i] -= slot == 0 ? 0 : imaginary[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      auto* out = reinterpret_cast<uint2*>(region + Shape::output_place(8 * tile + 2 * column + i, group));
+      *out = {pack(real[i], mixed[i]), pack(real[i + 2], mixed[i + 2])};
     }
   }
 
   // y of the outputs' spectra.
   __device__ void finish(int first_row, int first, int count) const {
     for (int output = warp; output < count; output += kWarps) {
-      uint32_t a[Shape::kSteps][4];
+      uint32_t a[kSteps][4];
 #pragma unroll
-      for (int step = 0; step < Shape::kSteps; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int high = 0; high < 2; ++high) {
           const uint32_t* region = regions + Shape::slot_of_step(step, lane, high) * Shape::kRegion;
@@ -171,7 +216,7 @@ struct Many {
       for (int tile = 0; tile < Shape::kGroups; ++tile) {
         float sums[4] = {};
 #pragma unroll
-        for (int step = 0; step < Shape::kSteps; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
           const uint2 b = inverse[(step * Shape::kGroups + tile) * kLanes + lane];
           infold::multiply_add(sums, a[step], b.x, b.y);
         }
@@ -249,7 +294,7 @@ struct Many {
 
 // Lays the spectra out: a thread for each four words, of neighbouring slots first.
 extern "C" __global__ void __launch_bounds__(256) infold_circulant_tiles(InfoldCirculant p) {
-  const int slots = p.n / 2, steps = (p.inputs + 15) / 16, tiles = (p.outputs + 7) / 8;
+  const int slots = p.n / 2, steps = p.input_steps, tiles = (p.outputs + 7) / 8;
   const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int slot = index % slots, lane = index / slots % kLanes;
   const int step = index / slots / kLanes % steps, tile = index / slots / kLanes / steps;
@@ -268,8 +313,11 @@ extern "C" __global__ void __launch_bounds__(256) infold_circulant_tiles(InfoldC
       for (int e = 0; e < 2; ++e) {
         const int input = circulant::input_of(step, lane, high, e);
         if (output >= p.outputs || input >= p.inputs) continue;
-        const size_t block = static_cast<size_t>(output) * p.output_stride + static_cast<size_t>(input) * p.input_stride;
-        values[e] = factor * load_value(p.spectrum, block * p.n + part * slots + slot, p.spectrum_dtype);
+        const size_t block =
+            static_cast<size_t>(output) * p.output_stride + static_cast<size_t>(input) * p.input_stride;
+        const size_t index = block * p.n + part * slots + slot;
+        const bool is_log8 = p.spectrum_dtype == INFOLD_LOG8;
+        values[e] = factor * (is_log8 ? log8::load(p.log8, index) : load_value(p.spectrum, index, p.spectrum_dtype));
       }
       words[2 * part + high] = pack(values[0], values[1]);
     }
@@ -278,11 +326,15 @@ extern "C" __global__ void __launch_bounds__(256) infold_circulant_tiles(InfoldC
   *out = {words[0], words[1], words[2], words[3]};
 }
 
-#define INFOLD_KERNEL(n)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(Many<n>::kThreads, 1) infold_circulant_many_##n(InfoldCirculant p) { \
-    Many<n>::start(p);                                                                                               \
+#define INFOLD_KERNEL(n, features)                                             \
+  extern "C" __global__ void __launch_bounds__(Many<n, features>::kThreads, 1) \
+      infold_circulant_many_##n##_##features(InfoldCirculant p) {              \
+    Many<n, features>::start(p);                                               \
   }
-INFOLD_KERNEL(32)
-INFOLD_KERNEL(64)
-INFOLD_KERNEL(128)
+INFOLD_KERNEL(32, 1024)
+INFOLD_KERNEL(64, 1024)
+INFOLD_KERNEL(128, 1024)
+INFOLD_KERNEL(32, 4096)
+INFOLD_KERNEL(64, 4096)
+INFOLD_KERNEL(128, 4096)
 #undef INFOLD_KERNEL

@@ -1,5 +1,5 @@
-// What a product of many rows by block-circulant weights is cut into: three products of small matrices, on tensor cores,
-// whose operands lie in the orders of mma.m16n8k16. Numbers of a spectrum come in slots of two, the real and the
+// What a product of many rows by block-circulant weights is cut into: three products of small matrices, on tensor
+// cores, whose operands lie in the orders of mma.m16n8k16. Numbers of a spectrum come in slots of two, the real and the
 // imaginary part of a frequency, or what is real alone: frequency 0 and N/2.
 #pragma once
 
@@ -10,18 +10,18 @@
 namespace infold {
 namespace circulant {
 
-// Features of x at most: their spectra of sixteen rows fill 128 KB of shared memory.
-constexpr int kMostFeatures = 4096;
 constexpr int kRows = 16;
 
-template <int N>
+// For kFeatures of x at most: the spectra of 4,096 take 128 KB of shared memory.
+template <int N, int kFeatures>
 struct Shape {
-  // Fewer where a thread needs more registers.
-  static constexpr int kThreads = N < 128 ? 512 : 256;
+  static constexpr int kThreads = N == 64 ? 512 : 256;
+  // A lane's weights on their way: as many as it has registers for.
+  static constexpr int kAhead = N == 32 ? 16 : N == 64 && kFeatures > 1024 ? 8 : 4;
   static constexpr int kSlots = N / 2;
-  static constexpr int kInputs = kMostFeatures / N;
   // Of the product over inputs, and of a transform.
-  static constexpr int kInputSteps = kInputs / 16;
+  static constexpr int kInputSteps = kFeatures / N < 16 ? 1 : kFeatures / N / 16;
+  static constexpr int kInputs = 16 * kInputSteps;
   static constexpr int kSteps = N / 16;
   // Of eight columns of a transform.
   static constexpr int kGroups = N / 8;
@@ -59,7 +59,9 @@ struct Shape {
 INFOLD_BOTH size_t weight_place(int slot, int tiles, int tile, int steps, int step, int lane) {
   return (((static_cast<size_t>(slot) * tiles + tile) * steps + step) * kLanes + lane) * 4;
 }
-INFOLD_BOTH int input_of(int step, int lane, int high, int element) { return 16 * step + 8 * high + lane % 4 * 2 + element; }
+INFOLD_BOTH int input_of(int step, int lane, int high, int element) {
+  return 16 * step + 8 * high + lane % 4 * 2 + element;
+}
 
 }  // namespace circulant
 }  // namespace infold

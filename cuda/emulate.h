@@ -258,6 +258,12 @@ inline uint16_t to_f16(float value) {
   return static_cast<uint16_t>(sign | (steps + ((last + 24) << 10)));
 }
 
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 inline float cosine_of_turns(float turns) { return static_cast<float>(std::cos(2 * M_PI * turns)); }
 inline float sine_of_turns(float turns) { return static_cast<float>(std::sin(2 * M_PI * turns)); }
 

@@ -84,6 +84,8 @@ __device__ __forceinline__ uint16_t to_f16(float value) {
   return bits;
 }
 
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
 // Of an angle in turns.
 __device__ __forceinline__ float cosine_of_turns(float turns) { return cospif(2 * turns); }
 __device__ __forceinline__ float sine_of_turns(float turns) { return sinpif(2 * turns); }

@@ -59,7 +59,7 @@ __device__ void multiply(const InfoldLinear& p, Layout& layout, int stripe, narr
   } else {
     multiply_tiles<Layout, kWarps>(p, layout, stripe, warp, across, sums);
   }
-  if (!is_grouped(w)) sums.scale(w, stripe, 0);
+  if (!is_grouped(w)) sums.scale(sums.load_scales(w, stripe, 0));
 }
 
 template <class Layout, int kGroups>
@@ -78,20 +78,23 @@ using PairsOfLevels = PairsLayout<true, pairs::kCopies>;
 
 }  // namespace
 
-#define INFOLD_KERNEL(name, layout, groups)                                        \
-  extern "C" __global__ void __launch_bounds__(kWarps* kLanes, groups > 4 ? 1 : 2) \
-      infold_linear_##name(InfoldLinear p) {                                       \
-    linear<layout, groups>(p);                                                     \
+// As many blocks on a multiprocessor as leave a thread the registers that it needs: src/cuda/launch.rs has the same.
+#define INFOLD_KERNEL(name, layout, groups, blocks)                                                           \
+  extern "C" __global__ void __launch_bounds__(kWarps* kLanes, blocks) infold_linear_##name(InfoldLinear p) { \
+    linear<layout, groups>(p);                                                                                \
   }
-#define INFOLD_KERNELS(name, layout)  \
-  INFOLD_KERNEL(name##_8, layout, 1)  \
-  INFOLD_KERNEL(name##_16, layout, 2) \
-  INFOLD_KERNEL(name##_32, layout, 4) \
-  INFOLD_KERNEL(name##_64, layout, 8)
-INFOLD_FOR_LAYOUTS(INFOLD_KERNELS)
-INFOLD_KERNEL(pairs_8, Pairs, 1)
-INFOLD_KERNEL(pairs_16, Pairs, 2)
-INFOLD_KERNEL(pairs_of_levels_8, PairsOfLevels, 1)
-INFOLD_KERNEL(pairs_of_levels_16, PairsOfLevels, 2)
+#define INFOLD_KERNELS(name, layout, blocks_of_8, blocks_of_16) \
+  INFOLD_KERNEL(name##_8, layout, 1, blocks_of_8)               \
+  INFOLD_KERNEL(name##_16, layout, 2, blocks_of_16)             \
+  INFOLD_KERNEL(name##_32, layout, 4, 2)                        \
+  INFOLD_KERNEL(name##_64, layout, 8, 1)
+INFOLD_KERNELS(window, WindowLayout, 3, 2)
+INFOLD_KERNELS(codes4, CodesLayout<4>, 4, 3)
+INFOLD_KERNELS(codes5, CodesLayout<5>, 4, 3)
+INFOLD_KERNELS(codes8, CodesLayout<8>, 3, 2)
+INFOLD_KERNEL(pairs_8, Pairs, 1, 2)
+INFOLD_KERNEL(pairs_16, Pairs, 2, 2)
+INFOLD_KERNEL(pairs_of_levels_8, PairsOfLevels, 1, 2)
+INFOLD_KERNEL(pairs_of_levels_16, PairsOfLevels, 2, 2)
 #undef INFOLD_KERNELS
 #undef INFOLD_KERNEL

@@ -50,20 +50,24 @@ template <int kGroups>
 struct Sums {
   float own[kGroups][4] = {}, scaled[kGroups][4] = {};
 
+  // Of a lane's two rows.
+  struct Scales {
+    float rows[2];
+  };
+
+  __device__ static Scales load_scales(const InfoldWeight& w, int stripe, int col) {
+    const int row = stripe * kRows + threadIdx.x % kLanes / 4;
+    return {{row < w.rows ? scale_of(w, row, col) : 0, row + 8 < w.rows ? scale_of(w, row + 8, col) : 0}};
+  }
+
   // Takes the sums over, scaled.
-  __device__ void scale(const InfoldWeight& w, int stripe, int col) {
-    const int lane = threadIdx.x % kLanes;
+  __device__ void scale(const Scales& scales) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = stripe * kRows + lane / 4 + 8 * half;
-      const float scale = row < w.rows ? scale_of(w, row, col) : 0;
+    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scaled[group][i] += own[group][i] * scale;
-          own[group][i] = 0;
-        }
+      for (int i = 0; i < 4; ++i) {
+        scaled[group][i] += own[group][i] * scales.rows[i / 2];
+        own[group][i] = 0;
       }
     }
   }
@@ -76,6 +80,9 @@ struct Sums {
     // All inputs of a tile are on their way at once where registers hold them; many groups' come one after another.
     constexpr int kTogether = kGroups < 2 ? 1 : 2;
     Fragment a[kSteps];
+    // On their way before they are needed.
+    Scales scales = {};
+    if (grouped) scales = load_scales(p.weight, stripe, tile * kCols);
 #pragma unroll
     for (int part = 0; part < kGroups; part += kTogether) {
       Inputs x[kTogether];
@@ -92,7 +99,7 @@ struct Sums {
         }
       }
     }
-    if (grouped) scale(p.weight, stripe, tile * kCols);
+    if (grouped) scale(scales);
   }
 };
 

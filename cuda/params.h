@@ -31,8 +31,23 @@ struct InfoldWeight {
   uint64_t payload_bytes; /* from the head on */
 };
 
-/* What x, y, a bias and a dense weight are made of. */
-enum InfoldDtype { INFOLD_BF16 = 0, INFOLD_F16 = 1, INFOLD_F32 = 2 };
+/* What x, y, a bias, a dense weight and spectra are made of. */
+enum InfoldDtype { INFOLD_BF16 = 0, INFOLD_F16 = 1, INFOLD_F32 = 2, INFOLD_LOG8 = 3 };
+
+/* Numbers of a byte each, as src/spectral/log8.rs has them. */
+struct InfoldLog8 {
+  const uint8_t* codes;
+  const uint16_t* words; /* of 64 codes each */
+  const float* levels;   /* (8 curves, 256 codes), in units of the scale */
+};
+
+/* All of them in a dtype. */
+struct InfoldLog8Decode {
+  struct InfoldLog8 numbers;
+  void* out;
+  uint64_t count;
+  int32_t dtype;
+};
 
 /*
  * x as columns of bfloat16 for a product: each of its rows is the sum of `parts` columns, which are neighbours. Without
@@ -170,11 +185,12 @@ struct InfoldMeasure {
  */
 struct InfoldCirculant {
   const void* x;        /* (batch, in_features) */
-  const void* spectrum; /* of each output and input block, n numbers */
-  const void* bias;     /* (out_features), or null */
-  void* y;              /* (batch, out_features) */
-  uint32_t* tiles;      /* the spectra as a product of many rows reads them: see cuda/circulant_many.cu */
-  int32_t dtype;        /* of x, bias and y */
+  const void* spectrum; /* of each output and input block, n numbers; not of log8 */
+  struct InfoldLog8 log8;
+  const void* bias; /* (out_features), or null */
+  void* y;          /* (batch, out_features) */
+  uint32_t* tiles;  /* the spectra as a product of many rows reads them: see cuda/circulant_many.cu */
+  int32_t dtype;    /* of x, bias and y */
   int32_t spectrum_dtype;
   int32_t batch;
   int32_t in_features;
@@ -185,5 +201,6 @@ struct InfoldCirculant {
   int32_t input_stride;  /* in blocks, from an input's spectra to the next one's */
   int32_t output_stride; /* the same of outputs */
   int32_t conjugate;
-  int32_t outputs_each; /* blocks of y of a task of many rows: a multiple of 8 */
+  int32_t input_steps;  /* of many rows: sixteen blocks of x each */
+  int32_t outputs_each; /* and blocks of y of a task: a multiple of 8 */
 };

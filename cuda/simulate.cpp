@@ -9,6 +9,7 @@
 #include "decode.cuh"
 #include "fourier.cuh"
 #include "inputs.cuh"
+#include "log8.cuh"
 #include "narrow.cuh"
 #include "pairs_layout.cuh"
 #include "values.cuh"
@@ -35,11 +36,11 @@ namespace in_inputs {
 namespace in_linear {
 #include "linear.cu"
 }
+namespace in_log8 {
+#include "log8.cu"
+}
 namespace in_quantise {
 #include "quantise.cu"
-}
-namespace in_stream {
-#include "stream.cu"
 }
 namespace in_unpack {
 #include "unpack.cu"
@@ -58,8 +59,6 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_16),     \
       INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_32),     \
       INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_64),     \
-      INFOLD_KERNEL(stream, InfoldLinear, infold_stream_##layout##_8),      \
-      INFOLD_KERNEL(stream, InfoldLinear, infold_stream_##layout##_16),     \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_64),           \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_128),          \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_256),          \
@@ -80,9 +79,13 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNEL(circulant_few, InfoldCirculant, infold_circulant_few_128),
       INFOLD_KERNEL(circulant_few, InfoldCirculant, infold_circulant_few_256),
       INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_tiles),
-      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_32),
-      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_64),
-      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_128),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_32_1024),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_64_1024),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_128_1024),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_32_4096),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_64_4096),
+      INFOLD_KERNEL(circulant_many, InfoldCirculant, infold_circulant_many_128_4096),
+      INFOLD_KERNEL(log8, InfoldLog8Decode, infold_log8_decode),
       INFOLD_KERNEL(inputs, InfoldInputs, infold_inputs_rows),
       INFOLD_KERNEL(inputs, InfoldInputs, infold_inputs_tiles),
       INFOLD_KERNELS(window),
@@ -188,6 +191,8 @@ extern "C" void infold_parameter_fields(InfoldLinear* linear, InfoldUnpack* unpa
 
 // The same for the block-circulant product.
 extern "C" size_t infold_circulant_fields(InfoldCirculant* p) {
+  p->log8 = {reinterpret_cast<const uint8_t*>(17), reinterpret_cast<const uint16_t*>(18),
+             reinterpret_cast<const float*>(19)};
   p->x = reinterpret_cast<const void*>(1);
   p->spectrum = reinterpret_cast<const void*>(2);
   p->bias = reinterpret_cast<const void*>(3);
@@ -204,29 +209,40 @@ extern "C" size_t infold_circulant_fields(InfoldCirculant* p) {
   p->input_stride = 12;
   p->output_stride = 13;
   p->conjugate = 14;
-  p->outputs_each = 15;
+  p->input_steps = 15;
+  p->outputs_each = 16;
   return sizeof *p;
 }
 
-// The shared memory that its kernels need, for so many blocks of x.
-extern "C" size_t infold_circulant_shared(int n, int inputs, bool many) {
-  const auto few = [&](auto plan, int size) {
+// The same for log8.
+extern "C" size_t infold_log8_fields(InfoldLog8Decode* p) {
+  p->numbers = {reinterpret_cast<const uint8_t*>(1), reinterpret_cast<const uint16_t*>(2),
+                reinterpret_cast<const float*>(3)};
+  p->out = reinterpret_cast<void*>(4);
+  p->count = 5;
+  p->dtype = INFOLD_F16;
+  return sizeof *p;
+}
+
+// The shared memory that its kernels need: of few rows for so many blocks of x, and of many for so many features.
+extern "C" size_t infold_circulant_few_shared(int n, int inputs) {
+  const auto of = [&](auto plan) {
     using Plan = decltype(plan);
-    return (256 / Plan::kLanes * Plan::kScratch + (inputs + inputs % 2) * (size / 2)) * sizeof(infold::Complex);
+    return (256 / Plan::kLanes * Plan::kScratch + (inputs + inputs % 2) * (n / 2)) * sizeof(infold::Complex);
   };
-  using namespace infold::circulant;
-  switch (n) {
-    case 16:
-      return few(infold::fourier::Plan<16>{}, n);
-    case 32:
-      return many ? Shape<32>::kSharedWords * 4 : few(infold::fourier::Plan<32>{}, n);
-    case 64:
-      return many ? Shape<64>::kSharedWords * 4 : few(infold::fourier::Plan<64>{}, n);
-    case 128:
-      return many ? Shape<128>::kSharedWords * 4 : few(infold::fourier::Plan<128>{}, n);
-    default:
-      return few(infold::fourier::Plan<256>{}, n);
-  }
+  using infold::fourier::Plan;
+  return n == 16    ? of(Plan<16>{})
+         : n == 32  ? of(Plan<32>{})
+         : n == 64  ? of(Plan<64>{})
+         : n == 128 ? of(Plan<128>{})
+                    : of(Plan<256>{});
+}
+extern "C" size_t infold_circulant_many_shared(int n, int features) {
+  using infold::circulant::Shape;
+  const bool few = features == 1024;
+  return 4 * (n == 32   ? (few ? Shape<32, 1024>::kSharedWords : Shape<32, 4096>::kSharedWords)
+              : n == 64 ? (few ? Shape<64, 1024>::kSharedWords : Shape<64, 4096>::kSharedWords)
+                        : (few ? Shape<128, 1024>::kSharedWords : Shape<128, 4096>::kSharedWords));
 }
 
 // The same for what lays weights out.

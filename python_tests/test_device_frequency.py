@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from infold import log8_decode, log8_encode
 from infold._library import ops
 from infold.nn import FrequencyLinear
 from torch import Tensor
@@ -11,7 +14,7 @@ from torch import Tensor
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 #: By the kernels that compute them: for few rows, for many of bfloat16, and PyTorch's transforms.
 BLOCKS = [16, 32, 64, 128, 256, 1, 3, 48]
-SHAPES = [(1, 1), (130, 200), (640, 1024), (4096, 4096)]
+SHAPES = [(300, 270), (640, 1024), (4096, 4096)]
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -31,21 +34,32 @@ def test_products_and_gradients_on_cuda(block: int, outputs: int, inputs: int, d
     limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     generator = torch.Generator().manual_seed(block)
     layer = FrequencyLinear(inputs, outputs, block, dtype=torch.float64)
-    for batch in (0, 1, 5, 16, 17, 64, 300):
+    for batch in (0, 1, 17, 300) if outputs > 1000 else (0, 1, 5, 16, 17, 64, 300):
         x = torch.randn(batch, inputs, generator=generator, dtype=torch.float64).to(dtype)
         g = torch.randn(batch, outputs, generator=generator, dtype=torch.float64).to(dtype)
         results = []
         for device in ("cpu", "cuda"):
             own = torch.float64 if device == "cpu" else dtype
-            spectrum = layer.spectrum.detach().to(dtype).to(device, own).requires_grad_()  # type: ignore[union-attr]
-            bias = layer.bias.detach().to(dtype).to(device, own).requires_grad_()  # type: ignore[union-attr]
-            here = x.to(device, own).requires_grad_()
+            spectrum = layer.spectrum.detach().to(dtype).to(device, own).clone().requires_grad_()  # type: ignore[union-attr]
+            bias = layer.bias.detach().to(dtype).to(device, own).clone().requires_grad_()  # type: ignore[union-attr]
+            here = x.to(device, own).clone().requires_grad_()
             y = ops.frequency_linear(here, spectrum, bias, outputs)
             y.backward(g.to(device, own))
             results.append((y, here.grad, spectrum.grad, bias.grad))
         for actual, expected in zip(results[1], results[0], strict=True):
             assert (actual.shape, actual.device.type) == (expected.shape, "cuda")
             assert relative(actual, expected) <= limit
+
+
+@cuda
+@pytest.mark.parametrize("block", [16, 64, 5])
+def test_blocks_cut_short_on_cuda(block: int) -> None:
+    for outputs, inputs in ((1, 1), (33, 7), (70, 1)):
+        layer = FrequencyLinear(inputs, outputs, block)
+        x = torch.randn(3, inputs)
+        expected = x.double() @ layer.dense_weight().detach().double().T + layer.bias.detach().double()  # type: ignore[union-attr]
+        actual = layer.cuda()(x.cuda())
+        assert (actual.cpu() - expected).abs().max() <= 1e-5
 
 
 @cuda
@@ -78,6 +92,31 @@ def test_graphs_and_compile_on_cuda() -> None:
             graph.replay()
             assert torch.equal(y, layer(x))
             assert torch.equal(compiled(x), y)
+
+
+@cuda
+@pytest.mark.parametrize("block", [16, 64, 12])
+def test_log8_on_cuda(block: int) -> None:
+    layer = FrequencyLinear(500, 600, block, storage="log8")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        expected = log8_decode(layer._encoded(), dtype)
+        there = log8_decode(layer._encoded()._replace(codes=layer.codes.cuda(), words=layer.words.cuda()), dtype)  # type: ignore[union-attr]
+        assert torch.equal(there.cpu(), expected)
+    # Of its own, bias included, which layers made of one another share.
+    exact = copy.deepcopy(layer).to_float(torch.float64)
+    encoded = log8_encode(exact.spectrum.float().cuda())  # type: ignore[union-attr]
+    assert all(part.is_cuda for part in encoded)
+    layer.cuda()
+    for batch in (1, 40):
+        x = torch.randn(batch, 500)
+        g = torch.randn(batch, 600)
+        for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
+            here, far = (x.to(dtype).double().requires_grad_(), x.to("cuda", dtype).requires_grad_())
+            exact(here).backward(g.to(dtype).double())
+            y = layer(far)
+            y.backward(g.to("cuda", dtype))
+            assert relative(y, exact(here)) <= limit
+            assert relative(far.grad, here.grad) <= limit  # type: ignore[arg-type]
 
 
 @cuda

@@ -22,7 +22,19 @@ def test_build_info_says_what_was_built() -> None:
     if nvcc.is_file():
         assert info["cuda"]
         assert "compute_80" in info["cuda_architectures"]
-        kernels = ["backward", "decode", "inputs", "lay_out", "linear", "quantise", "stream", "unpack", "wide"]
+        kernels = [
+            "backward",
+            "circulant_few",
+            "circulant_many",
+            "decode",
+            "inputs",
+            "lay_out",
+            "linear",
+            "log8",
+            "quantise",
+            "unpack",
+            "wide",
+        ]
         assert info["cuda_kernels"] == kernels
         assert info["cuda_bytes"] > 0
 

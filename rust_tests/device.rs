@@ -376,7 +376,7 @@ fn kernels_read_no_farther_than_the_payload() {
             let (bias, y) = (std::ptr::null(), y.as_mut_ptr().cast());
             let dtype = Dtype::Bf16;
             let parameters = Linear { weight, x: x.pointer().cast(), bias, y, dtype, batch: 1, parts: 1 };
-            emulate(launch::linear(device.kind(), parameters, place % 2 == 0));
+            emulate(launch::linear(device.kind(), parameters));
             let (indices, out) = (std::ptr::null(), out.as_mut_ptr().cast());
             emulate(launch::unpack(device.kind(), Unpack { weight, indices, out, dtype: Dtype::F32 }, None));
             if family == Family::Fixed {
@@ -580,7 +580,7 @@ fn check_product(
         }
         let Wide { weight, bias, y, dtype, batch, parts, .. } = whole;
         let parameters = Linear { weight, x, bias, y, dtype, batch, parts };
-        let mut launched = launch::linear(device.kind(), parameters, on_hopper);
+        let mut launched = launch::linear(device.kind(), parameters);
         // As where there are more stripes than blocks.
         launched.blocks = launched.blocks.min(3);
         emulate(launched);

@@ -16,7 +16,7 @@ COPY = ROOT / "build" / "faults"
 PARTS = ("src", "cuda", "rust_tests", "benchmarks", "build.rs", "Cargo.toml", "Cargo.lock")
 
 WINDOW, CODES, LAYOUTS = "cuda/window.cuh", "cuda/codes.cuh", "cuda/layouts.cuh"
-LINEAR, NARROW, STREAM, UNPACK = "cuda/linear.cu", "cuda/narrow.cuh", "cuda/stream.cu", "cuda/unpack.cu"
+LINEAR, NARROW, UNPACK = "cuda/linear.cu", "cuda/narrow.cuh", "cuda/unpack.cu"
 WIDE, MANY, BACKWARD = "cuda/wide.cu", "cuda/wide.cuh", "cuda/backward.cu"
 INPUTS, INPUT_TILES, INTRINSICS = "cuda/inputs.cu", "cuda/inputs.cuh", "cuda/intrinsics.cuh"
 LAUNCH = "src/cuda/launch.rs"
@@ -142,13 +142,6 @@ FAULTS = (
     ("first escape of sixteen columns", BACKWARD, "low = middle + 1", "low = middle + 2"),
     ("rows of escapes by warp", BACKWARD, "part * kLanes + first_bit(left)", "first_bit(left)"),
     ("the barrier before escapes", BACKWARD, "__syncthreads();\n    // A thread", "// A thread"),
-    ("a ring's slots", STREAM, "+ warp * kStages;", "+ warp;"),
-    ("a ring's next stripe", STREAM, "stripe += gridDim.x;\n      tile", "stripe += 1;\n      tile"),
-    ("a ring's first tile of a stripe", STREAM, "tile = threadIdx.x / kLanes;", "tile = 0;"),
-    ("wait for a ring's tile", STREAM, "    wait_for(full[slot], taken / kStages);\n", ""),
-    ("phases of a ring", STREAM, "wait_for(full[slot], taken / kStages);", "wait_for(full[slot], 0);"),
-    ("lanes that have read a ring's tile", STREAM, "    sync_warp();\n    fetch();", "    fetch();"),
-    ("room for rings", LAUNCH, "(STREAM_WARPS * STREAM_STAGES * kind", "(STREAM_WARPS * STREAM_STAGES / 2 * kind"),
     ("escapes beyond the payload", LAYOUTS, "end < room ? end : static_cast<uint32_t>(room)", "end"),
     ("escapes beyond the columns", LAYOUTS, "escape.col < static_cast<uint32_t>(w.cols)", "true"),
     ("half of a run", UNPACK, "2 * pair + (lower ? 1 : 0)", "2 * pair + (lower ? 0 : 1)"),

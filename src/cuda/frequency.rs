@@ -1,7 +1,7 @@
 //! The launches of the block-circulant product: which kernel for how many rows, with how many blocks and how much memory.
 
-use super::launch::{Kernel, Launch};
-use super::params::{Circulant, Dtype};
+use super::launch::{Kernel, Launch, MULTIPROCESSORS};
+use super::params::{Circulant, Dtype, Log8Decode};
 
 /// Blocks of a power of two whose product is fused for few rows, and the lanes that transform one, as `cuda/fourier.cuh` has
 /// them.
@@ -12,18 +12,21 @@ const FEW: [(usize, usize, &str); 5] = [
     (128, 8, "infold_circulant_few_128"),
     (256, 16, "infold_circulant_few_256"),
 ];
-/// The same for many rows of bfloat16, and the threads of a block.
-const MANY: [(usize, u32, &str); 3] = [
-    (32, 512, "infold_circulant_many_32"),
-    (64, 512, "infold_circulant_many_64"),
-    (128, 256, "infold_circulant_many_128"),
+/// The same for many rows of bfloat16: the block, the most features, a block's threads.
+const MANY: [(usize, usize, u32, &str); 6] = [
+    (32, 1024, 256, "infold_circulant_many_32_1024"),
+    (64, 1024, 512, "infold_circulant_many_64_1024"),
+    (128, 1024, 256, "infold_circulant_many_128_1024"),
+    (32, 4096, 256, "infold_circulant_many_32_4096"),
+    (64, 4096, 512, "infold_circulant_many_64_4096"),
+    (128, 4096, 256, "infold_circulant_many_128_4096"),
 ];
 const TILES: &str = "infold_circulant_tiles";
+const DECODE: &str = "infold_log8_decode";
 
 /// As `cuda/circulant_few.cu` has them.
 const FEW_THREADS: usize = 256;
-/// As `cuda/circulant_many.cuh` has them.
-const MANY_FEATURES: usize = 4096;
+/// As `cuda/circulant_many.cuh` has it.
 const MANY_ROWS: usize = 16;
 /// Shared memory that every block may have since sm_80.
 const MOST_SHARED: usize = 163 << 10;
@@ -31,8 +34,6 @@ const MOST_SHARED: usize = 163 << 10;
 const COMPLEX: usize = 8;
 /// More rows are many.
 const FEW_ROWS: usize = 16;
-/// Blocks that run at a time: one on each of an H200's multiprocessors.
-const BLOCKS: usize = 132;
 
 /// How a product of spectra is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +50,7 @@ impl Product {
     /// For `rows` rows of `inputs` blocks of `n`.
     pub fn of(n: usize, inputs: usize, rows: usize, dtype: Dtype) -> Self {
         let fits_few = few_shared(n, inputs).is_some_and(|bytes| bytes <= MOST_SHARED);
-        let fits_many = dtype == Dtype::Bf16 && n * inputs <= MANY_FEATURES && MANY.iter().any(|&(size, ..)| size == n);
+        let fits_many = dtype == Dtype::Bf16 && many_kernel(n, inputs).is_some();
         match (fits_few, fits_many) {
             (true, false) if rows <= 4 * FEW_ROWS => Self::Few,
             (true, true) if rows <= FEW_ROWS => Self::Few,
@@ -66,16 +67,31 @@ fn few_shared(n: usize, inputs: usize) -> Option<usize> {
     Some((scratch + inputs.next_multiple_of(2) * n / 2) * COMPLEX)
 }
 
-/// The same for many rows: spectra of sixteen rows, and two matrices.
-fn many_shared(n: usize) -> usize {
-    let inputs = MANY_FEATURES / n;
-    (n / 2 * (inputs * 16 + 16) + n * n) * size_of::<u32>()
+/// The kernel for many rows of so many blocks: its features, threads and name.
+fn many_kernel(n: usize, inputs: usize) -> Option<(usize, u32, &'static str)> {
+    let kernel = MANY.iter().find(|&&(size, features, ..)| size == n && n * inputs <= features);
+    kernel.map(|&(_, features, threads, name)| (features, threads, name))
+}
+
+/// Sixteen blocks of x each.
+fn input_steps(n: usize, features: usize) -> usize {
+    (features / n / 16).max(1)
+}
+
+/// Bytes of shared memory of a block for many rows: spectra of sixteen rows, and two matrices.
+fn many_shared(n: usize, features: usize) -> usize {
+    (n / 2 * (input_steps(n, features) * 256 + 16) + n * n) * size_of::<u32>()
 }
 
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let few = FEW.map(|(_, _, name)| Kernel { file: "circulant_few", name, shared: MOST_SHARED as u32 });
-    let many = MANY.map(|(n, _, name)| Kernel { file: "circulant_many", name, shared: many_shared(n) as u32 });
-    few.into_iter().chain(many).chain([Kernel { file: "circulant_many", name: TILES, shared: 0 }])
+    let many = MANY.map(|(n, features, _, name)| Kernel {
+        file: "circulant_many",
+        name,
+        shared: many_shared(n, features) as u32,
+    });
+    let others = [("circulant_many", TILES), ("log8", DECODE)].map(|(file, name)| Kernel { file, name, shared: 0 });
+    few.into_iter().chain(many).chain(others)
 }
 
 /// The product of few rows; for what [`Product::Few`] is for.
@@ -87,29 +103,31 @@ pub fn few(parameters: Circulant) -> Launch<Circulant> {
     Launch { shared, ..Launch::new(kernel, blocks, parameters) }
 }
 
-/// Words of the spectra as [`many`] reads them.
+/// Words of the spectra as [`many`] reads them; for what [`Product::Many`] is for, as are the next two.
 pub fn tile_words(n: usize, inputs: usize, outputs: usize) -> usize {
-    n / 2 * outputs.div_ceil(8) * inputs.div_ceil(16) * 32 * 4
+    let features = many_kernel(n, inputs).map_or(0, |(features, ..)| features);
+    n / 2 * outputs.div_ceil(8) * input_steps(n, features) * 32 * 4
 }
 
-/// Lays spectra out for [`many`].
-pub fn tiles(parameters: Circulant) -> Launch<Circulant> {
-    let (n, inputs, outputs) = (parameters.n as usize, parameters.inputs as usize, parameters.outputs as usize);
-    let launch = Launch::new(TILES, 0, parameters);
-    let threads = tile_words(n, inputs, outputs) / 4;
-    Launch { blocks: threads.div_ceil(launch.threads as usize) as u32, ..launch }
-}
-
-/// The product of many rows; for what [`Product::Many`] is for. `outputs_each` is set here.
-pub fn many(parameters: Circulant) -> Launch<Circulant> {
-    let (n, outputs) = (parameters.n as usize, parameters.outputs as usize);
-    let (threads, kernel) =
-        MANY.iter().find(|(size, ..)| *size == n).map_or((0, ""), |&(_, threads, name)| (threads, name));
+/// Lays spectra out, and multiplies. The last two parameters are set here.
+pub fn many(parameters: Circulant) -> [Launch<Circulant>; 2] {
+    let [n, inputs, outputs] = [parameters.n, parameters.inputs, parameters.outputs].map(|size| size as usize);
+    let (features, threads, kernel) = many_kernel(n, inputs).unwrap_or_default();
+    let steps = input_steps(n, features);
     // Few rows are shared by several blocks, each of which transforms them.
     let stripes = (parameters.batch as usize).div_ceil(MANY_ROWS).max(1);
-    let splits = outputs.div_ceil(MANY_FEATURES / n).max(BLOCKS / stripes).max(1);
+    let splits = outputs.div_ceil(16 * steps).max(MULTIPROCESSORS / stripes).max(1);
     let each = outputs.div_ceil(splits).next_multiple_of(8);
-    let blocks = (stripes * outputs.div_ceil(each)).min(BLOCKS) as u32;
-    let parameters = Circulant { outputs_each: each as i32, ..parameters };
-    Launch { threads, shared: many_shared(n) as u32, ..Launch::new(kernel, blocks, parameters) }
+    let blocks = (stripes * outputs.div_ceil(each)).min(MULTIPROCESSORS) as u32;
+    let parameters = Circulant { input_steps: steps as i32, outputs_each: each as i32, ..parameters };
+    let tiles = Launch::new(TILES, 0, parameters);
+    let tile_blocks = (tile_words(n, inputs, outputs) / 4).div_ceil(tiles.threads as usize) as u32;
+    let shared = many_shared(n, features) as u32;
+    [Launch { blocks: tile_blocks, ..tiles }, Launch { threads, shared, ..Launch::new(kernel, blocks, parameters) }]
+}
+
+/// Numbers in log8 into a dtype.
+pub fn decode(parameters: Log8Decode) -> Launch<Log8Decode> {
+    let launch = Launch::new(DECODE, 0, parameters);
+    Launch { blocks: parameters.count.div_ceil(launch.threads.into()) as u32, ..launch }
 }

@@ -5,8 +5,8 @@ use super::params::{Decode, Histogram, Inputs, LayOut, Linear, Measure, Quantise
 use super::weight::{Family, Kind, STRIPE, TILE_COLS};
 
 const THREADS: u32 = 256;
-/// Where a block is to take several stripes, so many blocks share them: two for each of an H200's multiprocessors.
-const SHARING_BLOCKS: u32 = 264;
+/// An H200's, each of which is to have as many blocks as it runs at a time.
+pub(super) const MULTIPROCESSORS: usize = 132;
 
 /// The products of few columns, by how many each takes at most.
 const NARROW: [usize; 4] = [8, 16, 32, 64];
@@ -15,15 +15,9 @@ const WIDE: [usize; 3] = [64, 128, 256];
 /// Beyond so many columns Hopper takes those.
 const NARROW_ON_HOPPER: usize = 16;
 
-/// As `cuda/stream.cu` has them: a block's warps, and each one's tiles on their way.
-const STREAM_WARPS: usize = 8;
-const STREAM_STAGES: usize = 8;
-
 /// As `cuda/wide.cuh` has them: rows of a block, and tiles on their way.
 const WIDE_ROWS: usize = 128;
 const WIDE_STAGES: usize = 4;
-/// Blocks of the product of many columns that run at a time: one on each of an H200's multiprocessors.
-const WIDE_BLOCKS: usize = 132;
 /// At least so many tiles of a stripe to a block.
 const LEAST_TILES: usize = 8;
 /// More splits have more sums to add.
@@ -37,10 +31,8 @@ const PAIRS_SHARED: u32 = 8 * 832 * 4 + 16 * 4096;
 
 /// A layout's kernels.
 struct Kernels {
-    /// By [`NARROW`], of which pairs have the first two.
-    linear: &'static [&'static str],
-    /// The first two of these on Hopper.
-    stream: &'static [&'static str],
+    /// By [`NARROW`], of which pairs have the first two; and their blocks on a multiprocessor, as `cuda/linear.cu` has them.
+    linear: &'static [(&'static str, usize)],
     /// In both directions, by [`WIDE`].
     wide: Option<[Many; 2]>,
     unpack: Option<&'static str>,
@@ -56,8 +48,8 @@ struct Many {
 }
 
 macro_rules! narrow {
-    ($file:literal, $layout:literal: $($columns:literal),*) => {
-        &[$(concat!("infold_", $file, "_", $layout, "_", $columns)),*]
+    ($layout:literal: $($columns:literal x $blocks:literal),*) => {
+        &[$((concat!("infold_linear_", $layout, "_", $columns), $blocks)),*]
     };
 }
 
@@ -76,10 +68,9 @@ macro_rules! many {
 }
 
 macro_rules! of_fixed_width {
-    ($layout:literal) => {
+    ($layout:literal, $of_8:literal, $of_16:literal) => {
         Kernels {
-            linear: narrow!("linear", $layout: 8, 16, 32, 64),
-            stream: narrow!("stream", $layout: 8, 16),
+            linear: narrow!($layout: 8 x $of_8, 16 x $of_16, 32 x 2, 64 x 1),
             wide: Some([many!("wide", "finish", $layout), many!("backward", "backward_finish", $layout)]),
             unpack: Some(concat!("infold_unpack_", $layout)),
             tiles: Some(concat!("infold_tiles_", $layout)),
@@ -90,8 +81,7 @@ macro_rules! of_fixed_width {
 macro_rules! of_pairs {
     ($layout:literal) => {
         Kernels {
-            linear: narrow!("linear", $layout: 8, 16),
-            stream: &[],
+            linear: narrow!($layout: 8 x 2, 16 x 2),
             wide: None,
             unpack: Some(concat!("infold_unpack_", $layout)),
             tiles: None,
@@ -102,14 +92,14 @@ macro_rules! of_pairs {
 impl Kind {
     fn kernels(self) -> Kernels {
         match self {
-            Self::Window => of_fixed_width!("window"),
-            Self::Codes4 => of_fixed_width!("codes4"),
-            Self::Codes5 => of_fixed_width!("codes5"),
-            Self::Codes8 => of_fixed_width!("codes8"),
+            Self::Window => of_fixed_width!("window", 3, 2),
+            Self::Codes4 => of_fixed_width!("codes4", 4, 3),
+            Self::Codes5 => of_fixed_width!("codes5", 4, 3),
+            Self::Codes8 => of_fixed_width!("codes8", 3, 2),
             Self::Pairs => of_pairs!("pairs"),
             Self::PairsOfLevels => of_pairs!("pairs_of_levels"),
             Self::RawBf16 | Self::RawF16 | Self::RawF32 => {
-                Kernels { linear: &[], stream: &[], wide: None, unpack: None, tiles: None }
+                Kernels { linear: &[], wide: None, unpack: None, tiles: None }
             }
         }
     }
@@ -159,16 +149,15 @@ pub struct Kernel {
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let plain = |file, name| Kernel { file, name, shared: 0 };
     let of_kind = move |kind: Kind| {
-        let Kernels { linear, stream, wide, unpack, tiles } = kind.kernels();
-        let narrow = move |&name: &&'static str| Kernel { shared: kind.narrow_shared(), ..plain("linear", name) };
-        let stream = stream.iter().map(move |&name| Kernel { shared: stream_shared(kind), ..plain("stream", name) });
+        let Kernels { linear, wide, unpack, tiles } = kind.kernels();
+        let narrow = move |&(name, _)| Kernel { shared: kind.narrow_shared(), ..plain("linear", name) };
         let wide = wide.into_iter().flatten().flat_map(move |Many { file, products, finish }| {
             let product = move |(columns, name)| Kernel { shared: wide_shared(kind, columns), ..plain(file, name) };
             WIDE.into_iter().zip(products).map(product).chain([plain(file, finish)])
         });
         let unpack = unpack.map(|name| plain("unpack", name));
         let tiles = tiles.map(|name| plain("lay_out", name));
-        linear.iter().map(narrow).chain(stream).chain(wide).chain(unpack).chain(tiles)
+        linear.iter().map(narrow).chain(wide).chain(unpack).chain(tiles)
     };
     let inputs = [INPUTS_ROWS, INPUTS_TILES].map(|name| plain("inputs", name));
     let decode = DECODE.into_iter().flatten().map(move |name| plain("decode", name));
@@ -181,11 +170,6 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
         .chain(lay_out)
         .chain(quantise)
         .chain(frequency::kernels())
-}
-
-/// Shared memory of the product of few columns on Hopper: its warps' rings.
-fn stream_shared(kind: Kind) -> u32 {
-    (STREAM_WARPS * STREAM_STAGES * kind.tile_bytes()) as u32
 }
 
 /// Shared memory of the product of many columns: its tiles of x and of W.
@@ -255,17 +239,13 @@ impl Product {
 }
 
 /// y = x·Wᵀ + bias for what [`Product::Narrow`] is for.
-pub fn linear(kind: Kind, parameters: Linear, on_hopper: bool) -> Launch<Linear> {
-    let Kernels { linear, stream, .. } = kind.kernels();
+pub fn linear(kind: Kind, parameters: Linear) -> Launch<Linear> {
+    let Kernels { linear, .. } = kind.kernels();
     let (place, stripes) =
         (place(&NARROW, (parameters.batch * parameters.parts) as usize), stripes(&parameters.weight));
-    if let Some(kernel) = stream.get(place).filter(|_| on_hopper) {
-        let launch = Launch::new(kernel, stripes.min(SHARING_BLOCKS), parameters);
-        return Launch { shared: stream_shared(kind), ..launch };
-    }
+    let (kernel, at_a_time) = linear.get(place).copied().unwrap_or_default();
     // One that fills a table first takes several stripes.
-    let blocks = if kind == Kind::Window { stripes } else { stripes.min(SHARING_BLOCKS) };
-    let kernel = linear.get(place).copied().unwrap_or_default();
+    let blocks = if kind == Kind::Window { stripes } else { stripes.min((MULTIPROCESSORS * at_a_time) as u32) };
     Launch { shared: kind.narrow_shared(), ..Launch::new(kernel, blocks, parameters) }
 }
 
@@ -312,8 +292,8 @@ impl WidePlan {
         let [.., most] = WIDE;
         let blocks = rows.div_ceil(WIDE_ROWS).max(1);
         // Two of the smallest fit a multiprocessor.
-        let at_a_time = if columns == WIDE[0] { 2 * WIDE_BLOCKS } else { WIDE_BLOCKS };
-        let most_blocks = WIDE_BLOCKS * most / columns;
+        let at_a_time = if columns == WIDE[0] { 2 * MULTIPROCESSORS } else { MULTIPROCESSORS };
+        let most_blocks = MULTIPROCESSORS * most / columns;
         let most_splits = (terms.div_ceil(TILE_COLS) / LEAST_TILES).min(most_blocks / blocks).max(1);
         // Rounds of blocks for each part of the terms: the first that is least.
         let time = |splits: usize| (blocks * splits).div_ceil(at_a_time) as f64 / splits as f64;

@@ -50,6 +50,50 @@ pub enum Dtype {
     F32 = 2,
 }
 
+/// What spectra are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Spectra {
+    Bf16 = Dtype::Bf16 as i32,
+    F16 = Dtype::F16 as i32,
+    F32 = Dtype::F32 as i32,
+    Log8 = 3,
+}
+
+impl From<Dtype> for Spectra {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::Bf16 => Self::Bf16,
+            Dtype::F16 => Self::F16,
+            Dtype::F32 => Self::F32,
+        }
+    }
+}
+
+/// Numbers of a byte each.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Log8 {
+    pub codes: *const u8,
+    pub words: *const u16,
+    pub levels: *const f32,
+}
+
+impl Log8 {
+    /// Where there are none.
+    pub const NONE: Self = Self { codes: std::ptr::null(), words: std::ptr::null(), levels: std::ptr::null() };
+}
+
+/// All of them in a dtype.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Log8Decode {
+    pub numbers: Log8,
+    pub out: *mut c_void,
+    pub count: u64,
+    pub dtype: Dtype,
+}
+
 impl Dtype {
     /// How many bfloat16s a value is the sum of.
     pub fn parts(self) -> usize {
@@ -116,11 +160,12 @@ pub struct Wide {
 pub struct Circulant {
     pub x: *const c_void,
     pub spectrum: *const c_void,
+    pub log8: Log8,
     pub bias: *const c_void,
     pub y: *mut c_void,
     pub tiles: *mut u32,
     pub dtype: Dtype,
-    pub spectrum_dtype: Dtype,
+    pub spectrum_dtype: Spectra,
     pub batch: i32,
     pub in_features: i32,
     pub out_features: i32,
@@ -130,6 +175,7 @@ pub struct Circulant {
     pub input_stride: i32,
     pub output_stride: i32,
     pub conjugate: i32,
+    pub input_steps: i32,
     pub outputs_each: i32,
 }
 

@@ -118,7 +118,6 @@ struct Input {
     product: Product,
     /// The weight's.
     device: Device,
-    on_hopper: bool,
 }
 
 impl Input {
@@ -137,13 +136,12 @@ impl Input {
         let (Some(dtype), Device::Cuda(index), false) = (dtype_of(kind), weight.payload.device(), is_coarse) else {
             return Ok(None);
         };
-        let on_hopper = driver::is_hopper(index)?;
-        let product = product(layout, rows, dtype.parts(), on_hopper);
+        let product = product(layout, rows, dtype.parts(), driver::is_hopper(index)?);
         if product == Product::Unpacked {
             return Ok(None);
         }
         let (x, device) = (x.f_contiguous()?, weight.payload.device());
-        Ok(Some(Self { x, kind, dtype, rows, width: width as usize, product, device, on_hopper }))
+        Ok(Some(Self { x, kind, dtype, rows, width: width as usize, product, device }))
     }
 
     fn columns(&self) -> usize {
@@ -223,7 +221,7 @@ impl Input {
             x = inputs.out;
         }
         let parameters = Linear { weight: view, x, bias, y, dtype, batch, parts };
-        run(weight, &launch::linear(layout, parameters, self.on_hopper))
+        run(weight, &launch::linear(layout, parameters))
     }
 }
 

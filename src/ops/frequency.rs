@@ -70,11 +70,7 @@ pub fn forward(
     let rows = rows_of(x, "x", in_features)?;
     let compute = compute_kind(kind);
     if device::is_cuda(x) {
-        let Spectrum::Float(spectrum) = spectrum else {
-            return Err(Error::argument("codes", "a CPU tensor", "one on CUDA"));
-        };
-        let direction = Direction::Forward;
-        return frequency_gpu::product(x, spectrum, bias, (rows, features), direction);
+        return frequency_gpu::product(x, spectrum, bias, (rows, features), Direction::Forward);
     }
     let x_values = contiguous(x, "x", compute)?;
     let bias = bias.map(|bias| contiguous(bias, "bias", compute)).transpose()?;
@@ -108,6 +104,7 @@ pub fn input_gradient(gradient: &Tensor, spectrum: &Tensor, features: i64, pool:
     check_features(features, inputs, block, "in_features")?;
     let rows = rows_of(gradient, "gradient", out_features)?;
     if device::is_cuda(gradient) {
+        let spectrum = Spectrum::Float(spectrum);
         return frequency_gpu::product(gradient, spectrum, None, (rows, features), Direction::Backward);
     }
     let compute = compute_kind(kind);

@@ -5,9 +5,11 @@ use std::ptr;
 use tch::{Kind, Tensor};
 
 use super::device::{self, dtype_of, pointer};
+use super::frequency::Spectrum;
+use super::log8::{self, OnDevice};
 use super::{compute_kind, with_last};
 use crate::cuda::frequency::{self, Product};
-use crate::cuda::params::Circulant;
+use crate::cuda::params::{Circulant, Log8, Spectra};
 use crate::{Error, Result};
 
 /// W's product, or its transpose's.
@@ -20,13 +22,15 @@ pub enum Direction {
 /// y = x·Wᵀ + b of `features`, or dx = g·W with g as x. Shapes are checked.
 pub fn product(
     x: &Tensor,
-    spectrum: &Tensor,
+    spectrum: Spectrum,
     bias: Option<&Tensor>,
     (rows, features): (usize, i64),
     direction: Direction,
 ) -> Result<Tensor> {
     let kind = x.f_kind()?;
-    for (what, tensor) in [("spectrum", Some(spectrum)), ("bias", bias)] {
+    let (Spectrum::Float(shaped) | Spectrum::Log8 { codes: shaped, .. }) = spectrum;
+    let words = if let Spectrum::Log8 { words, .. } = spectrum { Some(words) } else { None };
+    for (what, tensor) in [("spectrum", Some(shaped)), ("words", words), ("bias", bias)] {
         if let Some(tensor) = tensor.filter(|tensor| tensor.device() != x.device()) {
             return Err(Error::argument(
                 what,
@@ -35,9 +39,11 @@ pub fn product(
             ));
         }
     }
-    let (outputs, inputs, n) = spectrum.size3()?;
+    let (outputs, inputs, n) = shaped.size3()?;
     let (inputs, outputs) = if direction == Direction::Forward { (inputs, outputs) } else { (outputs, inputs) };
-    let dtypes = dtype_of(kind).zip(dtype_of(spectrum.f_kind()?));
+    let spectrum_dtype =
+        if words.is_some() { Some(Spectra::Log8) } else { dtype_of(shaped.f_kind()?).map(Spectra::from) };
+    let dtypes = dtype_of(kind).zip(spectrum_dtype);
     let product = dtypes.map_or(Product::Composed, |(dtype, _)| Product::of(n as usize, inputs as usize, rows, dtype));
     let size = with_last(x, features);
     if rows == 0 || inputs * outputs == 0 {
@@ -45,10 +51,12 @@ pub fn product(
         return Ok(if let Some(bias) = bias { y.f_add(&bias.f_to_kind(kind)?)? } else { y });
     }
     let Some((dtype, spectrum_dtype)) = dtypes.filter(|_| product != Product::Composed) else {
-        return composed(x, spectrum, bias, features, direction);
+        let decoded = words.map(|words| log8::decode_on_device(shaped, words, compute_kind(kind))).transpose()?;
+        return composed(x, decoded.as_ref().unwrap_or(shaped), bias, features, direction);
     };
+    let encoded = words.map(|words| OnDevice::new(shaped, words)).transpose()?;
     let y = Tensor::f_empty(size, (kind, x.device()))?;
-    let (x, spectrum) = (x.f_contiguous()?, spectrum.f_contiguous()?);
+    let (x, spectrum) = (x.f_contiguous()?, shaped.f_contiguous()?);
     let bias = bias.map(|bias| bias.f_to_kind(kind)?.f_contiguous()).transpose()?;
     let words = match product {
         Product::Many => frequency::tile_words(n as usize, inputs as usize, outputs as usize),
@@ -61,6 +69,7 @@ pub fn product(
     let parameters = Circulant {
         x: pointer(&x, "x", kind, at)?.cast_const().cast(),
         spectrum: pointer(&spectrum, "spectrum", spectrum.f_kind()?, at)?.cast_const().cast(),
+        log8: encoded.as_ref().map_or(Ok(Log8::NONE), OnDevice::view)?,
         bias: match &bias {
             Some(bias) => pointer(bias, "bias", kind, at)?.cast_const().cast(),
             None => ptr::null(),
@@ -78,13 +87,16 @@ pub fn product(
         input_stride,
         output_stride,
         conjugate: (direction == Direction::Backward).into(),
+        // Of many rows; the launch says these.
+        input_steps: 0,
         outputs_each: 0,
     };
     if product == Product::Few {
         device::run_beside(&x, &frequency::few(parameters))?;
     } else {
-        device::run_beside(&x, &frequency::tiles(parameters))?;
-        device::run_beside(&x, &frequency::many(parameters))?;
+        for launch in frequency::many(parameters) {
+            device::run_beside(&x, &launch)?;
+        }
     }
     Ok(y)
 }
