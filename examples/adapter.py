@@ -39,7 +39,8 @@ RANK = 4
 WORDS = 12
 BATCH = 32
 CANDIDATES = 64
-RATES = {"circulant": (3e-3, 1e-2, 3e-2), "LoRA": (3e-3, 1e-2, 3e-2)}
+#: Around the best of each.
+RATES = {"circulant": (1e-3, 3e-3, 1e-2), "LoRA": (3e-3, 1e-2, 3e-2)}
 Pair = tuple[str, str]
 
 
@@ -74,6 +75,10 @@ class Run(NamedTuple):
     validation: float
     loss: float
     accuracy: float
+
+    def __str__(self) -> str:
+        numbers = f"validation {self.validation:.4f}, held out {self.loss:.4f}, found {100 * self.accuracy:.2f}%"
+        return f"{self.method}, rate {self.rate:g}, seed {self.seed}: {numbers}"
 
 
 def load(path: Path) -> Data:
@@ -183,7 +188,7 @@ def compare(seeds: int, steps: int, data: Data) -> list[Run]:
     for rates in zip(*RATES.values(), strict=True):
         for method, rate in zip(RATES, rates, strict=True):
             runs.append(train(method, rate, 0, steps, data))
-            print(f"  {method}, rate {rate:g}: validation {runs[-1].validation:.4f}", flush=True)
+            print(f"  {runs[-1]}", flush=True)
     best = {}
     for method, rates in RATES.items():
         best[method] = min((run for run in runs if run.method == method), key=lambda run: run.validation)
@@ -193,7 +198,7 @@ def compare(seeds: int, steps: int, data: Data) -> list[Run]:
     for seed in range(1, seeds):
         for method, run in best.items():
             chosen.append(train(method, run.rate, seed, steps, data))
-            print(f"  {method}, seed {seed}: held out {chosen[-1].loss:.4f}", flush=True)
+            print(f"  {chosen[-1]}", flush=True)
     return chosen
 
 

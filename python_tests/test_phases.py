@@ -398,3 +398,23 @@ def test_bad_options_of_plots(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="layer: expected one of 0, got '1'"),
     ):
         recorder.plot(tmp_path / "a.png", "1")
+
+
+# --- the example's words ----------------------------------------------------------------------------------------------
+
+
+def test_no_relation_of_the_example_is_trained_on_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    import phase_relations
+
+    words, concepts = phase_relations.load(examples / "data" / "relations.txt")
+    assert len(words) == len(set(words)) == 320
+    for seed in range(5):
+        data = phase_relations.split(concepts, torch.randn(len(words), 3), seed)
+        seen, known, new = ({frozenset(pair) for pair in part.words.tolist()} for part in data[:3])
+        assert not seen & known
+        assert frozenset.union(*known) <= frozenset.union(*seen)
+        assert not frozenset.union(*new) & frozenset.union(*seen, *known)
+        assert [len(part.words) for part in data[:3]] == [576, 128, 160]
+        assert [int((part.relation == 1).sum()) for part in data[:3]] == [256, 64, 64]

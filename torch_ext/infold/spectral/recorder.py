@@ -161,7 +161,7 @@ class PhaseRecorder:
         ends = np.append(self.steps, self.steps[-1] + max([1, *np.diff(self.steps)[-1:]]))
         mesh = upper.pcolormesh(ends, np.degrees(arrays["edges"]), arrays["histogram"][:, index].T)
         drawing.colorbar(mesh, ax=upper, label="share")
-        upper.set(ylabel="phase, degrees", title=name)
+        upper.set(ylabel="phase, degrees", title=name or "the model itself")
         for position, harmonic in enumerate(HARMONICS):
             lower.plot(arrays["steps"], arrays["resultant"][:, index, position], label=f"harmonic {harmonic}")
         lower.set(xlabel="step", ylabel="resultant length", ylim=(0, 1))
