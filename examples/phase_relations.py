@@ -9,7 +9,7 @@ amplitudes.
 Two questions are asked: are pairs right that were held out, of words that were trained on in other pairs; and are pairs
 right of words that were not trained on at all? Words are split by whole concepts, 16 of 80, anew for each seed.
 
-Run: python examples/phase_relations.py [--seeds N] [--steps N] [--out FOLDER]
+Run: python examples/phase_relations.py [--seeds N] [--steps N] [--block N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from transformers.utils import logging
 RELATIONS = ("same", "unrelated", "opposite")
 TARGETS = torch.tensor([1.0, 0.0, -1.0])
 WIDTH = 64
-#: The smallest block that has a phase of its own.
-BLOCK = 3
 HELD_OUT_CONCEPTS = 16
 Concept = list[list[int]]
 
@@ -72,7 +70,7 @@ class Run(NamedTuple):
     unrelated: float
     opposite: float
     #: Of a same and an opposite pair of new words, how often the score of the same one is higher; chance is a half.
-    order: float
+    same_above_opposite: float
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -217,11 +215,13 @@ def judge(model: str, seed: int, scores: dict[str, Tensor], data: Split, centres
     return Run(model, seed, *(statistics.mean(right[name]) for name in ("train", "known", "new")), *right["new"], order)
 
 
-def train(model: str, seed: int, steps: int, data: Split, out: Path | None = None) -> tuple[Run, FrequencyLinear]:
+def train(
+    model: str, seed: int, steps: int, block: int, data: Split, out: Path | None = None
+) -> tuple[Run, FrequencyLinear]:
     """``out``: a folder for what a recorder sees of the layer's own phases."""
     score, loss = MODELS[model]
     torch.manual_seed(seed)
-    layer = FrequencyLinear(data.features.shape[1], WIDTH, BLOCK, bias=False)
+    layer = FrequencyLinear(data.features.shape[1], WIDTH, block, bias=False)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     recorder = spectral.PhaseRecorder(layer, optimizer, every=10) if out else None
     for _ in range(steps):
@@ -304,6 +304,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "relations.txt")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--block", type=int, default=3, help="the layer's; below 3, blocks have no phase of their own")
     parser.add_argument("--out", type=Path, default=Path("build/phase_relations"), help="where CSVs and PNGs go")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -320,7 +321,7 @@ def main() -> None:
         runs.append(untrained(seed, features, data))
         for name in MODELS:
             first = seed == 0 and name == "phases"
-            run, layer = train(name, seed, arguments.steps, data, arguments.out if first else None)
+            run, layer = train(name, seed, arguments.steps, arguments.block, data, arguments.out if first else None)
             runs.append(run)
             if first:
                 print(f"{layer.spectrum.numel():,} parameters in every model")
@@ -330,7 +331,7 @@ def main() -> None:
         "accuracies in %, means over relations; chance is 33.3, and 50 for a same pair's score above an opposite one's"
     )
     for peer in ("real, cosine", "embedding's cosine"):
-        for field in ("known_words", "new_words", "order"):
+        for field in ("known_words", "new_words", "same_above_opposite"):
             print(outcome(runs, field, peer))
     with (arguments.out / "runs.csv").open("w", newline="") as file:
         writer = csv.writer(file)
