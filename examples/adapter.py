@@ -127,9 +127,10 @@ def frozen(dense: bool = False) -> Encoder:
     return Encoder(dense)
 
 
-def adapted(method: str, dense: bool = False) -> Encoder:
-    """A frozen encoder with adapters beside all of its linear layers."""
+def adapted(method: str, seed: int, dense: bool = False) -> Encoder:
+    """A frozen encoder with adapters beside all of its linear layers; what is drawn from here on is ``seed``'s."""
     encoder = copy.deepcopy(frozen(dense))
+    torch.manual_seed(seed)
     if method == "circulant":
         infold.nn.add_adapters(encoder.model, BLOCK)
     else:
@@ -170,8 +171,7 @@ def step(encoder: Encoder, optimizer: torch.optim.Optimizer, pairs: list[Pair]) 
 
 
 def train(method: str, rate: float, seed: int, steps: int, data: Data) -> Run:
-    torch.manual_seed(seed)
-    encoder = adapted(method)
+    encoder = adapted(method, seed)
     optimizer = torch.optim.Adam(trained(encoder), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     order: list[int] = []
@@ -282,8 +282,7 @@ def main() -> None:
     print(f"encoder packed at {bits:.2f} bits a weight; {torch.get_num_threads()} threads", flush=True)
     runs = compare(arguments.seeds, arguments.steps, data)
 
-    torch.manual_seed(0)
-    encoders = {method: adapted(method) for method in METHODS} | {"LoRA, dense": adapted("LoRA", dense=True)}
+    encoders = {method: adapted(method, 0) for method in METHODS} | {"LoRA, dense": adapted("LoRA", 0, dense=True)}
     pairs = data.train[:BATCH]
     sizes = {name: memory(encoder, pairs) for name, encoder in encoders.items()}
     times = step_times(encoders, pairs, arguments.rounds)
