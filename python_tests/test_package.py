@@ -55,9 +55,19 @@ def test_the_embedded_kernels_are_fatbins() -> None:
     assert (b"\x50\xed\x55\xba" in raw) == infold.build_info()["cuda"]
 
 
-@pytest.mark.parametrize("name", ["embed", "load_library", "mnist_frequency", "train_on_packed"])
+#: What makes an example short.
+ARGUMENTS = {
+    "adapter": ["--steps", "3", "--seeds", "1", "--rounds", "1", "--json", "OUT/adapter.json"],
+    "mnist_frequency": ["--epochs", "1", "--seeds", "1", "--out", "OUT"],
+    "phase_relations": ["--steps", "5", "--seeds", "1", "--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter", "embed", "load_library", "mnist_frequency", "phase_relations", "train_on_packed"]
+)
 def test_example(name: str, tmp_path: Path) -> None:
-    arguments = ["--epochs", "1", "--seeds", "1", "--out", str(tmp_path)] if name == "mnist_frequency" else []
+    arguments = [argument.replace("OUT", str(tmp_path)) for argument in ARGUMENTS.get(name, [])]
     result = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],
         capture_output=True,
@@ -67,12 +77,20 @@ def test_example(name: str, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     expected = {
+        "adapter": "circulant           165,888",
         "embed": "bits a weight",
         "load_library": "gradients: x (4, 256)",
         "mnist_frequency": "circulant 8       243,722   7.6x",
+        "phase_relations": "8,448 parameters in every model",
         "train_on_packed": "epoch 4",
     }
     assert expected[name] in result.stdout
+    written = {
+        "adapter": {"adapter.json"},
+        "mnist_frequency": {"runs.csv", "accuracy.png"},
+        "phase_relations": {"runs.csv", "layer_phases.csv", "layer_phases.png", "relations.png"},
+    }
+    assert {path.name for path in tmp_path.iterdir()} == written.get(name, set())
 
 
 def test_the_library_alone_differentiates() -> None:
