@@ -14,6 +14,8 @@ from infold.files import load_into, save
 from infold.layout import prepare
 from infold.log8 import Log8, log8_decode, log8_encode
 from infold.memory import MemoryReport, profile_memory
+from infold.recover import recover
+from infold.recovery import RecoveryConfig, RecoveryReport
 from infold.report import Alternative, ConversionReport, LayerReport
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "LayerReport",
     "Log8",
     "MemoryReport",
+    "RecoveryConfig",
+    "RecoveryReport",
     "build_info",
     "convert",
     "library_path",
@@ -34,6 +38,7 @@ __all__ = [
     "nn",
     "prepare",
     "profile_memory",
+    "recover",
     "save",
     "spectral",
 ]

@@ -59,7 +59,7 @@ def convert(
 
     Tied weights stay tied and a shared module is converted once. Layers that cannot be converted, or are over
     ``max_error``, are left as they are and listed in the report with the reason; one warning names them. Raises
-    ValueError if ``model`` is itself such a layer, or if a name in ``skip`` or a pattern in ``config`` matches no layer,
+    ValueError if ``model`` is itself such a layer, and if a name in ``skip`` or a pattern in ``config`` matches none,
     and TypeError for arguments of another type; nothing is converted then.
     """
     _check_types(model, config, skip)
