@@ -4,6 +4,7 @@ from infold.nn.conv import FusedDecompressConv
 from infold.nn.frequency import FrequencyLinear
 from infold.nn.frequency_conv import FrequencyConv1d, FrequencyConv2d, FrequencyConv3d
 from infold.nn.fused import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
+from infold.nn.sparse_frequency import SparseFrequencyLinear
 
 __all__ = [
     "FrequencyConv1d",
@@ -14,4 +15,5 @@ __all__ = [
     "FusedDecompressEmbedding",
     "FusedDecompressLinear",
     "PackedModule",
+    "SparseFrequencyLinear",
 ]
