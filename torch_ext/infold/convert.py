@@ -16,21 +16,20 @@ from tqdm import tqdm
 
 from infold.alternatives import alternatives
 from infold.config import WEIGHT_DTYPES, FrequencyConfig, FusedConfig, Layout
+from infold.frequency_layers import FrequencyLayer, format_of, frequency_like, stored_bytes
 from infold.layers import (
     dense_kind,
     dense_weight,
-    frequency_like,
     is_subclass,
     is_transposed_linear,
     packed_kind,
     packed_like,
     relative_error,
-    stored_bytes,
     weight_of,
     would_lose,
 )
 from infold.layout import prepare_modules
-from infold.nn import FrequencyLinear, PackedModule
+from infold.nn import PackedModule
 from infold.packed import pack
 from infold.report import ConversionReport, LayerReport
 
@@ -132,10 +131,10 @@ def _converted(
 
     Raises ValueError with the reason where it cannot be.
     """
-    new: PackedModule | FrequencyLinear
+    new: PackedModule | FrequencyLayer
     dense = dense_weight(module)
     if isinstance(config, FrequencyConfig):
-        new = frequency_like(module, config, cast("FrequencyLinear | None", tied and tied[0]))
+        new = frequency_like(module, config, cast("FrequencyLayer | None", tied and tied[0]))
         kind = "linear"
     else:
         new = packed_like(
@@ -151,9 +150,9 @@ def _converted(
         kind = packed_kind(new)
     if tied:
         return new, replace(tied[1], name=name, kind=kind, tied_to=tied[1].name)
-    if isinstance(new, FrequencyLinear):
-        return new, _frequency_report(name, new, dense, cast(FrequencyConfig, config))
-    return new, _layer_report(name, new, dense)
+    if isinstance(config, FrequencyConfig):
+        return new, _frequency_report(name, cast(FrequencyLayer, new), dense, config)
+    return new, _layer_report(name, cast(PackedModule, new), dense)
 
 
 def _lay_out(
@@ -289,7 +288,7 @@ def _layer_report(name: str, new: PackedModule, dense: Tensor) -> LayerReport:
     )
 
 
-def _frequency_report(name: str, new: FrequencyLinear, dense: Tensor, config: FrequencyConfig) -> LayerReport:
+def _frequency_report(name: str, new: FrequencyLayer, dense: Tensor, config: FrequencyConfig) -> LayerReport:
     """Raises ValueError for a weight that is not finite."""
     error = relative_error(dense.float(), new.dense_weight().detach())
     if not math.isfinite(error):
@@ -298,7 +297,7 @@ def _frequency_report(name: str, new: FrequencyLinear, dense: Tensor, config: Fr
     return LayerReport(
         name=name,
         kind="linear",
-        format=f"circulant {config.block}",
+        format=format_of(config),
         shape=(new.out_features, new.in_features),
         bytes_before=dense.numel() * dense.element_size(),
         bytes_after=stored,

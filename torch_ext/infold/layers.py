@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from itertools import chain
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from infold.config import FrequencyConfig, Mode
-from infold.nn import (
-    FrequencyLinear,
-    FusedDecompressConv,
-    FusedDecompressEmbedding,
-    FusedDecompressLinear,
-    PackedModule,
-)
+from infold.config import Mode
+from infold.nn import FusedDecompressConv, FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from infold.nn.conv import Window
 from infold.packed import Packed
 
@@ -105,41 +97,16 @@ def packed_like(
         )
     else:
         new = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, trainable_scales=trainable_scales, name=name)
-    return _in_place_of(module, new)
+    return in_place_of(module, new)
 
 
-def frequency_like(module: nn.Module, config: FrequencyConfig, tied: FrequencyLinear | None = None) -> FrequencyLinear:
-    """What takes the place of ``module``, a linear layer; bias and attributes are kept.
-
-    Its spectrum is the nearest to the weight, or ``tied``'s own parameter where the two share a weight.
-    """
-    if tied is None:
-        rows, cols = dense_weight(module).shape
-        linear = nn.Linear(cols, rows, bias=False, device="meta")
-        linear.weight = nn.Parameter(dense_weight(module), requires_grad=False)
-        new = FrequencyLinear.from_linear(linear, config.block, config.storage)
-        for parameter in new.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and weight_of(module).requires_grad)
-    else:
-        # All but the tensors.
-        new = copy.deepcopy(tied, {id(tensor): tensor for tensor in chain(tied.parameters(), tied.buffers())})
-    new.bias = cast("nn.Parameter | None", module.bias)
-    return _in_place_of(module, new)
-
-
-def _in_place_of(module: nn.Module, new: _Module) -> _Module:
+def in_place_of(module: nn.Module, new: _Module) -> _Module:
     """Gives a replacement what somebody has noted on the layer that was there."""
     for attribute, value in vars(module).items():
         # What a layer keeps for itself begins with an underscore or is known here.
         if not attribute.startswith("_") and not hasattr(new, attribute):
             setattr(new, attribute, value)
     return new.train(module.training)
-
-
-def stored_bytes(module: FrequencyLinear) -> int:
-    """Everything that stands for a frequency layer's weight: the spectrum, and what says where its numbers belong."""
-    tensors = chain(module.named_parameters(), module.named_buffers())
-    return sum(tensor.nbytes for name, tensor in tensors if name != "bias")
 
 
 def relative_error(exact: Tensor, approximation: Tensor) -> float:
