@@ -108,7 +108,8 @@ def load_into(model: nn.Module, path: str | Path) -> None:
             raise CorruptWeightError(alias, "aliases", f"expected a tensor of the file, got {name!r}")
 
     # A frequency layer that is there already takes its numbers as any other.
-    modules = {name: options for name, options in modules.items() if not _is_frequency(model, name, options)}
+    there = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FrequencyLayer)}
+    modules = {name: options for name, options in modules.items() if name not in there or "frequency" not in options}
     shared: dict[str, nn.Parameter] = {}
     packed: dict[str, PackedModule] = {}
     replacements: dict[str, nn.Module] = {}
@@ -208,10 +209,6 @@ def _lay_out(replacements: Mapping[str, PackedModule], modules: Mapping[str, Map
         by_weight.setdefault(id(module.payload), (layout, []))[1].append(module)
     for layout, sharing in by_weight.values():
         relay(sharing, layout)
-
-
-def _is_frequency(model: nn.Module, name: str, options: Mapping[str, Any]) -> bool:
-    return "frequency" in options and isinstance(dict(model.named_modules()).get(name), FrequencyLayer)
 
 
 def _parameter(
