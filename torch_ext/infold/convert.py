@@ -177,8 +177,7 @@ def _lay_out(
 
 def _refusal(module: nn.Module, config: Config) -> str | None:
     """Why a layer cannot be converted."""
-    frequency = isinstance(config, FrequencyConfig)
-    if frequency and dense_kind(module) != "linear":
+    if isinstance(config, FrequencyConfig) and dense_kind(module) != "linear":
         return "a frequency layer takes the place of linear layers only"
     if is_subclass(module):
         return f"{type(module).__name__} is a subclass that may compute something else"
@@ -192,8 +191,6 @@ def _refusal(module: nn.Module, config: Config) -> str | None:
         return "its weight has no shape yet; run the model once first"
     if weight.device.type not in ("cpu", "cuda"):
         return f"its weight is on {weight.device}; pack on the CPU or on CUDA"
-    if weight.is_cuda and frequency:
-        return f"frequency layers compute on the CPU, and its weight is on {weight.device}"
     if weight.is_cuda and isinstance(config, FusedConfig) and config.layout != "auto":
         return f"layout {config.layout!r} is one of the CPU's, and its weight is on {weight.device}"
     if weight.dtype not in WEIGHT_DTYPES:
@@ -304,7 +301,7 @@ def _frequency_report(name: str, new: FrequencyLayer, dense: Tensor, config: Fre
         relative_error=error,
         layout=config.storage,
         resident_bytes=stored,
-        alternatives=alternatives(dense, stored) if config.compare else (),
+        alternatives=alternatives(dense.cpu(), stored) if config.compare else (),
     )
 
 
