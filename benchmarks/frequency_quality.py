@@ -8,7 +8,7 @@ The largest are kept, stored in
 
 and where they belong as a bit for each coefficient of the half plane or as a packed index for each that is kept,
 whichever is smaller. Block-circulant layers are the nearest ones, in float32, and need no indices. At the same bytes:
-truncated SVD with float16 factors, ECSQ. int4 in groups of 128 (entropy-coded) has one size. Everything is counted.
+truncated SVD with factors in float16 and in int8 as above, ECSQ. int4 in groups of 128 (entropy-coded) has one size. Everything is counted.
 
 Run: python benchmarks/frequency_quality.py [--quick] [--json FILE]
 """
@@ -96,6 +96,20 @@ def cut(weight: Tensor, half: Half, share: float, storage: str) -> tuple[float, 
     return float((inverse.real - weight).norm() / weight.norm()), nbytes + index_bytes(len(kept), len(half.index))
 
 
+def svd_int8(weight: Tensor, nbytes: int) -> float:
+    """Relative error of the product of two factors in int8, of the largest rank that the bytes hold."""
+    rows, cols = weight.shape
+    left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    rank = len(singular)
+    while rank and sum(rank * n + 2 * math.ceil(rank * n / GROUP) for n in (rows, cols)) > nbytes:
+        rank -= 1
+    root = singular[:rank].sqrt()
+    # Component by component, so that a scale is of numbers of one magnitude.
+    factors = [(left[:, :rank] * root).T, root[:, None] * right[:rank]]
+    u, v = (int8(factor.flatten())[0].view(factor.shape) for factor in factors)
+    return float((u.T @ v - weight).norm() / weight.norm())
+
+
 def circulant(weight: Tensor, block: int) -> tuple[float, int]:
     """Relative error and bytes of the nearest block-circulant layer."""
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -122,7 +136,7 @@ def main() -> None:
     }
     cases |= {f"circulant {block}, fp32": (lambda w, block=block: circulant(w, block)) for block in BLOCKS}
     print(f"{len(weights)} weights, {elements:,} elements; mean relative errors, everything counted\n")
-    print(f"{'':<28} {'bits/w':>7} {'error':>7} {'SVD':>7} {'ECSQ':>7}  int4 group 128")
+    print(f"{'':<28} {'bits/w':>7} {'error':>7} {'SVD':>7} {'int8':>7} {'ECSQ':>7}  int4 group 128")
     results = Results(arguments)
     for name, case in cases.items():
         errors: dict[str, list[float]] = {}
@@ -131,6 +145,7 @@ def main() -> None:
             error, nbytes = case(weight.double())
             stored += nbytes
             errors.setdefault("ours", []).append(error)
+            errors.setdefault("svd_int8", []).append(svd_int8(weight, nbytes))
             for other in alternatives(weight, nbytes):
                 errors.setdefault(other.method, []).append(other.relative_error)
                 int4_bytes += other.bytes if other.method == "int4" else 0
@@ -141,6 +156,7 @@ def main() -> None:
             "bits_per_weight": 8 * stored / elements,
             "mean_relative_error": means["ours"],
             "svd": means["svd"],
+            "svd_int8": means["svd_int8"],
             "ecsq": means["ecsq"],
             "ecsq_bits_per_weight": 8 * ecsq_bytes / elements,
             "int4": means["int4"],
@@ -149,7 +165,7 @@ def main() -> None:
         results.rows.append(row)
         print(
             f"{name:<28} {row['bits_per_weight']:>7.3f} {means['ours']:>7.3f} {means['svd']:>7.3f} "
-            f"{means['ecsq']:>7.3f}  {means['int4']:.3f} at {row['int4_bits_per_weight']:.2f} bits",
+            f"{means['svd_int8']:>7.3f} {means['ecsq']:>7.3f}  {means['int4']:.3f} at {row['int4_bits_per_weight']:.2f} bits",
             flush=True,
         )
     results.write()
