@@ -8,7 +8,8 @@ The largest are kept, stored in
 
 and where they belong as a bit for each coefficient of the half plane or as a packed index for each that is kept,
 whichever is smaller. Block-circulant layers are the nearest ones, in float32, and need no indices. At the same bytes:
-truncated SVD with factors in float16 and in int8 as above, ECSQ. int4 in groups of 128 (entropy-coded) has one size. Everything is counted.
+truncated SVD with factors in float16 and in int8 as above, ECSQ. int4 in groups of 128 (entropy-coded) has one size.
+Everything is counted.
 
 Run: python benchmarks/frequency_quality.py [--quick] [--json FILE]
 """
@@ -163,11 +164,9 @@ def main() -> None:
             "int4_bits_per_weight": 8 * int4_bytes / elements,
         }
         results.rows.append(row)
-        print(
-            f"{name:<28} {row['bits_per_weight']:>7.3f} {means['ours']:>7.3f} {means['svd']:>7.3f} "
-            f"{means['svd_int8']:>7.3f} {means['ecsq']:>7.3f}  {means['int4']:.3f} at {row['int4_bits_per_weight']:.2f} bits",
-            flush=True,
-        )
+        shown = " ".join(f"{means[method]:>7.3f}" for method in ("ours", "svd", "svd_int8", "ecsq"))
+        int4 = f"{means['int4']:.3f} at {row['int4_bits_per_weight']:.2f} bits"
+        print(f"{name:<28} {row['bits_per_weight']:>7.3f} {shown}  {int4}", flush=True)
     results.write()
 
 

@@ -204,10 +204,10 @@ def test_a_loss_that_is_no_number_ends_it() -> None:
         recover(model, teacher, batches(), SHORT, loss=lambda a, b: (a - b).sum() * math.nan)
 
 
-def test_the_models_own_inputs_and_all_parameters() -> None:
+def test_the_teachers_inputs_and_all_parameters() -> None:
     model, teacher = models()
     norm = state(model.norm)
-    changes = {"inputs": "student", "parameters": "all", "layer_steps": 40, "steps": 40, "rate": 1e-2}
+    changes = {"inputs": "teacher", "parameters": "all", "layer_steps": 40, "steps": 40, "rate": 1e-2}
     report = recover(model, teacher, batches(), RecoveryConfig(**changes))  # type: ignore[arg-type]
     assert report.loss_after < report.loss_before
     assert not equal(state(model.norm), norm)
@@ -304,7 +304,7 @@ def test_the_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inputs": "both"}, "inputs: expected one of teacher, student"),
+        ({"inputs": "both"}, "inputs: expected one of student, teacher"),
         ({"parameters": "none"}, "parameters: expected one of converted, all"),
         ({"steps": -1}, "steps: expected 0 or more, got -1"),
         ({"rate": 0}, "rate: expected a positive number, got 0"),

@@ -38,9 +38,8 @@ def recover(
 ) -> RecoveryReport:
     """Trains the converted layers of ``model``, in place, to do what ``teacher`` does.
 
-    First each converted layer by itself learns the teacher's output from the teacher's input (or the model's own); then
-    all of them learn the teacher's final output. Both stages measure themselves on held-out batches and keep the best
-    state. The model is left in the state of the least held-out loss that was measured, and as it was if none was less;
+    First each converted layer by itself learns the teacher's output from the model's own input (or the teacher's); then
+    all of them learn the teacher's final output. Both stages measure themselves on held-out batches. The model is left in the state of the least held-out loss that was measured, and as it was if none was less;
     so also after an exception or an interrupt. To go on, call it again.
 
     model: a model some of whose layers have been converted, on one device; those of a type other than their namesake's
@@ -165,8 +164,8 @@ class _Run:
                     share = None if end is None else self.elapsed + (end - self.elapsed) / (len(layers) - index)
                     self.report.layers.append(self._fit(name, layer, parameters, share))
                     bar.set_postfix_str(f"{name} {self.report.layers[-1].error_after:.3g}", refresh=False)
+        # The next stage begins here even where this is worse: errors that add up along the model are its to mend.
         self.best.offer(self._measure("layers", 0))
-        self.best.restore()
 
     def _fit(self, name: str, layer: nn.Module, parameters: list[nn.Parameter], end: float | None) -> LayerRecovery:
         config = self.config

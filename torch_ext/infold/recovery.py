@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-Inputs = Literal["teacher", "student"]
+Inputs = Literal["student", "teacher"]
 Parameters = Literal["converted", "all"]
 Stage = Literal["start", "layers", "end to end"]
 Stopped = Literal["steps", "patience", "seconds", "not finite"]
@@ -22,8 +22,8 @@ class RecoveryConfig:
     layer_rate: their step size, as that of ``rate``: it falls to 0 along a cosine.
     layer_rows: rows of activations that a layer learns from; a quarter as many, of held-out batches, measure it.
     layer_batch: rows a step.
-    inputs: what a layer gets: the ``"teacher"``'s input, or the ``"student"``'s, whose earlier layers have learned by
-        then; its target is the teacher's output in either case.
+    inputs: what a layer gets: the ``"student"``'s input, whose earlier layers have learned by then, so that it can make
+        up for their errors, or the ``"teacher"``'s; its target is the teacher's output in either case.
     steps: at most so many steps of Adam end to end, one batch each; 0 leaves this stage out.
     rate: their step size.
     parameters: end to end, ``"converted"`` layers train, or ``"all"`` of the model's that require gradients too.
@@ -40,7 +40,7 @@ class RecoveryConfig:
     layer_rate: float = 3e-3
     layer_rows: int = 8192
     layer_batch: int = 512
-    inputs: Inputs = "teacher"
+    inputs: Inputs = "student"
     steps: int = 500
     rate: float = 1e-3
     parameters: Parameters = "converted"
@@ -67,9 +67,9 @@ class RecoveryConfig:
 
 @dataclass(frozen=True)
 class LayerRecovery:
-    """One layer by itself: ‖y − ŷ‖ / ‖y‖ on held-out rows, y the teacher's output, before and after the first stage.
+    """One layer by itself, in the first stage: ‖y − ŷ‖ / ‖y‖ on held-out rows, y the teacher's output, before and after.
 
-    After is never larger. A stage after which the model's loss is not less is undone as a whole.
+    After is never larger. Before is with what the stage has made of earlier layers, if inputs are the student's.
     """
 
     name: str
