@@ -6,7 +6,7 @@
 Importing loads the native library, which registers the operators under ``torch.ops.infold``.
 """
 
-from infold import nn, spectral
+from infold import nn, peft, spectral
 from infold._library import CorruptWeightError, build_info, library_path
 from infold.config import FrequencyConfig, FusedConfig
 from infold.convert import convert
@@ -36,6 +36,7 @@ __all__ = [
     "log8_decode",
     "log8_encode",
     "nn",
+    "peft",
     "prepare",
     "profile_memory",
     "recover",

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,12 +74,19 @@ def save(model: nn.Module, path: str | Path) -> None:
         "checksums": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()}),
     }
     metadata["metadata_checksum"] = str(_metadata_checksum(metadata))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in the place of ``path``, which it takes, synced, once it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # With the mode that any new file gets here; safetensors' own would be its owner's alone.
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
+        yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
