@@ -39,8 +39,9 @@ def recover(
     """Trains the converted layers of ``model``, in place, to do what ``teacher`` does.
 
     First each converted layer by itself learns the teacher's output from the model's own input (or the teacher's); then
-    all of them learn the teacher's final output. Both stages measure themselves on held-out batches. The model is left in the state of the least held-out loss that was measured, and as it was if none was less;
-    so also after an exception or an interrupt. To go on, call it again.
+    all of them learn the teacher's final output. Both stages measure themselves on held-out batches. The model is left
+    in the state of the least held-out loss that was measured, and as it was if none was less; so also after an
+    exception or an interrupt. To go on, call it again.
 
     model: a model some of whose layers have been converted, on one device; those of a type other than their namesake's
         in the teacher count. What is frozen by its form (a log8 spectrum, packed integers) does not train.

@@ -67,7 +67,7 @@ class RecoveryConfig:
 
 @dataclass(frozen=True)
 class LayerRecovery:
-    """One layer by itself, in the first stage: ‖y − ŷ‖ / ‖y‖ on held-out rows, y the teacher's output, before and after.
+    """One layer in the first stage: ‖y − ŷ‖ / ‖y‖ on held-out rows, y the teacher's output, before and after.
 
     After is never larger. Before is with what the stage has made of earlier layers, if inputs are the student's.
     """
