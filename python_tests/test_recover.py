@@ -257,6 +257,14 @@ def test_a_transformers_model_without_its_padding() -> None:
     assert report.loss_after < report.loss_before
 
 
+def test_half_precision() -> None:
+    model, teacher = models()
+    data = [1e3 * batch.bfloat16() for batch in batches()]
+    report = recover(model.bfloat16(), teacher.bfloat16(), data, RecoveryConfig(layer_steps=30, steps=30))
+    assert report.loss_after < report.loss_before
+    assert model.first.spectrum.dtype == torch.bfloat16
+
+
 def test_batches_of_every_form() -> None:
     class Two(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Any:

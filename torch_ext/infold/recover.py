@@ -19,7 +19,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def relative_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖student − teacher‖² / ‖teacher‖²."""
+    """‖student − teacher‖² / ‖teacher‖², in float32 or float64."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(dtype), teacher.to(dtype)
     return (student - teacher).square().sum() / teacher.square().sum()
 
 
@@ -175,11 +177,11 @@ class _Run:
 
         @torch.no_grad()
         def error() -> float:
-            return math.sqrt(float(relative_squared_error(layer(held_x).float(), held_y.float())))
+            return math.sqrt(float(relative_squared_error(layer(held_x), held_y)))
 
         def train() -> Tensor:
             rows = torch.randint(len(x), (min(config.layer_batch, len(x)),), generator=self.generator).to(x.device)
-            return relative_squared_error(layer(x[rows]).float(), y[rows].float())
+            return relative_squared_error(layer(x[rows]), y[rows])
 
         best = _Best(parameters, error())
         before = best.measure
