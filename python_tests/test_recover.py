@@ -339,6 +339,13 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="got frozen ones only"):
         recover(frozen, teacher, [torch.randn(2, 8)] * 2)
 
+    teacher = Net()
+    model = copy.copy(teacher)
+    model._modules = dict(teacher._modules)
+    infold.convert(model, FrequencyConfig(block=4), progress=False)
+    with pytest.raises(ValueError, match="teacher: expected parameters of its own"):
+        recover(model, teacher, batches(), SHORT)
+
     class Unused(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.second(torch.zeros(len(x), 32) + x.sum())

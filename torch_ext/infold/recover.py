@@ -56,8 +56,8 @@ def recover(
         batches is what the report states.
 
     Both models run in eval mode (no dropout) and get their mode back. Raises ValueError where no layer differs from the
-    teacher's or none of their parameters can train, for fewer than two batches, and for a loss that is not finite at
-    the start.
+    teacher's, none of their parameters can train or they are the teacher's too, for fewer than two batches, and for a
+    loss that is not finite at the start.
     """
     config = config or RecoveryConfig()
     layers = _converted_layers(model, teacher)
@@ -76,6 +76,8 @@ def recover(
         trained += [p for p in _floats([model]) if p.requires_grad and all(p is not other for other in trained)]
     if not trained:
         raise ValueError("model: expected converted layers with float parameters, got frozen ones only")
+    if {id(p) for p in trained} & {id(p) for p in teacher.parameters()}:
+        raise ValueError("teacher: expected parameters of its own, got some that the model would train (copy it first)")
 
     with _eval_mode(model, teacher), _requiring(model, trained):
         run = _Run(model, teacher, training, held_out, config, forward, loss, trained, progress)
