@@ -46,7 +46,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="text to learn from, plain or gzip; else the shipped one")
     parser.add_argument("--block", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100, help="end to end, of 16 sentences each")
-    parser.add_argument("--layer-steps", type=int, default=100)
+    parser.add_argument("--layer-steps", type=int, default=40)
+    parser.add_argument("--layer-rows", type=int, default=2048)
+    parser.add_argument("--layer-rate", type=float, default=1e-2)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
 
@@ -127,13 +129,8 @@ def main() -> None:
         return model
 
     def config(**changes: Any) -> infold.RecoveryConfig:
-        budget = {
-            "layer_steps": arguments.layer_steps,
-            "layer_rows": 4096,
-            "layer_batch": 256,
-            "steps": arguments.steps,
-            "rate": arguments.rate,
-        }
+        layers = {f"layer_{name}": getattr(arguments, f"layer_{name}") for name in ("steps", "rows", "rate")}
+        budget = {**layers, "layer_batch": 256, "steps": arguments.steps, "rate": arguments.rate}
         return infold.RecoveryConfig(**{**budget, "seed": arguments.seed, "patience": 10, **changes})
 
     rows: list[dict[str, Any]] = []
