@@ -2,11 +2,11 @@
 // trilinear; y, dx and dc are its partial derivatives, so each one's backward is made of the other two, and gradients
 // of any order need nothing new.
 
+#include "infold/csrc/sparse_frequency.h"
+
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
-
-#include <cmath>
 
 #include "infold/csrc/call.h"
 #include "infold/csrc/cast.h"
@@ -36,26 +36,11 @@ struct DcOp {
   using Signature = Tensor(const Tensor& gradient, const Tensor& x, const Tensor& indices, double scale);
 };
 
-void check_indices(const Tensor& indices, double scale) {
-  const auto dtype = indices.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kInt || dtype == at::kLong, "indices: expected an int32 or int64 tensor, got ", dtype);
-  const bool fits = indices.dim() == 2 && indices.sym_size(0).sym_eq(2).expect_true(__FILE__, __LINE__);
-  TORCH_CHECK_VALUE(fits, "indices: expected shape [2, coefficients], got ", indices.sym_sizes());
-  TORCH_CHECK_VALUE(std::isfinite(scale), "scale: expected a finite number, got ", scale);
-}
-
-void check_coefficients(const Tensor& coefficients, const Tensor& indices) {
-  const bool fits = coefficients.dim() == 2 && coefficients.sym_size(1).sym_eq(2).expect_true(__FILE__, __LINE__) &&
-                    coefficients.sym_size(0).sym_eq(indices.sym_size(1)).expect_true(__FILE__, __LINE__);
-  TORCH_CHECK_VALUE(fits, "coefficients: expected shape [", indices.sym_size(1), ", 2], got ",
-                    coefficients.sym_sizes());
-}
-
 Tensor meta(const Tensor& x, const Tensor& coefficients, const Tensor& indices, const OptionalTensor& bias,
             int64_t out_features, double scale) {
   check_indices(indices, scale);
   check_coefficients(coefficients, indices);
-  TORCH_CHECK_VALUE(out_features >= 0, "out_features: expected at least 0, got ", out_features);
+  check_count(out_features, "out_features");
   check_bias(bias, out_features);
   return x.new_empty_symint(with_last(x, last(x, "x"), out_features, "x"));
 }
@@ -64,7 +49,7 @@ Tensor meta_dx(const Tensor& gradient, const Tensor& coefficients, const Tensor&
                double scale) {
   check_indices(indices, scale);
   check_coefficients(coefficients, indices);
-  TORCH_CHECK_VALUE(in_features >= 0, "in_features: expected at least 0, got ", in_features);
+  check_count(in_features, "in_features");
   return gradient.new_empty_symint(with_last(gradient, last(gradient, "gradient"), in_features, "gradient"));
 }
 

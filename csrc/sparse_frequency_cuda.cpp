@@ -6,6 +6,7 @@
 
 #include "infold/csrc/call.h"
 #include "infold/csrc/frequency.h"
+#include "infold/csrc/sparse_frequency.h"
 
 namespace infold {
 namespace {
@@ -65,6 +66,10 @@ Tensor zeros(const Tensor& like, int64_t features) {
 
 Tensor linear(const Tensor& x, const Tensor& coefficients, const Tensor& indices, const OptionalTensor& bias,
               int64_t out_features, double scale) {
+  check_indices(indices, scale);
+  check_coefficients(coefficients, indices);
+  check_count(out_features, "out_features");
+  check_bias(bias, out_features);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Tensor y;
   if (is_empty(x, out_features)) {
@@ -80,6 +85,10 @@ Tensor linear(const Tensor& x, const Tensor& coefficients, const Tensor& indices
 
 Tensor linear_dx(const Tensor& gradient, const Tensor& coefficients, const Tensor& indices, int64_t in_features,
                  double scale) {
+  check_indices(indices, scale);
+  check_coefficients(coefficients, indices);
+  check_count(in_features, "in_features");
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (is_empty(gradient, in_features)) return zeros(gradient, in_features);
   const auto at = places(indices, last(gradient, "gradient"), in_features);
   const Tensor c = at::view_as_complex(coefficients.to(compute_dtype(gradient)).contiguous()).unsqueeze(1);
@@ -88,6 +97,9 @@ Tensor linear_dx(const Tensor& gradient, const Tensor& coefficients, const Tenso
 }
 
 Tensor linear_dc(const Tensor& gradient, const Tensor& x, const Tensor& indices, double scale) {
+  check_indices(indices, scale);
+  check_leading(gradient, x);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (is_empty(gradient, last(x, "x")))
     return at::zeros({indices.size(1), 2}, gradient.options().dtype(compute_dtype(gradient)));
   const auto at = places(indices, last(gradient, "gradient"), last(x, "x"));

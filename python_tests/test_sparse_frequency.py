@@ -50,7 +50,8 @@ def dense_of(coefficients: Tensor, indices: Tensor, shape: tuple[int, int], scal
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -124,8 +125,16 @@ def test_the_cuda_composition_on_cpu_tensors(shape: tuple[int, int]) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
             narrow = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
             assert operator.redispatch(cuda, *narrow).dtype == torch.float32
-    hostile = torch.full_like(indices, 1 << 40)
-    assert ops.sparse_frequency_linear.default.redispatch(cuda, x, coefficients, hostile, bias, out, SCALE).shape
+    # It cannot refuse indices; it may not follow them either.
+    x = torch.randn(2, inputs).double()
+    for hostile in (1 << 62, -(1 << 63), -1):
+        places = torch.full_like(indices, hostile)
+        y = ops.sparse_frequency_linear.default.redispatch(cuda, x, coefficients, places, None, out, SCALE)
+        assert y.shape == (2, out)
+    with pytest.raises(ValueError, match="coefficients: expected shape"):
+        ops.sparse_frequency_linear.default.redispatch(cuda, x, coefficients[:1, :1], indices, None, out, SCALE)
+    with pytest.raises(ValueError, match="gradient: expected leading dimensions"):
+        ops.sparse_frequency_linear_dc.default.redispatch(cuda, x[:1], x, indices, SCALE)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ use crate::{Error, Result, codec};
 
 /// With so many panels, each is one thread's from beginning to end; of fewer, all threads share every step.
 const PANELS: usize = 8;
-/// Multiply-adds that are not worth waking another thread for.
-const SMALL: usize = 1 << 16;
+/// Steps that are not worth waking another thread for: they take about 0.1 ms.
+const SMALL: usize = 1 << 19;
 
 /// A sparse spectrum's shape and scale, and where its coefficients are.
 pub struct Sparse<T> {
@@ -55,21 +55,27 @@ impl<T: Real> Sparse<T> {
         if !scale.is_finite() {
             return Err(Error::argument("scale", "a finite number", scale));
         }
-        let (rows, cols) = (out_features as i64, in_features as i64);
-        let entry = |(k, (&u, &v)): (usize, (&I, &I))| {
-            let (u, v): (i64, i64) = (u.into(), v.into());
-            let last = if v == 0 || v.checked_mul(2) == Some(cols) { rows / 2 } else { rows - 1 };
-            if cols == 0 || rows == 0 || !(0..=cols / 2).contains(&v) || !(0..=last).contains(&u) {
-                let half = format!("0 <= v <= {}, 0 <= u < {rows}, u <= {} where v is 0 or N/2", cols / 2, rows / 2);
-                return Err(Error::argument("indices", half, format!("(u, v) = ({u}, {v}) at position {k}")));
-            }
-            let conjugate = 2 * u > rows;
-            Ok(Entry { u: if conjugate { rows - u } else { u } as u32, v: v as u32, conjugate })
-        };
-        let entries = u.iter().zip(v).enumerate().map(entry).collect::<Result<_>>()?;
+        let entries = Self::entries(out_features as i64, in_features as i64, u, v)?;
         // A transform of nothing is never run.
         let (output, input) = (Transform::get(out_features.max(1)), Transform::get(in_features.max(1)));
         Ok(Self { out_features, in_features, scale, entries, output, input })
+    }
+
+    fn entries<I: Copy + Into<i64>>(rows: i64, cols: i64, u: &[I], v: &[I]) -> Result<Vec<Entry>> {
+        let mut entries = Vec::with_capacity(u.len());
+        let nyquist = if cols % 2 == 0 { cols / 2 } else { -1 };
+        for (&u, &v) in u.iter().zip(v) {
+            let (u, v): (i64, i64) = (u.into(), v.into());
+            let last = if v == 0 || v == nyquist { rows / 2 } else { rows - 1 };
+            if !(0..=cols / 2).contains(&v) || !(0..=last).contains(&u) || rows == 0 || cols == 0 {
+                let half = format!("0 <= v <= {}, 0 <= u < {rows}, u <= {} where v is 0 or N/2", cols / 2, rows / 2);
+                let got = format!("(u, v) = ({u}, {v}) at position {}", entries.len());
+                return Err(Error::argument("indices", half, got));
+            }
+            let conjugate = 2 * u > rows;
+            entries.push(Entry::new(if conjugate { rows - u } else { u } as u32, v as u32, conjugate));
+        }
+        Ok(entries)
     }
 
     /// Coefficients: pairs of numbers.
@@ -151,30 +157,42 @@ impl<T: Real> Sparse<T> {
 
     /// The coefficients by the frequencies of one side, in their order.
     fn terms(&self, coefficients: &[T], side: Side) -> Terms<T> {
-        let split = |entry: &Entry| match side {
-            Side::Output => (entry.u as usize, entry.v),
-            Side::Input => (entry.v as usize, entry.u),
+        let split = |entry: Entry| match side {
+            Side::Output => (entry.u() as usize, entry.v),
+            Side::Input => (entry.v as usize, entry.u()),
         };
-        let features = if side == Side::Output { self.out_features } else { self.in_features };
-        let mut starts = vec![0; frequencies(features) + 1];
-        self.entries.iter().for_each(|entry| starts[split(entry).0 + 1] += 1);
-        let mut sum = 0;
-        for start in &mut starts {
-            sum += *start;
-            *start = sum;
-        }
-        let mut next = starts.clone();
-        let mut terms = vec![Term { at: 0, factors: [T::default(); 4] }; self.len()];
-        for (entry, pair) in self.entries.iter().zip(coefficients.chunks_exact(2)) {
-            let (re, im) = (pair[0], pair[1]);
-            let sign = if entry.conjugate { -T::one() } else { T::one() };
-            let (target, at) = split(entry);
+        let term = |(&entry, pair): (&Entry, &[T])| {
+            let (re, im, sign) = (pair[0], pair[1], entry.sign::<T>());
             // c·z for y and conj(c)·z for dx; for y its conjugate, and for dx of z's, where u is beyond the half.
             let factors = match side {
                 Side::Output => [re, -im, sign * re, sign * im],
                 Side::Input => [re, sign * im, sign * re, -im],
             };
-            terms[next[target]] = Term { at, factors };
+            Term { at: split(entry).1, factors }
+        };
+        let features = if side == Side::Output { self.out_features } else { self.in_features };
+        let mut starts = vec![0; frequencies(features) + 1];
+        let (mut is_sorted, mut last) = (true, 0);
+        for &entry in &self.entries {
+            let target = split(entry).0;
+            starts[target + 1] += 1;
+            is_sorted &= last <= target;
+            last = target;
+        }
+        let mut sum = 0;
+        for start in &mut starts {
+            sum += *start;
+            *start = sum;
+        }
+        let pairs = self.entries.iter().zip(coefficients.chunks_exact(2));
+        if is_sorted {
+            return Terms { starts, terms: pairs.map(term).collect() };
+        }
+        let mut next = starts.clone();
+        let mut terms = vec![Term { at: 0, factors: [T::default(); 4] }; self.len()];
+        for (entry, pair) in pairs {
+            let target = split(*entry).0;
+            terms[next[target]] = term((entry, pair));
             next[target] += 1;
         }
         Terms { starts, terms }

@@ -14,7 +14,7 @@ use crate::codec::Isa;
 pub const WIDTH: usize = 16;
 /// Rows of panels that are multiplied with one another, row by row, and summed.
 pub const OUTER_WIDTH: usize = 32;
-/// More lanes than a vector has.
+/// No vector has more lanes.
 const MOST_LANES: usize = 16;
 
 /// What one frequency of a product has from another, z: f₀·Re z + f₁·Im z as its real part and f₂·Im z + f₃·Re z as its imaginary
@@ -31,12 +31,32 @@ pub struct Terms<T> {
     pub terms: Vec<Term<T>>,
 }
 
-/// Two frequencies that meet: `u` of the results and `v` of the inputs; of a u beyond the half, whose `conjugate` it is.
+/// Two frequencies that meet: one of the results and one of the inputs.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
-    pub u: u32,
+    /// Of a frequency beyond the half, the one whose conjugate it is, and [`Self::CONJUGATE`].
+    marked_u: u32,
     pub v: u32,
-    pub conjugate: bool,
+}
+
+impl Entry {
+    const CONJUGATE: u32 = 1 << 31;
+
+    /// Both are below 2³¹.
+    pub fn new(u: u32, v: u32, conjugate: bool) -> Self {
+        Self { marked_u: if conjugate { u | Self::CONJUGATE } else { u }, v }
+    }
+
+    #[inline(always)]
+    pub fn u(self) -> u32 {
+        self.marked_u & !Self::CONJUGATE
+    }
+
+    /// −1 where the frequency is a conjugate, else 1.
+    #[inline(always)]
+    pub fn sign<T: Real>(self) -> T {
+        if self.marked_u & Self::CONJUGATE == 0 { T::one() } else { -T::one() }
+    }
 }
 
 per_isa_tiled!(
@@ -135,7 +155,7 @@ fn outer_of_width<T: Real, V: Vector<T>, const N: usize>(entries: &[Entry], g: &
     let (lanes, width) = (V::LANES, N * V::LANES);
     let minus = V::splat(-T::one());
     for (entry, out) in entries.iter().zip(out.chunks_exact_mut(2)) {
-        let g = &g[entry.u as usize * 2 * width..][..2 * width];
+        let g = &g[entry.u() as usize * 2 * width..][..2 * width];
         let x = &x[entry.v as usize * 2 * width..][..2 * width];
         let mut sums = [V::zero(); 4];
         for i in 0..N {
@@ -146,7 +166,7 @@ fn outer_of_width<T: Real, V: Vector<T>, const N: usize>(entries: &[Entry], g: &
             sums[2] = g_im.multiply_add(x_re, sums[2]);
             sums[3] = g_re.multiply_add(x_im, sums[3]);
         }
-        let sign = if entry.conjugate { minus } else { V::splat(T::one()) };
+        let sign = V::splat(entry.sign());
         out[0] += total(sign.multiply_add(sums[1], sums[0]));
         out[1] += total(sign.multiply_add(sums[2], minus.multiply_add(sums[3], V::zero())));
     }
@@ -155,6 +175,11 @@ fn outer_of_width<T: Real, V: Vector<T>, const N: usize>(entries: &[Entry], g: &
 /// The sum of a vector's lanes.
 #[inline(always)]
 fn total<T: Real, V: Vector<T>>(vector: V) -> T {
+    if V::LANES == 1 {
+        let mut value = [T::default()];
+        vector.store(&mut value);
+        return value[0];
+    }
     let mut values = [T::default(); MOST_LANES];
     vector.store(&mut values);
     let mut half = V::LANES / 2;
