@@ -51,6 +51,8 @@ fn compile_shim() -> Result<()> {
         "log8.cpp",
         "meta.cpp",
         "register.cpp",
+        "sparse_frequency.cpp",
+        "sparse_frequency_cuda.cpp",
     ];
     cxx_build::bridge("src/bridge.rs")
         .files(sources.map(|name| Path::new("csrc").join(name)))

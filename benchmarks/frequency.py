@@ -1,4 +1,5 @@
-"""Block-circulant layers against dense ones, against the same layer composed in PyTorch, and against PEFT's C3A.
+"""Block-circulant layers against dense ones, against the same layer composed in PyTorch, and against PEFT's C3A; layers
+of sparse spectra against dense ones and PEFT's FourierFT.
 
 Square layers without a bias, float32 where nothing else is said; "training" is forward and both gradients. Warm: each
 peer runs eight times in its turn, so that what the others evict is read again once in eight. The compositions are the
@@ -6,6 +7,9 @@ same map: from `torch.fft`, with the weight's spectra computed before; and as th
 product for each frequency, inverse). C3A's layer adds a circulant map to a dense one; only its part is timed. The floor
 is that of the multiply-adds of spectra and transforms at the rate that this machine shows for a matrix product, or of
 the bytes of the weight, whichever takes longer.
+
+FourierFT's layer adds the matrix of a sparse spectrum to a dense one; only its part is timed, which builds the matrix,
+and ours has the same spectrum. These take turns one by one, for FourierFT's is long.
 
 Run: python benchmarks/frequency.py [--quick] [--isa avx2] [--threads N] [--json FILE]
 """
@@ -17,10 +21,12 @@ import math
 import torch
 import torch.nn.functional as F
 from harness import Results, Run, interleaved_medians, machine_rates, parse_arguments
-from infold import spectral
+from infold import peft, spectral
 from infold.nn import FrequencyLinear
+from peft import FourierFTConfig
 from peft.tuners.c3a.utils import BlockCircularConvolution
-from torch import Tensor
+from peft.tuners.fourierft.layer import FourierFTLinear
+from torch import Tensor, nn
 
 #: By batch: against F.linear, and against the better composition, at 4096 and blocks of 64.
 GOALS = {1: (60, 2.5), 16: (40, 2.5), 256: (14, 1.7)}
@@ -115,14 +121,7 @@ def layer_case(results: Results, rates: tuple[float, float], features: int, bloc
     g = torch.randn(batch, features)
 
     def step(run: Run) -> Run:
-        def whole() -> None:
-            y = run()
-            assert isinstance(y, Tensor)
-            y.backward(g)
-            for tensor in (x, weight, variable, kernel, layer.spectrum):
-                tensor.grad = None
-
-        return whole
+        return training_step(run, g, [x, weight, variable, kernel, layer.spectrum])
 
     runs = {
         "ours": step(lambda: layer(x)),
@@ -133,6 +132,48 @@ def layer_case(results: Results, rates: tuple[float, float], features: int, bloc
     medians = interleaved_medians(warm(runs), results.arguments.seconds / 3)
     case = f"d {features}, n {block}, batch {batch}, training"
     report(results, case, (features, block, batch), medians, 3 * floor, True)
+
+
+def sparse_case(results: Results, rate: float, features: int, count: int, batch: int) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(features, features, bias=False)
+    config = FourierFTConfig(n_frequency=count, init_weights=False)
+    theirs = FourierFTLinear(dense, "default", config=config, n_frequency=count)
+    spectrum = theirs.fourierft_spectrum["default"]
+    ours = peft.from_fourierft(spectrum, features, features)
+    x, g = torch.randn(batch, features), torch.randn(batch, features)
+    expected = F.linear(x, theirs.get_delta_weight("default"))
+    torch.testing.assert_close(ours(x), expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
+    # Of a complex transform of n: 5 n log2(n) operations, half as many multiply-adds, and half of them for real ones.
+    floor = batch * (4 * count + 2 * 1.25 * features * math.log2(features)) / rate
+    runs: dict[str, Run] = {
+        "ours": lambda: ours(x),
+        "F.linear": lambda: F.linear(x, dense.weight),
+        "FourierFT": lambda: F.linear(x, theirs.get_delta_weight("default")),
+    }
+    case = f"d {features}, {count} coefficients, batch {batch}"
+    with torch.no_grad():
+        medians = interleaved_medians(runs, results.arguments.seconds / 3)
+    for peer in ("F.linear", "FourierFT"):
+        results.add(f"{case}, forward", peer, medians["ours"], medians[peer], floor_ms=floor)
+    leaves = [x.requires_grad_(), dense.weight.requires_grad_(), spectrum, ours.coefficients]
+    training = {name: training_step(run, g, leaves) for name, run in runs.items()}
+    medians = interleaved_medians(training, results.arguments.seconds / 3)
+    for peer in ("F.linear", "FourierFT"):
+        results.add(f"{case}, training", peer, medians["ours"], medians[peer], floor_ms=3 * floor)
+
+
+def training_step(run: Run, gradient: Tensor, leaves: list[Tensor]) -> Run:
+    """Forward and backward."""
+
+    def whole() -> None:
+        y = run()
+        assert isinstance(y, Tensor)
+        y.backward(gradient)
+        for tensor in leaves:
+            tensor.grad = None
+
+    return whole
 
 
 def report(
@@ -167,6 +208,10 @@ def main() -> None:
     for features, block in [(1024, 64)] if arguments.quick else cases:
         for batch in (1, 16) if arguments.quick else (1, 16, 256):
             layer_case(results, rates, features, block, batch)
+    for features in (1024,) if arguments.quick else (1024, 4096):
+        for count in (1000,) if arguments.quick else (1000, features * features // 100):
+            for batch in (1, 16) if arguments.quick else (1, 16, 256):
+                sparse_case(results, rates[0], features, count, batch)
     results.write(isa=arguments.isa)
 
 

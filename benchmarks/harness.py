@@ -24,14 +24,18 @@ import torch
 Run = Callable[[], object]
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """The options of every benchmark."""
+def parse_arguments(
+    description: str | None, add_options: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """The options of every benchmark, and those that ``add_options`` adds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's intra-op threads")
     parser.add_argument("--isa", help="an instruction set to hold everything to: avx2")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each run of a case")
+    if add_options:
+        add_options(parser)
     arguments = parser.parse_args()
     if arguments.isa and os.environ.get("INFOLD_ISA") != arguments.isa:
         # The libraries read it when they are loaded: start again.

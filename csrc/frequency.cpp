@@ -36,12 +36,7 @@ Tensor meta_dx(const Tensor& gradient, const Tensor& spectrum, int64_t in_featur
 Tensor meta_dw(const Tensor& gradient, const Tensor& x, int64_t block) {
   TORCH_CHECK_VALUE(block > 0, "block: expected a positive size, got ", block);
   const auto outputs = ceil_div(last(gradient, "gradient"), block), inputs = ceil_div(last(x, "x"), block);
-  const auto leading = [](const Tensor& tensor) { return tensor.sym_sizes().slice(0, tensor.dim() - 1); };
-  bool fits = gradient.dim() == x.dim();
-  for (int64_t i = 0; fits && i + 1 < x.dim(); ++i) {
-    fits = leading(gradient)[i].sym_eq(leading(x)[i]).expect_true(__FILE__, __LINE__);
-  }
-  TORCH_CHECK_VALUE(fits, "gradient: expected leading dimensions ", leading(x), ", got ", leading(gradient));
+  check_leading(gradient, x);
   return gradient.new_empty({outputs, inputs, block}, gradient.options().dtype(compute_dtype(gradient)));
 }
 

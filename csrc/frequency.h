@@ -1,4 +1,4 @@
-// The block-circulant operators as the dispatcher knows them, and their shapes.
+// The block-circulant operators as the dispatcher knows them, and what operators on spectra check.
 #pragma once
 
 #include "infold/csrc/dispatch.h"
@@ -35,6 +35,16 @@ inline void check_spectrum(const Tensor& spectrum, int64_t dimension, int64_t fe
   const auto blocks = spectrum.size(dimension), block = spectrum.size(2);
   TORCH_CHECK_VALUE(features >= 0 && ceil_div(features, block) == blocks, what, ": expected ",
                     blocks > 0 ? (blocks - 1) * block + 1 : 0, " to ", blocks * block, ", got ", features);
+}
+
+/// Checks that a gradient has x's leading dimensions.
+inline void check_leading(const Tensor& gradient, const Tensor& x) {
+  const auto leading = [](const Tensor& tensor) { return tensor.sym_sizes().slice(0, tensor.dim() - 1); };
+  bool fits = gradient.dim() == x.dim();
+  for (int64_t i = 0; fits && i + 1 < x.dim(); ++i) {
+    fits = leading(gradient)[i].sym_eq(leading(x)[i]).expect_true(__FILE__, __LINE__);
+  }
+  TORCH_CHECK_VALUE(fits, "gradient: expected leading dimensions ", leading(x), ", got ", leading(gradient));
 }
 
 }  // namespace infold

@@ -47,6 +47,15 @@ TORCH_LIBRARY(infold, m) {
   m.def("frequency_linear_complex(Tensor x, Tensor spectrum, Tensor? bias, int block, int out_features) -> Tensor",
         compute);
   m.def(
+      "sparse_frequency_linear(Tensor x, Tensor coefficients, Tensor indices, Tensor? bias, int out_features, float "
+      "scale) -> Tensor",
+      compute);
+  m.def(
+      "sparse_frequency_linear_dx(Tensor gradient, Tensor coefficients, Tensor indices, int in_features, float scale) "
+      "-> Tensor",
+      compute);
+  m.def("sparse_frequency_linear_dc(Tensor gradient, Tensor x, Tensor indices, float scale) -> Tensor", compute);
+  m.def(
       "frequency_conv(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
       "bool circular) -> Tensor",
       compute);

@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use crate::ops;
 use crate::ops::frequency::Spectrum;
+use crate::ops::sparse_frequency;
 use crate::parallel::Pool;
 use crate::{Error, Result, memory};
 
@@ -106,6 +107,30 @@ mod ffi {
             words: &Tensor,
             bias: &Tensor,
             out_features: i64,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn sparse_frequency_linear(
+            x: &Tensor,
+            coefficients: &Tensor,
+            indices: &Tensor,
+            bias: &Tensor,
+            out_features: i64,
+            scale: f64,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn sparse_frequency_linear_dx(
+            gradient: &Tensor,
+            coefficients: &Tensor,
+            indices: &Tensor,
+            in_features: i64,
+            scale: f64,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn sparse_frequency_linear_dc(
+            gradient: &Tensor,
+            x: &Tensor,
+            indices: &Tensor,
+            scale: f64,
             out: Pin<&mut Outputs>,
         ) -> Status;
         fn log8_encode(x: &Tensor, out: Pin<&mut Outputs>) -> Status;
@@ -325,6 +350,51 @@ fn frequency_linear_log8(
         let (x, codes, words) = (need(x, "x")?, need(codes, "codes")?, need(words, "words")?);
         let spectrum = Spectrum::Log8 { codes: &codes, words: &words };
         Ok(vec![ops::frequency::forward(&x, spectrum, share(bias).as_ref(), features, pool)?])
+    })
+}
+
+fn sparse_frequency_linear(
+    x: &Tensor,
+    coefficients: &Tensor,
+    indices: &Tensor,
+    bias: &Tensor,
+    features: i64,
+    scale: f64,
+    out: Pin<&mut Outputs>,
+) -> Status {
+    call(out, |pool| {
+        let (x, coefficients, indices) =
+            (need(x, "x")?, need(coefficients, "coefficients")?, need(indices, "indices")?);
+        let bias = share(bias);
+        Ok(vec![sparse_frequency::forward(&x, &coefficients, &indices, bias.as_ref(), features, scale, pool)?])
+    })
+}
+
+fn sparse_frequency_linear_dx(
+    gradient: &Tensor,
+    coefficients: &Tensor,
+    indices: &Tensor,
+    features: i64,
+    scale: f64,
+    out: Pin<&mut Outputs>,
+) -> Status {
+    call(out, |pool| {
+        let (gradient, coefficients, indices) =
+            (need(gradient, "gradient")?, need(coefficients, "coefficients")?, need(indices, "indices")?);
+        Ok(vec![sparse_frequency::input_gradient(&gradient, &coefficients, &indices, features, scale, pool)?])
+    })
+}
+
+fn sparse_frequency_linear_dc(
+    gradient: &Tensor,
+    x: &Tensor,
+    indices: &Tensor,
+    scale: f64,
+    out: Pin<&mut Outputs>,
+) -> Status {
+    call(out, |pool| {
+        let (gradient, x, indices) = (need(gradient, "gradient")?, need(x, "x")?, need(indices, "indices")?);
+        Ok(vec![sparse_frequency::coefficient_gradient(&gradient, &x, &indices, scale, pool)?])
     })
 }
 

@@ -62,6 +62,23 @@ impl<'a, T> DisjointSlice<'a, T> {
         // SAFETY: inside the slice by the assertion, unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
+
+    /// Writes one element.
+    ///
+    /// # Safety
+    /// No other thread may read or write it meanwhile.
+    ///
+    /// # Panics
+    /// If `index` does not lie inside the slice.
+    #[allow(unsafe_code)]
+    pub unsafe fn set(&self, index: usize, value: T)
+    where
+        T: Copy,
+    {
+        assert!(index < self.len);
+        // SAFETY: inside the slice by the assertion, unaliased by the caller's promise; what is there needs no drop.
+        unsafe { self.start.add(index).write(value) };
+    }
 }
 
 /// Runs `body` for each item and returns the results in order.

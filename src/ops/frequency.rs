@@ -43,13 +43,22 @@ fn check_features(features: i64, count: i64, block: i64, what: &'static str) -> 
 }
 
 /// A tensor's last dimension.
-fn features_of(tensor: &Tensor, what: &'static str) -> Result<i64> {
+pub(super) fn features_of(tensor: &Tensor, what: &'static str) -> Result<i64> {
     tensor.size().last().copied().ok_or_else(|| Error::argument(what, "at least one dimension", "a scalar"))
 }
 
 /// A result in the dtype of what it belongs to.
-fn in_kind(result: Tensor, kind: Kind) -> Result<Tensor> {
+pub(super) fn in_kind(result: Tensor, kind: Kind) -> Result<Tensor> {
     Ok(if result.kind() == kind { result } else { result.f_to_kind(kind)? })
+}
+
+/// Checks that a gradient has x's leading dimensions.
+pub(super) fn check_leading(gradient: &Tensor, x: &Tensor) -> Result<()> {
+    if gradient.size().split_last().map(|(_, rows)| rows) == x.size().split_last().map(|(_, rows)| rows) {
+        return Ok(());
+    }
+    let expected = format!("the leading dimensions of x, which has shape {:?}", x.size());
+    Err(Error::argument("gradient", expected, format!("{:?}", gradient.size())))
 }
 
 /// y = x·Wᵀ + b, in x's dtype. W has the packed spectra `spectrum`.
@@ -123,10 +132,7 @@ pub fn spectrum_gradient(gradient: &Tensor, x: &Tensor, block: i64, pool: &dyn P
     float_kind(x, "x")?;
     let (out_features, in_features) = (features_of(gradient, "gradient")?, features_of(x, "x")?);
     let rows = rows_of(x, "x", in_features)?;
-    if gradient.size().split_last().map(|(_, rows)| rows) != x.size().split_last().map(|(_, rows)| rows) {
-        let expected = format!("the leading dimensions of x, which has shape {:?}", x.size());
-        return Err(Error::argument("gradient", expected, format!("{:?}", gradient.size())));
-    }
+    check_leading(gradient, x)?;
     if !(1..MAX_DIMENSION as i64).contains(&block) {
         return Err(Error::argument("block", "a positive size", block));
     }

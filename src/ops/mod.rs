@@ -10,6 +10,7 @@ mod gpu;
 pub mod linear;
 pub mod log8;
 pub mod pack;
+pub mod sparse_frequency;
 mod tensor;
 
 use std::cell::RefCell;

@@ -51,6 +51,7 @@ macro_rules! per_isa_tiled {
         }
     };
 }
+pub(super) use per_isa_tiled;
 
 /// Some items and where their elements lie: `values[item · i + step · s + lane]`.
 #[derive(Clone, Copy)]

@@ -2,13 +2,16 @@
 //!
 //! `transform.rs` has the real Fourier transform of a block, `circulant.rs` the block-circulant product and its two
 //! companions, `kernel.rs` their inner loops, `log8.rs` the format of a byte for each coefficient. `conv.rs` has the
-//! convolution and its two, `tile.rs` the transforms of its tiles, `products.rs` its inner loop.
+//! convolution and its two, `tile.rs` the transforms of its tiles, `products.rs` its inner loop. `sparse.rs` has the product
+//! with a matrix of a sparse two-dimensional spectrum and its two, `terms.rs` its inner loops.
 
 mod circulant;
 pub mod conv;
 mod kernel;
 pub mod log8;
 mod products;
+pub mod sparse;
+mod terms;
 mod tile;
 mod transform;
 mod vector;

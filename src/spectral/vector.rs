@@ -7,6 +7,8 @@ use super::Real;
 /// has, as `kernel.rs` sees to.
 pub trait Vector<T>: Copy {
     const LANES: usize;
+    /// One lane, which rounds as each of these does.
+    type Lane: Vector<T>;
     fn zero() -> Self;
     /// The first lanes of a slice.
     fn load(from: &[T]) -> Self;
@@ -28,6 +30,7 @@ pub struct Array<T, const L: usize, const FUSED: bool>([T; L]);
 
 impl<T: Real, const L: usize, const FUSED: bool> Vector<T> for Array<T, L, FUSED> {
     const LANES: usize = L;
+    type Lane = Array<T, 1, FUSED>;
 
     #[inline(always)]
     fn zero() -> Self {
@@ -74,6 +77,7 @@ macro_rules! intrinsics {
 
         impl Vector<f32> for $name {
             const LANES: usize = $lanes;
+            type Lane = super::Array<f32, 1, true>;
 
             #[inline(always)]
             fn zero() -> Self {

@@ -7,9 +7,9 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from infold._library import CorruptWeightError
 from infold.config import Mode
+from infold.frequency_layers import FrequencyLayer, options_of, rebuilt
 from infold.layers import dense_kind, dense_weight, packed_kind, packed_like, weight_of, would_lose
 from infold.layout import relay
 from infold.nn import FusedDecompressConv, PackedModule
@@ -25,6 +26,9 @@ from infold.packed import Packed, read_header
 
 _FORMAT = "infold-1"
 _FIELDS = ("payload", "directory", "tables", "scales")
+#: Those of frequency layers, of either kind and storage.
+_SPECTRUM = ("spectrum", "codes", "words", "coefficients", "indices")
+_OWN = (*_FIELDS, *_SPECTRUM)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -48,6 +52,8 @@ def save(model: nn.Module, path: str | Path) -> None:
             modules[name] = {"kind": packed_kind(module), "mode": mode, "layout": module.layout}
             if isinstance(module, FusedDecompressConv):
                 modules[name]["kernel_size"] = list(module.window.kernel_size)
+        elif isinstance(module, FrequencyLayer) and name:
+            modules[name] = {"kind": "linear", **options_of(module)}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -68,12 +74,19 @@ def save(model: nn.Module, path: str | Path) -> None:
         "checksums": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()}),
     }
     metadata["metadata_checksum"] = str(_metadata_checksum(metadata))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in the place of ``path``, which it takes, synced, once it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # With the mode that any new file gets here; safetensors' own would be its owner's alone.
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
+        yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -101,17 +114,24 @@ def load_into(model: nn.Module, path: str | Path) -> None:
         if name not in tensors:
             raise CorruptWeightError(alias, "aliases", f"expected a tensor of the file, got {name!r}")
 
+    # A frequency layer that is there already takes its numbers as any other.
+    there = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FrequencyLayer)}
+    modules = {name: options for name, options in modules.items() if name not in there or "frequency" not in options}
     shared: dict[str, nn.Parameter] = {}
-    replacements: dict[str, PackedModule] = {}
-    same: dict[nn.Module, PackedModule] = {}
+    packed: dict[str, PackedModule] = {}
+    replacements: dict[str, nn.Module] = {}
+    same: dict[nn.Module, nn.Module] = {}
     for name, options in modules.items():
         target = _target(model, name, options)
-        if target not in same:
-            same[target] = _packed_module(name, options, target, tensors, aliases, shared)
-        replacements[name] = same[target]
-    _lay_out(replacements, modules)
+        if "frequency" in options:
+            new: nn.Module = same.get(target) or _frequency_layer(name, options, target, tensors, aliases, shared)
+        else:
+            made = same.get(target) or _packed_module(name, options, target, tensors, aliases, shared)
+            new = packed[name] = cast(PackedModule, made)
+        replacements[name] = same[target] = new
+    _lay_out(packed, modules)
 
-    own = {f"{name}.{field}" for name in modules for field in _FIELDS}
+    own = {f"{name}.{field}" for name in modules for field in _OWN}
     rest = {name: tensor for name, tensor in tensors.items() if name not in own}
     rest.update({alias: tensors[name] for alias, name in aliases.items() if alias not in own})
     expected = {name: tensor for name, tensor in model.state_dict().items() if not _is_replaced(name, modules)}
@@ -198,6 +218,34 @@ def _lay_out(replacements: Mapping[str, PackedModule], modules: Mapping[str, Map
         relay(sharing, layout)
 
 
+def _parameter(
+    full: str, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], shared: dict[str, nn.Parameter]
+) -> nn.Parameter | None:
+    """A tensor of the file as a parameter, the same one for all that share it; None if there is none."""
+    full = aliases.get(full, full)
+    if full in tensors and full not in shared:
+        tensor = tensors[full]
+        shared[full] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    return shared.get(full)
+
+
+def _frequency_layer(
+    name: str,
+    options: Mapping[str, Any],
+    target: nn.Module,
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    shared: dict[str, nn.Parameter],
+) -> nn.Module:
+    found = {field: _parameter(f"{name}.{field}", tensors, aliases, shared) for field in _SPECTRUM}
+    try:
+        return rebuilt(target, options, {field: tensor for field, tensor in found.items() if tensor is not None})
+    except (KeyError, TypeError) as error:
+        raise CorruptWeightError(name, "modules", f"expected a frequency layer, got {dict(options)}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _packed_module(
     name: str,
     options: Mapping[str, Any],
@@ -207,15 +255,10 @@ def _packed_module(
     shared: dict[str, nn.Parameter],
 ) -> PackedModule:
     def parameter(field: str) -> Tensor:
-        full = aliases.get(f"{name}.{field}", f"{name}.{field}")
-        if full not in tensors:
-            if field == "scales":
-                return torch.empty(0, 0)
-            raise CorruptWeightError(full, field, "expected a tensor, got none")
-        if full not in shared:
-            tensor = tensors[full]
-            shared[full] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-        return shared[full]
+        found = _parameter(f"{name}.{field}", tensors, aliases, shared)
+        if found is None and field != "scales":
+            raise CorruptWeightError(f"{name}.{field}", field, "expected a tensor, got none")
+        return torch.empty(0, 0) if found is None else found
 
     if isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d | FusedDecompressConv):
         # A packed weight is a matrix: it does not say what its columns are.
@@ -240,7 +283,7 @@ def _packed_module(
 
 def _is_replaced(name: str, modules: Mapping[str, Any]) -> bool:
     module, _, field = name.rpartition(".")
-    return module in modules and field in ("weight", *_FIELDS)
+    return module in modules and field in ("weight", *_OWN)
 
 
 def _compare(rest: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

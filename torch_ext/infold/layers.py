@@ -1,8 +1,8 @@
-"""A model's layers as Infold sees them: what can be packed, by which weight, and what takes its place."""
+"""A model's layers as Infold sees them: what can be converted, by which weight, and what takes its place."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from infold.config import Mode
 from infold.nn import FusedDecompressConv, FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
 from infold.nn.conv import Window
 from infold.packed import Packed
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 _DENSE: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -95,8 +97,25 @@ def packed_like(
         )
     else:
         new = FusedDecompressLinear(packed, bias, mode=mode, dtype=dtype, trainable_scales=trainable_scales, name=name)
+    return in_place_of(module, new)
+
+
+def in_place_of(module: nn.Module, new: _Module) -> _Module:
+    """Gives a replacement what somebody has noted on the layer that was there."""
     for attribute, value in vars(module).items():
-        # What somebody else has noted there; what a layer keeps for itself begins with an underscore or is known here.
+        # What a layer keeps for itself begins with an underscore or is known here.
         if not attribute.startswith("_") and not hasattr(new, attribute):
             setattr(new, attribute, value)
     return new.train(module.training)
+
+
+def relative_error(exact: Tensor, approximation: Tensor) -> float:
+    """‖W − Ŵ‖ / ‖W‖ in float64, 0 only where every bit is equal (NaNs included)."""
+    difference = norm = 0.0
+    # A few rows at a time: a float64 copy of a whole vocabulary is large.
+    for start in range(0, len(exact), 1024):
+        a, b = exact[start : start + 1024], approximation[start : start + 1024]
+        if not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+            difference += float((b.double() - a.double()).square().sum())
+        norm += float(a.double().square().sum())
+    return (difference / norm) ** 0.5 if difference else 0.0

@@ -6,11 +6,26 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What another method leaves of a weight."""
+
+    #: ``"svd"``: the truncated one, factors in float16; ``"ecsq"``; ``"int4"``: groups of 128, entropy-coded.
+    method: str
+    #: Everything that it stores: as many bytes as its layer or fewer, except where the method has no form so small.
+    bytes: int
+    #: As in `LayerReport`.
+    relative_error: float
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One packed layer. ``bytes_after`` counts payload, directory, tables and scales; the bias is in neither figure."""
+    """One converted layer. ``bytes_after`` is all that stands for the weight: payload, directory, tables and scales, or
+    the spectrum and its indices; the bias is in neither figure.
+    """
 
     name: str
     kind: str
@@ -22,10 +37,13 @@ class LayerReport:
     relative_error: float
     predictor: str = "none"
     #: How the weight lies in memory, and the bytes that it takes there; ``bytes_after`` is what is stored.
+    #: Of a frequency layer, the storage of its spectrum.
     layout: str = "compact"
     resident_bytes: int = 0
     #: The layer that this one shares its weight with; its bytes are counted there.
     tied_to: str | None = None
+    #: For a frequency layer, what other methods would leave at its bytes.
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -38,10 +56,12 @@ class LayerReport:
 
 @dataclass
 class ConversionReport:
-    """Every layer that was packed, and every one that was refused with the reason. Prints as a table."""
+    """Every layer that was converted, and every one that was refused with the reason. Prints as a table."""
 
     layers: list[LayerReport] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    #: Of those refused, the ones over a ``max_error``: what they would have been.
+    over_max_error: list[LayerReport] = field(default_factory=list)
     #: Bytes of all parameters and buffers of the model, before and after.
     model_bytes_before: int = 0
     model_bytes_after: int = 0
@@ -52,7 +72,7 @@ class ConversionReport:
 
     @property
     def parameters(self) -> int:
-        """Packed weights, shared ones once."""
+        """Weights of converted layers, shared ones once."""
         return sum(layer.parameters for layer in self._own)
 
     @property
@@ -73,7 +93,7 @@ class ConversionReport:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the packed weights are."""
+        """How many times smaller these weights are."""
         return self.bytes_before / max(self.bytes_after, 1)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -87,11 +107,13 @@ class ConversionReport:
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
         }
-        layers = [{**asdict(layer), "bits_per_weight": layer.bits_per_weight} for layer in self.layers]
-        for layer in layers:
-            # JSON has no infinity; null says that there is no such number.
-            layer["relative_error"] = layer["relative_error"] if math.isfinite(layer["relative_error"]) else None
-        text = json.dumps({"total": total, "layers": layers, "refused": self.refused}, indent=2)
+        report = {
+            "total": total,
+            "layers": [_as_json(layer) for layer in self.layers],
+            "refused": self.refused,
+            "over_max_error": [_as_json(layer) for layer in self.over_max_error],
+        }
+        text = json.dumps(report, indent=2)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -111,14 +133,26 @@ class ConversionReport:
         left.invert_yaxis()
         left.set_xlabel("bits a weight, everything counted")
         right.barh(places, [layer.relative_error for layer in layers], color="#b5563c")
+        for method, color in (("svd", "black"), ("ecsq", "#3b6ea5"), ("int4", "#6a9a4b")):
+            marks = [
+                (a.relative_error, y)
+                for y, layer in enumerate(layers)
+                for a in layer.alternatives
+                if a.method == method
+            ]
+            if marks:
+                right.scatter(*zip(*marks, strict=True), marker="|", color=color, label=method, zorder=3)
+        if any(layer.alternatives for layer in layers):
+            right.legend(fontsize=7)
         right.set_xlabel("relative error")
         figure.suptitle(f"{self.bits_per_weight:.2f} bits a weight, {self.ratio:.2f}x smaller")
         figure.savefig(path, dpi=120, format="png")
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("total")])
+        kind = max([len(layer.format) for layer in self.layers] + [8])
         head = (
-            f"{'layer':<{width}}  {'format':<8} {'shape':>13} {'before':>10} {'stored':>10} {'bits/w':>7} "
+            f"{'layer':<{width}}  {'format':<{kind}} {'shape':>13} {'before':>10} {'stored':>10} {'bits/w':>7} "
             f"{'error':>9} {'in memory':>10} {'layout':<7}"
         )
         lines = [head, "-" * len(head)]
@@ -126,21 +160,50 @@ class ConversionReport:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
             tail = f"  = {layer.tied_to}" if layer.tied_to else ""
             lines.append(
-                f"{layer.name:<{width}}  {layer.format:<8} {shape:>13} {format_bytes(layer.bytes_before):>10} "
+                f"{layer.name:<{width}}  {layer.format:<{kind}} {shape:>13} {format_bytes(layer.bytes_before):>10} "
                 f"{format_bytes(layer.bytes_after):>10} {layer.bits_per_weight:>7.2f} {layer.relative_error:>9.2g} "
                 f"{format_bytes(layer.resident_bytes):>10} {layer.layout:<7}{tail}"
             )
         lines.append("-" * len(head))
         lines.append(
-            f"{'total':<{width}}  {'':<8} {self.parameters:>13,} {format_bytes(self.bytes_before):>10} "
+            f"{'total':<{width}}  {'':<{kind}} {self.parameters:>13,} {format_bytes(self.bytes_before):>10} "
             f"{format_bytes(self.bytes_after):>10} {self.bits_per_weight:>7.2f} {'':>9} "
             f"{format_bytes(self.resident_bytes):>10} ({self.ratio:.2f}x smaller stored)"
         )
         lines.append(
             f"model: {format_bytes(self.model_bytes_before)} before, {format_bytes(self.model_bytes_after)} after"
         )
+        lines += _comparison([layer for layer in [*self.layers, *self.over_max_error] if layer.alternatives])
         lines += [f"left dense: {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
+
+
+def _as_json(layer: LayerReport) -> dict[str, Any]:
+    fields = {**asdict(layer), "bits_per_weight": layer.bits_per_weight}
+    for errors in (fields, *fields["alternatives"]):
+        # JSON has no infinity; null says that there is no such number.
+        errors["relative_error"] = errors["relative_error"] if math.isfinite(errors["relative_error"]) else None
+    return fields
+
+
+def _comparison(layers: list[LayerReport]) -> list[str]:
+    """Lines that set each layer's error beside those of other methods; their bytes where they are more."""
+    if not layers:
+        return []
+    width = max(len(layer.name) for layer in layers)
+    methods = [alternative.method for alternative in layers[0].alternatives]
+    titles = " ".join(f"{method:>18}" for method in methods)
+    head = f"{'relative error':<{width}}  {'stored':>10} {'this':>7} {titles}"
+    lines = ["", head, "-" * len(head)]
+    for layer in layers:
+        cells = []
+        for other in layer.alternatives:
+            more = f" at {format_bytes(other.bytes)}" if other.bytes > layer.bytes_after else ""
+            cells.append(f"{other.relative_error:.3f}{more}")
+        shown = " ".join(f"{cell:>18}" for cell in cells)
+        stored = format_bytes(layer.bytes_after)
+        lines.append(f"{layer.name:<{width}}  {stored:>10} {layer.relative_error:>7.3f} {shown}")
+    return lines
 
 
 def format_bytes(count: int) -> str:

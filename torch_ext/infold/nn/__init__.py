@@ -5,6 +5,7 @@ from infold.nn.conv import FusedDecompressConv
 from infold.nn.frequency import FrequencyLinear
 from infold.nn.frequency_conv import FrequencyConv1d, FrequencyConv2d, FrequencyConv3d
 from infold.nn.fused import FusedDecompressEmbedding, FusedDecompressLinear, PackedModule
+from infold.nn.sparse_frequency import SparseFrequencyLinear
 
 __all__ = [
     "FrequencyAdapter",
@@ -16,6 +17,7 @@ __all__ = [
     "FusedDecompressEmbedding",
     "FusedDecompressLinear",
     "PackedModule",
+    "SparseFrequencyLinear",
     "adapter_state_dict",
     "add_adapters",
 ]

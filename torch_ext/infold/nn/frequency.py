@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from infold import spectral
 from infold._library import ops
+from infold.config import Storage
 from infold.log8 import Log8, log8_decode, log8_encode
-
-#: How a layer holds its spectrum.
-Storage = Literal["float", "log8"]
 
 
 class FrequencyLinear(nn.Module):

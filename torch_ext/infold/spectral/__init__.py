@@ -1,4 +1,4 @@
-"""Spectra of real blocks as real numbers, what block-circulant weights look like in time, and tools for phases."""
+"""Spectra of real blocks as real numbers, sparse spectra, and tools for phases."""
 
 from infold.spectral.packed import circulant, dense, pack_spectrum, unpack_spectrum
 from infold.spectral.phase import (
@@ -12,13 +12,18 @@ from infold.spectral.phase import (
 )
 from infold.spectral.plot import plot_phase_histogram, plot_phase_space
 from infold.spectral.recorder import PhaseRecorder
+from infold.spectral.sparse import by_output_frequency, half_plane, half_plane_size, largest, sparse_dense
 
 __all__ = [
     "PhaseRecorder",
     "Polar",
+    "by_output_frequency",
     "circulant",
     "dense",
     "free_frequencies",
+    "half_plane",
+    "half_plane_size",
+    "largest",
     "layer_frequencies",
     "pack_spectrum",
     "phase_histogram",
@@ -27,5 +32,6 @@ __all__ = [
     "plot_phase_space",
     "polar",
     "resultant_length",
+    "sparse_dense",
     "unpack_spectrum",
 ]
