@@ -5,9 +5,11 @@
 //! convolution and its two, `tile.rs` the transforms of its tiles, `products.rs` its inner loop.
 
 mod circulant;
+mod contract;
 pub mod conv;
-mod kernel;
+mod fft;
 pub mod log8;
+mod planes;
 mod products;
 mod tile;
 mod transform;
