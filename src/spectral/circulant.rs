@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use super::contract::{Items, Stored, contract, contract_stored};
 use super::planes::{Fold, Planes};
-use super::transform::{Blocks, Real, Spectra, Transform};
+use super::transform::{Blocks, Real, Spectra, Transform, Workspace};
 use super::vector::{Kernel, MOST_LANES, Vector, dispatch, load_part, store_part};
-use crate::memory::Scratch;
+use crate::memory::{LINE, Scratch};
 use crate::parallel::{DisjointSlice, Pool, Serial};
 use crate::{Error, Result};
 
@@ -112,8 +112,11 @@ impl<T: Real> Kernel<T> for Forward<'_, T> {
                     *start = Some(planes.start(item, step));
                 }
             }
-            let next = (range.end / in_row, range.end % in_row * 2 * rows.n);
-            V::prefetch(rows.values.get(((first_row + next.0) * rows.features + next.1)..).unwrap_or_default(), 2 * V::LANES * rows.n);
+            // The next blocks, if they are whole.
+            let next = (first_row + range.end / in_row) * rows.features + range.end % in_row * 2 * rows.n;
+            for index in (0..2 * V::LANES * rows.n).step_by(LINE / size_of::<T>()) {
+                V::prefetch(rows.values, next + index);
+            }
             transform.forward(&pairs, conjugate, &mut workspace, &mut placed);
         }
     }
@@ -168,7 +171,11 @@ fn order<T: Real, V: Vector<T>>(
     let (half, out) = (planes.half, DisjointSlice::new(out));
     for (place, index) in items.enumerate() {
         for at in 0..steps {
-            let numbers = &values[index * item + at * step..][..n];
+            let start = index * item + at * step;
+            for ahead in (0..n).step_by(LINE / size_of::<T>()) {
+                V::prefetch(values, start + item + ahead);
+            }
+            let numbers = &values[start..start + n];
             // Of an odd block the imaginary parts begin a place early: that of frequency 0 is multiplied by zero.
             let (re, im) = (&numbers[..half], &numbers[n - half..]);
             let to = planes.start(place, at);
@@ -264,10 +271,10 @@ impl<T: Real> Outputs<'_, T> {
         planes: &Planes,
         [blocks, rows]: [Range<usize>; 2],
         sums: &[T],
+        workspace: &mut Workspace<T, V>,
     ) {
         let n = transform.n();
         let fold = Fold::<V>::new(transform, planes, (0.25 / n as f64).sqrt(), (0.125 / n as f64).sqrt());
-        let mut workspace = transform.workspace::<V>();
         let in_row = blocks.len().div_ceil(2);
         for range in chunks(&(0..rows.len() * in_row), V::LANES) {
             let mut places = [[None; 2]; MOST_LANES];
@@ -283,7 +290,7 @@ impl<T: Real> Outputs<'_, T> {
                 }
             }
             let mut finish = Finish { out: self, fold, sums, places };
-            transform.inverse(self.conjugate, &mut workspace, &mut finish);
+            transform.inverse(self.conjugate, workspace, &mut finish);
         }
     }
 }
@@ -304,6 +311,7 @@ impl<T: Real> Kernel<T> for Multiply<'_, T> {
         let Self { transform, weight, range, steps, b, out } = self;
         let [height, width] = block_size(&b.planes, range.len());
         let planes = Planes::new(transform, height, steps);
+        let mut workspace = transform.workspace::<V>();
         let mut ordered = Scratch::new(planes.len());
         let mut sums = Scratch::new(height * width.min(b.range.len()) * planes.spectrum());
         for blocks in chunks(&range, height) {
@@ -312,7 +320,7 @@ impl<T: Real> Kernel<T> for Multiply<'_, T> {
             for rows in chunks(&b.range, width) {
                 let b = Items { range: rows.clone(), ..b };
                 contract::<T, V>(&a, &b, &mut sums);
-                out.finish::<V>(transform, &planes, [blocks.clone(), rows], &sums);
+                out.finish::<V>(transform, &planes, [blocks.clone(), rows], &sums, &mut workspace);
             }
         }
     }
@@ -331,10 +339,11 @@ impl<T: Real> Kernel<T> for MultiplyFew<'_, T> {
     #[inline(always)]
     fn run<V: Vector<T>>(self) {
         let Self { transform, weight, range, b, out } = self;
+        let mut workspace = transform.workspace::<V>();
         let mut sums = Scratch::new(BLOCK[0] * b.range.len() * b.planes.spectrum());
         for blocks in chunks(&range, BLOCK[0]) {
             contract_stored::<T, V>(weight, blocks.clone(), &b, &mut sums);
-            out.finish::<V>(transform, &b.planes, [blocks, b.range.clone()], &sums);
+            out.finish::<V>(transform, &b.planes, [blocks, b.range.clone()], &sums, &mut workspace);
         }
     }
 }

@@ -102,22 +102,33 @@ pub struct Stored<'a, T> {
 /// What [`contract`] makes, of halves that fill vectors and are read where they are stored: for few items `b`.
 #[inline(always)]
 pub fn contract_stored<T: Real, V: Vector<T>>(a: Stored<T>, range: Range<usize>, b: &Items<T>, out: &mut [T]) {
-    if V::REGISTERS >= 32 { stored_tiles::<T, V, 8>(a, range, b, out) } else { stored_tiles::<T, V, 4>(a, range, b, out) }
+    let even = b.planes.vectors.is_multiple_of(2);
+    match (V::REGISTERS >= 32, even) {
+        (true, true) => stored_tiles::<T, V, 4, 2>(a, range, b, out),
+        (true, false) => stored_tiles::<T, V, 8, 1>(a, range, b, out),
+        (false, true) => stored_tiles::<T, V, 2, 2>(a, range, b, out),
+        (false, false) => stored_tiles::<T, V, 4, 1>(a, range, b, out),
+    }
 }
 
 #[inline(always)]
-fn stored_tiles<T: Real, V: Vector<T>, const I: usize>(a: Stored<T>, range: Range<usize>, b: &Items<T>, out: &mut [T]) {
+fn stored_tiles<T: Real, V: Vector<T>, const I: usize, const W: usize>(
+    a: Stored<T>,
+    range: Range<usize>,
+    b: &Items<T>,
+    out: &mut [T],
+) {
     let (rows, columns) = (range.len(), b.range.len());
-    let spectrum = PLANES * b.planes.vectors * V::LANES;
+    let spectrum = b.planes.spectrum();
     let mut row = 0;
     macro_rules! rows {
         ($height:expr) => {
             while rows - row >= $height {
                 let a = Stored { values: &a.values[(range.start + row) * a.item..], ..a };
                 for column in 0..columns {
-                    for vector in 0..b.planes.vectors {
+                    for vector in (0..b.planes.vectors).step_by(W) {
                         let out = &mut out[(row * columns + column) * spectrum + vector * V::LANES..];
-                        stored_tile::<T, V, { $height }>(a, b, column, vector, out, columns * spectrum);
+                        stored_tile::<T, V, { $height }, W>(a, b, column, vector, out, columns * spectrum);
                     }
                 }
                 row += $height;
@@ -128,8 +139,9 @@ fn stored_tiles<T: Real, V: Vector<T>, const I: usize>(a: Stored<T>, range: Rang
     rows!(1);
 }
 
+/// `W` vectors of `I` items.
 #[inline(always)]
-fn stored_tile<T: Real, V: Vector<T>, const I: usize>(
+fn stored_tile<T: Real, V: Vector<T>, const I: usize, const W: usize>(
     a: Stored<T>,
     b: &Items<T>,
     column: usize,
@@ -137,36 +149,43 @@ fn stored_tile<T: Real, V: Vector<T>, const I: usize>(
     out: &mut [T],
     stride: usize,
 ) {
-    let Planes { half, vectors, steps, plane, .. } = b.planes;
-    let b = &b.values[vector * b.planes.vector + (b.range.start + column) * b.planes.item..];
+    let Planes { half, vectors, steps, plane, vector: apart, .. } = b.planes;
+    let b = &b.values[vector * apart + (b.range.start + column) * b.planes.item..];
     let first = vector * V::LANES;
     if steps > 0 {
-        let last = (I - 1) * a.item + (steps - 1) * a.step + half + first + V::LANES;
-        assert!(last <= a.values.len() && 2 * plane + steps * V::LANES <= b.len());
+        let last = (I - 1) * a.item + (steps - 1) * a.step + half + first + W * V::LANES;
+        assert!(last <= a.values.len() && 2 * plane + (W - 1) * apart + steps * V::LANES <= b.len());
     }
-    let mut sums = [[V::splat(T::default()); PLANES]; I];
+    let mut sums = [[[V::splat(T::default()); PLANES]; I]; W];
     for step in 0..steps {
-        let mut right = [V::splat(T::default()); PLANES];
-        for (part, right) in right.iter_mut().enumerate() {
-            // SAFETY: the assertion is of the last of them.
-            #[allow(unsafe_code)]
-            let vector = unsafe { V::load_at(b, part * plane + step * V::LANES) };
-            *right = vector;
-        }
-        for (i, sums) in sums.iter_mut().enumerate() {
-            let at = i * a.item + step * a.step + first;
-            // SAFETY: as above.
-            #[allow(unsafe_code)]
-            let (re, im) = unsafe { (V::load_at(a.values, at), V::load_at(a.values, at + half)) };
-            let left = [re.add(im), re, im];
-            for ((sum, left), right) in sums.iter_mut().zip(&left).zip(&right) {
-                *sum = left.multiply_add(*right, *sum);
+        for (w, sums) in sums.iter_mut().enumerate() {
+            let mut right = [V::splat(T::default()); PLANES];
+            for (part, right) in right.iter_mut().enumerate() {
+                // SAFETY: the assertion is of the last of them.
+                #[allow(unsafe_code)]
+                let vector = unsafe { V::load_at(b, part * plane + w * apart + step * V::LANES) };
+                *right = vector;
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let at = i * a.item + step * a.step + first + w * V::LANES;
+                // The next items' are far away, where nothing else would look ahead.
+                V::prefetch(a.values, at + I * a.item);
+                V::prefetch(a.values, at + I * a.item + half);
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                let (re, im) = unsafe { (V::load_at(a.values, at), V::load_at(a.values, at + half)) };
+                let left = [re.add(im), re, im];
+                for ((sum, left), right) in sums.iter_mut().zip(&left).zip(&right) {
+                    *sum = left.multiply_add(*right, *sum);
+                }
             }
         }
     }
-    for (i, sums) in sums.iter().enumerate() {
-        for (part, sum) in sums.iter().enumerate() {
-            sum.store(&mut out[i * stride + part * vectors * V::LANES..]);
+    for (w, sums) in sums.iter().enumerate() {
+        for (i, sums) in sums.iter().enumerate() {
+            for (part, sum) in sums.iter().enumerate() {
+                sum.store(&mut out[i * stride + (part * vectors + w) * V::LANES..]);
+            }
         }
     }
 }

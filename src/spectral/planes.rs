@@ -76,14 +76,24 @@ impl Planes {
     /// Writes a vector of the spectrum that begins at `start`. No other call may write it.
     #[inline(always)]
     pub fn put<T: Real, V: Vector<T>>(&self, values: &DisjointSlice<T>, start: usize, vector: usize, re: V, im: V) {
-        let len = if self.together == 1 { V::LANES } else { self.half };
-        let mut start = start + vector * self.vector;
-        for numbers in &[re.add(im), re, im] {
-            // SAFETY: by the caller's promise.
+        let start = start + vector * self.vector;
+        let planes = [(start, re.add(im)), (start + self.plane, re), (start + 2 * self.plane, im)];
+        if self.together > 1 {
+            for (start, numbers) in planes {
+                // SAFETY: by the caller's promise.
+                #[allow(unsafe_code)]
+                let out = unsafe { values.range_mut(start..start + self.half) };
+                store_part(numbers, out);
+            }
+            return;
+        }
+        assert!(planes[2].0 + V::LANES <= values.len());
+        for (start, numbers) in planes {
+            // SAFETY: it is there by the assertion, and nobody else's by the caller's promise.
             #[allow(unsafe_code)]
-            let out = unsafe { values.range_mut(start..start + len) };
-            store_part(*numbers, out);
-            start += self.plane;
+            unsafe {
+                numbers.store_to(values.as_ptr().add(start));
+            }
         }
     }
 }

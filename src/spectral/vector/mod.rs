@@ -25,9 +25,12 @@ pub trait Vector<T>: Copy {
     /// They lie inside the slice.
     unsafe fn load_at(from: &[T], index: usize) -> Self;
     fn store(self, to: &mut [T]);
-    /// Asks for the first `len` numbers of a slice, or what there are.
+    /// # Safety
+    /// The place has room for the lanes, and nothing else has it.
+    unsafe fn store_to(self, to: *mut T);
+    /// Asks for the cache line of a number, which need not be there.
     #[inline(always)]
-    fn prefetch(_from: &[T], _len: usize) {}
+    fn prefetch(_from: &[T], _index: usize) {}
     fn add(self, b: Self) -> Self;
     fn subtract(self, b: Self) -> Self;
     fn multiply(self, b: Self) -> Self;
@@ -102,6 +105,12 @@ impl<T: Real, const L: usize, const REGISTERS: usize, const FUSED: bool> Vector<
     #[inline(always)]
     fn store(self, to: &mut [T]) {
         to[..L].copy_from_slice(&self.0);
+    }
+
+    #[inline(always)]
+    unsafe fn store_to(self, to: *mut T) {
+        // SAFETY: by the caller's promise.
+        unsafe { to.cast::<[T; L]>().write(self.0) }
     }
 
     #[inline(always)]

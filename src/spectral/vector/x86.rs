@@ -3,7 +3,6 @@
 use std::arch::x86_64::*;
 
 use super::{MOST_LANES, Tile, Vector};
-use crate::memory::LINE;
 
 macro_rules! intrinsics {
     (
@@ -42,10 +41,14 @@ macro_rules! intrinsics {
             }
 
             #[inline(always)]
-            fn prefetch(from: &[f32], len: usize) {
-                for line in from[..len.min(from.len())].chunks(LINE / size_of::<f32>()) {
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-                }
+            unsafe fn store_to(self, to: *mut f32) {
+                unsafe { $store(to, self.0) }
+            }
+
+            #[inline(always)]
+            fn prefetch(from: &[f32], index: usize) {
+                // To the second cache: what is asked for may be more than the first has room for.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(index).cast()) };
             }
 
             #[inline(always)]
