@@ -117,7 +117,8 @@ impl<T: Float> Drop for Scratch<T> {
             let mut buffers = buffers.borrow_mut();
             buffers.push(buffer);
             if buffers.len() > KEPT {
-                let smallest = buffers.iter().enumerate().min_by_key(|(_, buffer)| buffer.len()).map(|(index, _)| index);
+                let smallest =
+                    buffers.iter().enumerate().min_by_key(|(_, buffer)| buffer.len()).map(|(index, _)| index);
                 smallest.map(|index| buffers.swap_remove(index));
             }
         });

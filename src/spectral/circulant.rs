@@ -1,16 +1,19 @@
 //! The block-circulant product and its two companions: the partial derivatives of one trilinear form
 //! T(g, w, x) = Σ conj(ĝ_p[k])·ŵ_pq[k]·x̂_q[k], so each one's gradients are the other two.
 //!
-//! Lanes of a vector are frequencies of *one* spectrum, so that spectra are used in the order in which they are stored, whatever the batch:
-//! both factors are laid out in planes (`planes.rs`), the planes multiplied (`contract.rs`), and the sums made blocks again.
+//! Lanes of a vector are frequencies of *one* spectrum, so that spectra are used in the order in which they are stored, whatever
+//! the batch: both factors are laid out in planes (`planes.rs`), the planes multiplied (`contract.rs`), and the sums made blocks
+//! again (`outputs.rs`).
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::contract::{Items, Stored, contract, contract_stored};
-use super::planes::{Fold, Planes};
-use super::transform::{Blocks, Real, Spectra, Transform, Workspace};
-use super::vector::{Kernel, MOST_LANES, Vector, dispatch, load_part, store_part};
+use super::contract::{AHEAD, Items, Stored, contract, contract_stored};
+use super::outputs::Outputs;
+use super::planes::{Fold, PLANES, Planes};
+use super::rows::{By, Rows, chunks, forward};
+use super::transform::{Real, Transform};
+use super::vector::{Kernel, MOST_LANES, Vector, copy_few, dispatch, load_part, store_part};
 use crate::memory::{LINE, Scratch};
 use crate::parallel::{DisjointSlice, Pool, Serial};
 use crate::{Error, Result};
@@ -21,7 +24,7 @@ const PANEL: usize = 64;
 const FEW: usize = 4;
 /// Items of each factor that are multiplied at a time, at most.
 const BLOCK: [usize; 2] = [16, 24];
-/// Numbers that these items' spectra, or sums, may take so as to stay in the cache. Fewer items than four are never taken.
+/// Numbers that the first factor's spectra, and the sums, may take so as to stay in the cache. Four items are always taken.
 const CACHED: usize = 1 << 17;
 
 /// The shape of a block-circulant weight: `outputs` by `inputs` blocks of `n`, cut to `out_features` by `in_features`.
@@ -57,106 +60,6 @@ impl<T: Real> Circulant<T> {
     }
 }
 
-/// Rows of blocks of `n`, the last of which may be cut short.
-#[derive(Clone, Copy)]
-struct Rows<'a, T> {
-    values: &'a [T],
-    features: usize,
-    blocks: usize,
-    n: usize,
-}
-
-impl<'a, T> Rows<'a, T> {
-    #[inline(always)]
-    fn block(&self, row: usize, block: usize) -> &'a [T] {
-        let start = (block * self.n).min(self.features);
-        let end = ((block + 1) * self.n).min(self.features);
-        &self.values[row * self.features + start..row * self.features + end]
-    }
-}
-
-/// What a table's items are, of rows of blocks; its steps are the other.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum By {
-    Row,
-    Block,
-}
-
-/// Transforms of blocks: those of `rows` in `range`, conjugated or not, to `planes`.
-struct Forward<'a, T> {
-    transform: &'a Transform<T>,
-    rows: Rows<'a, T>,
-    first_row: usize,
-    /// Of the pairs of blocks from `first_row` on, counted row by row.
-    range: Range<usize>,
-    conjugate: bool,
-    by: By,
-    planes: Planes,
-    out: &'a DisjointSlice<'a, T>,
-}
-
-impl<T: Real> Kernel<T> for Forward<'_, T> {
-    #[inline(always)]
-    fn run<V: Vector<T>>(self) {
-        let Self { transform, rows, first_row, range, conjugate, by, planes, out } = self;
-        let mut workspace = transform.workspace::<V>();
-        let in_row = rows.blocks.div_ceil(2);
-        for range in chunks(&range, V::LANES) {
-            let mut pairs = [[&[][..]; 2]; MOST_LANES];
-            let mut placed = Placed { planes, starts: [[None; 2]; MOST_LANES], out };
-            for ((index, pair), starts) in range.clone().zip(&mut pairs).zip(&mut placed.starts) {
-                let (row, first) = (index / in_row, index % in_row * 2);
-                for (which, (block, start)) in pair.iter_mut().zip(starts).enumerate().take(rows.blocks - first) {
-                    let (item, step) = if by == By::Row { (row, first + which) } else { (first + which, row) };
-                    *block = rows.block(first_row + row, first + which);
-                    *start = Some(planes.start(item, step));
-                }
-            }
-            // The next blocks, if they are whole.
-            let next = (first_row + range.end / in_row) * rows.features + range.end % in_row * 2 * rows.n;
-            for index in (0..2 * V::LANES * rows.n).step_by(LINE / size_of::<T>()) {
-                V::prefetch(rows.values, next + index);
-            }
-            transform.forward(&pairs, conjugate, &mut workspace, &mut placed);
-        }
-    }
-}
-
-/// Where the spectra of pairs go, if there are any.
-struct Placed<'a, T> {
-    planes: Planes,
-    starts: [[Option<usize>; 2]; MOST_LANES],
-    out: &'a DisjointSlice<'a, T>,
-}
-
-impl<T: Real, V: Vector<T>> Spectra<V> for Placed<'_, T> {
-    #[inline(always)]
-    fn put(&mut self, pair: usize, which: usize, vector: usize, re: V, im: V) {
-        if let Some(start) = self.starts[pair][which] {
-            self.planes.put(self.out, start, vector, re, im);
-        }
-    }
-}
-
-/// Transforms all blocks of some rows, in parallel.
-fn forward<T: Real>(
-    transform: &Transform<T>,
-    rows: Rows<T>,
-    panel: &Range<usize>,
-    (conjugate, by): (bool, By),
-    planes: Planes,
-    out: &mut [T],
-    pool: &dyn Pool,
-) {
-    planes.clear(out);
-    let out = &DisjointSlice::new(out);
-    let pairs = panel.len() * rows.blocks.div_ceil(2);
-    pool.for_ranges(pairs.div_ceil(planes.lanes), &|range| {
-        let range = range.start * planes.lanes..(range.end * planes.lanes).min(pairs);
-        dispatch(Forward { transform, rows, first_row: panel.start, range, conjugate, by, planes, out });
-    });
-}
-
 /// Lays some items' stored spectra of `n` numbers out in planes.
 #[inline(always)]
 fn order<T: Real, V: Vector<T>>(
@@ -167,20 +70,29 @@ fn order<T: Real, V: Vector<T>>(
     planes: Planes,
     out: &mut [T],
 ) {
-    planes.clear(out);
     let (half, out) = (planes.half, DisjointSlice::new(out));
     for (place, index) in items.enumerate() {
-        for at in 0..steps {
+        for at in (0..steps).step_by(planes.together) {
             let start = index * item + at * step;
             for ahead in (0..n).step_by(LINE / size_of::<T>()) {
-                V::prefetch(values, start + item + ahead);
+                V::prefetch(values, start + AHEAD * step + ahead);
+            }
+            let to = planes.start(place, at);
+            if planes.together > 1 {
+                let [mut re, mut im] = [[T::default(); MOST_LANES]; 2];
+                for side in 0..planes.together.min(steps - at) {
+                    let numbers = &values[start + side * step..][..n];
+                    copy_few(&numbers[..half], &mut re[side * half..]);
+                    copy_few(&numbers[n - half..], &mut im[side * half..]);
+                }
+                planes.put_whole(&out, to, 0, V::load(&re), V::load(&im));
+                continue;
             }
             let numbers = &values[start..start + n];
             // Of an odd block the imaginary parts begin a place early: that of frequency 0 is multiplied by zero.
             let (re, im) = (&numbers[..half], &numbers[n - half..]);
-            let to = planes.start(place, at);
             for (vector, start) in (0..half).step_by(V::LANES).enumerate() {
-                planes.put(&out, to, vector, load_part::<T, V>(&re[start..]), load_part::<T, V>(&im[start..]));
+                planes.put_whole(&out, to, vector, load_part::<T, V>(&re[start..]), load_part::<T, V>(&im[start..]));
             }
         }
     }
@@ -197,102 +109,11 @@ fn for_pairs(rows: usize, columns: usize, pool: &dyn Pool, body: impl Fn(Range<u
     }
 }
 
-/// Parts of a range, of so many items.
-fn chunks(range: &Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-    let end = range.end;
-    range.clone().step_by(size).map(move |start| start..(start + size).min(end))
-}
-
 /// How many of each factor's items are multiplied at a time.
 fn block_size(planes: &Planes, items: usize) -> [usize; 2] {
-    let cached = (CACHED / (3 * planes.item * planes.vectors)).min(CACHED / planes.spectrum() / BLOCK[1]);
+    let cached = (CACHED / (PLANES * planes.vectors * planes.item).max(1)).min(CACHED / planes.spectrum() / BLOCK[1]);
     // A block's rounding depends on its neighbour's, with which it is transformed: parts begin where pairs do.
     [(cached / 4 * 4).clamp(4, BLOCK[0]).min(items), BLOCK[1]]
-}
-
-/// Rows of a result, and what is added to each.
-struct Outputs<'a, T> {
-    values: DisjointSlice<'a, T>,
-    first_row: usize,
-    features: usize,
-    bias: Option<&'a [T]>,
-    conjugate: bool,
-}
-
-/// Sums that become blocks of the result.
-struct Finish<'a, T, V> {
-    out: &'a Outputs<'a, T>,
-    fold: Fold<V>,
-    sums: &'a [T],
-    places: [[Option<Place>; 2]; MOST_LANES],
-}
-
-/// Where a block's sums begin, and what of the result it is.
-#[derive(Clone, Copy)]
-struct Place {
-    sums: usize,
-    row: usize,
-    columns: (usize, usize),
-}
-
-impl<T: Real, V: Vector<T>> Blocks<V> for Finish<'_, T, V> {
-    #[inline(always)]
-    fn halves(&self, pair: usize, which: usize, vector: usize) -> [V; 2] {
-        match self.places[pair][which] {
-            Some(place) => self.fold.halves(&self.sums[place.sums..], vector),
-            None => [V::splat(T::default()); 2],
-        }
-    }
-
-    #[inline(always)]
-    fn put(&mut self, pair: usize, which: usize, start: usize, numbers: V) {
-        let Some(Place { row, columns, .. }) = self.places[pair][which] else { return };
-        let start = columns.0 + start;
-        let end = (start + V::LANES).min(columns.1);
-        if start >= end {
-            return;
-        }
-        let numbers = match self.out.bias {
-            Some(bias) => numbers.add(load_part(&bias[start..end])),
-            None => numbers,
-        };
-        // SAFETY: no two blocks overlap.
-        #[allow(unsafe_code)]
-        let out = unsafe { self.out.values.range_mut(row + start..row + end) };
-        store_part(numbers, out);
-    }
-}
-
-impl<T: Real> Outputs<'_, T> {
-    #[inline(always)]
-    fn finish<V: Vector<T>>(
-        &self,
-        transform: &Transform<T>,
-        planes: &Planes,
-        [blocks, rows]: [Range<usize>; 2],
-        sums: &[T],
-        workspace: &mut Workspace<T, V>,
-    ) {
-        let n = transform.n();
-        let fold = Fold::<V>::new(transform, planes, (0.25 / n as f64).sqrt(), (0.125 / n as f64).sqrt());
-        let in_row = blocks.len().div_ceil(2);
-        for range in chunks(&(0..rows.len() * in_row), V::LANES) {
-            let mut places = [[None; 2]; MOST_LANES];
-            for (index, places) in range.clone().zip(&mut places) {
-                let (row, first) = (index / in_row, index % in_row * 2);
-                for (which, place) in places.iter_mut().enumerate().take(blocks.len() - first) {
-                    let column = (blocks.start + first + which) * n;
-                    *place = Some(Place {
-                        sums: ((first + which) * rows.len() + row) * planes.spectrum(),
-                        row: (self.first_row + rows.start + row) * self.features,
-                        columns: (column, (column + n).min(self.features)),
-                    });
-                }
-            }
-            let mut finish = Finish { out: self, fold, sums, places };
-            transform.inverse(self.conjugate, workspace, &mut finish);
-        }
-    }
 }
 
 /// A product's part: blocks of the result, in some rows.
@@ -360,7 +181,8 @@ pub fn product<T: Real>(
     let n = shape.n();
     let weight = Stored { values: spectrum, item: shape.inputs * n, step: n };
     let x = Rows { values: x, features: shape.in_features, blocks: shape.inputs, n };
-    let out = Outputs { values: DisjointSlice::new(y), first_row: 0, features: shape.out_features, bias, conjugate: false };
+    let out =
+        Outputs { values: DisjointSlice::new(y), first_row: 0, features: shape.out_features, bias, conjugate: false };
     multiply(shape, weight, (x, rows), shape.outputs, out, pool);
 }
 
@@ -375,7 +197,13 @@ pub fn input_gradient<T: Real>(
     let n = shape.n();
     let weight = Stored { values: spectrum, item: n, step: shape.inputs * n };
     let gradient = Rows { values: gradient, features: shape.out_features, blocks: shape.outputs, n };
-    let out = Outputs { values: DisjointSlice::new(dx), first_row: 0, features: shape.in_features, bias: None, conjugate: true };
+    let out = Outputs {
+        values: DisjointSlice::new(dx),
+        first_row: 0,
+        features: shape.in_features,
+        bias: None,
+        conjugate: true,
+    };
     multiply(shape, weight, (gradient, rows), shape.inputs, out, pool);
 }
 
@@ -402,7 +230,7 @@ fn multiply<T: Real>(
     let steps = input.blocks;
     let x_planes = |rows: usize| Planes::new(transform, rows, steps);
     let are_vectors = shape.n().is_multiple_of(2 * x_planes(1).lanes);
-    if rows <= FEW && are_vectors {
+    if (1..=FEW).contains(&rows) && are_vectors {
         let planes = x_planes(rows);
         let parts = blocks.div_ceil(BLOCK[0]);
         pool.for_ranges(parts, &|range| {
@@ -410,7 +238,7 @@ fn multiply<T: Real>(
             let mut x = Scratch::new(planes.len());
             forward(transform, input, &(0..rows), how, planes, &mut x, &Serial);
             let b = Items { values: &x, planes, range: 0..rows };
-            dispatch(MultiplyFew { transform, weight, range, b, out: &out });
+            dispatch(planes.lanes, MultiplyFew { transform, weight, range, b, out: &out });
         });
         return;
     }
@@ -422,7 +250,7 @@ fn multiply<T: Real>(
         out.first_row = panel.start;
         for_pairs(blocks, panel.len(), pool, |blocks, rows| {
             let b = Items { values: &*x, planes, range: rows };
-            dispatch(Multiply { transform, weight, range: blocks, steps, b, out: &out });
+            dispatch(planes.lanes, Multiply { transform, weight, range: blocks, steps, b, out: &out });
         });
     }
 }
@@ -500,7 +328,7 @@ pub fn spectrum_gradient<T: Real>(
         for_pairs(shape.outputs, shape.inputs, pool, |outputs, inputs| {
             let gradient = Items { values: &*g_values, planes: g_planes, range: outputs };
             let x = Items { values: &*x_values, planes: x_planes, range: inputs };
-            dispatch(Gradient { transform, gradient, x, inputs: shape.inputs, out: &out });
+            dispatch(x_planes.lanes, Gradient { transform, gradient, x, inputs: shape.inputs, out: &out });
         });
     }
 }

@@ -91,6 +91,9 @@ fn tile<T: Real, V: Vector<T>, const I: usize, const J: usize>(
     }
 }
 
+/// Steps that stored spectra are asked for early: they may lie so far apart that the CPU does not see their order.
+pub const AHEAD: usize = 8;
+
 /// Packed spectra as they are stored: the numbers of an item's spectra are `item` apart, of a step's `step`.
 #[derive(Clone, Copy)]
 pub struct Stored<'a, T> {
@@ -168,9 +171,8 @@ fn stored_tile<T: Real, V: Vector<T>, const I: usize, const W: usize>(
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let at = i * a.item + step * a.step + first + w * V::LANES;
-                // The next items' are far away, where nothing else would look ahead.
-                V::prefetch(a.values, at + I * a.item);
-                V::prefetch(a.values, at + I * a.item + half);
+                V::prefetch(a.values, at + AHEAD * a.step);
+                V::prefetch(a.values, at + AHEAD * a.step + half);
                 // SAFETY: as above.
                 #[allow(unsafe_code)]
                 let (re, im) = unsafe { (V::load_at(a.values, at), V::load_at(a.values, at + half)) };

@@ -325,7 +325,7 @@ struct Spectra<T> {
 
 impl<T: Real> Spectra<T> {
     fn new(frequencies: usize, groups: usize, rows: usize, channels: usize, planes: usize) -> Self {
-        let lanes = vector::lanes::<T>();
+        let lanes = vector::lanes::<T>(usize::MAX);
         let vectors = frequencies.div_ceil(lanes);
         let values = AlignedVec::new(groups * vectors * rows * channels * planes * lanes);
         Self { values, vectors, rows, channels, planes, lanes }

@@ -53,7 +53,8 @@ impl<T: Real> Fft<T> {
     pub fn new(n: usize) -> Self {
         let (mut passes, mut length, mut stride) = (Vec::new(), n, 1);
         while length > 1 {
-            let radix = [4, 2].into_iter().chain((3..).step_by(2)).find(|&r| length.is_multiple_of(r)).unwrap_or(length);
+            let radix =
+                [4, 2].into_iter().chain((3..).step_by(2)).find(|&r| length.is_multiple_of(r)).unwrap_or(length);
             let count = length / radix;
             let twiddles = (0..count).flat_map(|p| (1..radix).map(move |k| Root::new(p * k, length))).collect();
             let roots = (0..radix).map(|j| Root::new(j, radix)).collect();
@@ -114,10 +115,7 @@ impl<V: Copy> Complex<V> {
         V: Vector<T>,
     {
         let (re, im) = (V::splat(root.re), V::splat(root.im));
-        Self {
-            re: self.im.subtract_from(im, self.re.multiply(re)),
-            im: self.im.multiply_add(re, self.re.multiply(im)),
-        }
+        Self { re: self.im.subtract_from(im, self.re.multiply(re)), im: self.im.multiply_add(re, self.re.multiply(im)) }
     }
 }
 

@@ -1,16 +1,19 @@
 //! Linear maps that are products of spectra, and how spectra are stored.
 //!
-//! `transform.rs` has the real Fourier transform of a block, `circulant.rs` the block-circulant product and its two
-//! companions, `kernel.rs` their inner loops, `log8.rs` the format of a byte for each coefficient. `conv.rs` has the
-//! convolution and its two, `tile.rs` the transforms of its tiles, `products.rs` its inner loop.
+//! `circulant.rs` has the block-circulant product and its two companions: `rows.rs` transforms blocks (`transform.rs`, `fft.rs`),
+//! `planes.rs` says how their spectra lie, `contract.rs` has the inner loops, `outputs.rs` makes blocks of the sums; `vector` is
+//! what all of them are written in. `log8.rs` is the format of a byte for each coefficient. `conv.rs` has the convolution and its two, `tile.rs` the transforms of its tiles,
+//! `products.rs` its inner loop.
 
 mod circulant;
 mod contract;
 pub mod conv;
 mod fft;
 pub mod log8;
+mod outputs;
 mod planes;
 mod products;
+mod rows;
 mod tile;
 mod transform;
 mod vector;

@@ -39,7 +39,8 @@ pub struct Planes {
 
 impl Planes {
     pub fn new<T: Real>(transform: &Transform<T>, items: usize, steps: usize) -> Self {
-        let (lanes, half) = (vector::lanes::<T>(), transform.half());
+        let half = transform.half();
+        let lanes = vector::lanes::<T>(half);
         let together = (lanes / half).max(1);
         let (vectors, full) = (half.div_ceil(lanes), steps.is_multiple_of(together));
         let steps = steps.div_ceil(together);
@@ -76,23 +77,35 @@ impl Planes {
     /// Writes a vector of the spectrum that begins at `start`. No other call may write it.
     #[inline(always)]
     pub fn put<T: Real, V: Vector<T>>(&self, values: &DisjointSlice<T>, start: usize, vector: usize, re: V, im: V) {
-        let start = start + vector * self.vector;
-        let planes = [(start, re.add(im)), (start + self.plane, re), (start + 2 * self.plane, im)];
-        if self.together > 1 {
-            for (start, numbers) in planes {
-                // SAFETY: by the caller's promise.
-                #[allow(unsafe_code)]
-                let out = unsafe { values.range_mut(start..start + self.half) };
-                store_part(numbers, out);
-            }
-            return;
+        if self.together == 1 {
+            return self.put_whole(values, start, vector, re, im);
         }
-        assert!(planes[2].0 + V::LANES <= values.len());
-        for (start, numbers) in planes {
+        for (plane, numbers) in [re.add(im), re, im].iter().enumerate() {
+            let start = start + plane * self.plane;
+            // SAFETY: by the caller's promise.
+            #[allow(unsafe_code)]
+            let out = unsafe { values.range_mut(start..start + self.half) };
+            store_part(*numbers, out);
+        }
+    }
+
+    /// The same, with all lanes: of as many spectra as a vector has side by side.
+    #[inline(always)]
+    pub fn put_whole<T: Real, V: Vector<T>>(
+        &self,
+        values: &DisjointSlice<T>,
+        start: usize,
+        vector: usize,
+        re: V,
+        im: V,
+    ) {
+        let start = start + vector * self.vector;
+        assert!(start + 2 * self.plane + V::LANES <= values.len());
+        for (plane, numbers) in [re.add(im), re, im].iter().enumerate() {
             // SAFETY: it is there by the assertion, and nobody else's by the caller's promise.
             #[allow(unsafe_code)]
             unsafe {
-                numbers.store_to(values.as_ptr().add(start));
+                numbers.store_to(values.as_ptr().add(start + plane * self.plane));
             }
         }
     }
@@ -167,9 +180,24 @@ impl<V> Fold<V> {
             return V::load(sums);
         }
         let mut lanes = [T::default(); MOST_LANES];
-        for sums in sums[..self.together * self.half].chunks_exact(self.half) {
-            lanes.iter_mut().zip(sums).for_each(|(lane, &sum)| *lane += sum);
+        match self.half {
+            1 => add_parts::<T, 1>(sums, self.together, &mut lanes),
+            2 => add_parts::<T, 2>(sums, self.together, &mut lanes),
+            4 => add_parts::<T, 4>(sums, self.together, &mut lanes),
+            half => {
+                for sums in sums[..self.together * half].chunks_exact(half) {
+                    lanes.iter_mut().zip(sums).for_each(|(lane, &sum)| *lane += sum);
+                }
+            }
         }
         V::load(&lanes)
+    }
+}
+
+/// Adds parts of a common length.
+#[inline(always)]
+fn add_parts<T: Real, const HALF: usize>(sums: &[T], parts: usize, lanes: &mut [T; MOST_LANES]) {
+    for sums in &sums.as_chunks::<HALF>().0[..parts] {
+        lanes.iter_mut().zip(sums).for_each(|(lane, &sum)| *lane += sum);
     }
 }

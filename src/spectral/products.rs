@@ -4,7 +4,7 @@
 use realfft::num_complex::Complex;
 
 use super::Real;
-use super::vector::{Kernel, Vector, dispatch};
+use super::vector::{Kernel, Vector, dispatch, lanes};
 use crate::codec::per_isa;
 
 /// Which product: what the third plane of the second factor is, and which planes make the four products of a step.
@@ -35,7 +35,7 @@ pub struct Factor<'a, T> {
 
 /// For all items `i` of `a`, of two planes of lanes, and `j` of `b`, of three: Σ_s a[i][s] · b[j][s], or with a's conjugates.
 pub fn contract<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
-    dispatch(Contract { product, a, b, steps, out });
+    dispatch(lanes::<T>(usize::MAX), Contract { product, a, b, steps, out });
 }
 
 struct Contract<'a, T> {

@@ -168,7 +168,9 @@ impl<T: Real> Transform<T> {
             }
             Method::OneByOne { forward, .. } => {
                 let Workspace { complex, scratch, real, .. } = workspace;
-                for (index, block) in pairs[..V::LANES].as_flattened().iter().enumerate().filter(|(_, block)| !block.is_empty()) {
+                for (index, block) in
+                    pairs[..V::LANES].as_flattened().iter().enumerate().filter(|(_, block)| !block.is_empty())
+                {
                     let (head, tail) = real.split_at_mut(block.len());
                     head.copy_from_slice(block);
                     tail.fill(T::default());
@@ -195,12 +197,7 @@ impl<T: Real> Transform<T> {
 
     /// The blocks, times n, of a pair of spectra for each lane, which count conjugated if `conjugate` says so.
     #[inline(always)]
-    pub fn inverse<V: Vector<T>>(
-        &self,
-        conjugate: bool,
-        workspace: &mut Workspace<T, V>,
-        blocks: &mut impl Blocks<V>,
-    ) {
+    pub fn inverse<V: Vector<T>>(&self, conjugate: bool, workspace: &mut Workspace<T, V>, blocks: &mut impl Blocks<V>) {
         let (n, half) = (self.n, self.half());
         match &self.method {
             Method::Together(fft) => {

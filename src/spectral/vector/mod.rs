@@ -52,7 +52,7 @@ pub fn load_part<T: Real, V: Vector<T>>(from: &[T]) -> V {
         return V::load(from);
     }
     let mut lanes = [T::default(); MOST_LANES];
-    lanes[..from.len()].copy_from_slice(from);
+    copy_few(from, &mut lanes);
     V::load(&lanes)
 }
 
@@ -65,7 +65,19 @@ pub fn store_part<T: Real, V: Vector<T>>(vector: V, to: &mut [T]) {
     let mut lanes = [T::default(); MOST_LANES];
     vector.store(&mut lanes);
     let len = to.len();
-    to.copy_from_slice(&lanes[..len]);
+    copy_few(&lanes[..len], to);
+}
+
+/// Copies numbers to the first places of a slice. The common counts are no calls.
+#[inline(always)]
+pub fn copy_few<T: Copy>(from: &[T], to: &mut [T]) {
+    match from.len() {
+        8 => to[..8].copy_from_slice(&from[..8]),
+        4 => to[..4].copy_from_slice(&from[..4]),
+        2 => to[..2].copy_from_slice(&from[..2]),
+        1 => to[0] = from[0],
+        len => to[..len].copy_from_slice(from),
+    }
 }
 
 /// For the compiler to make vectors of. `FUSED` says whether the target has a fused multiply-add; without one, `mul_add`
@@ -185,8 +197,8 @@ pub trait Kernel<T> {
     fn run<V: Vector<T>>(self);
 }
 
-/// Runs a kernel with this process's vectors.
-pub fn dispatch<T: Real>(kernel: impl Kernel<T>) {
+/// Runs a kernel with this process's vectors of `lanes` lanes.
+pub fn dispatch<T: Real>(lanes: usize, kernel: impl Kernel<T>) {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     fn avx512<T: Real>(kernel: impl Kernel<T>) {
@@ -200,22 +212,22 @@ pub fn dispatch<T: Real>(kernel: impl Kernel<T>) {
     match Isa::get() {
         // SAFETY: `Isa::get` names only what the CPU has.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => unsafe { avx512(kernel) },
+        Isa::Avx512 | Isa::Amx if lanes == <T as Vectors>::Avx512::LANES => unsafe { avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2(kernel) },
+        Isa::Avx512 | Isa::Amx | Isa::Avx2 => unsafe { avx2(kernel) },
         Isa::Neon => kernel.run::<<T as Vectors>::Fused>(),
         _ => kernel.run::<<T as Vectors>::Portable>(),
     }
 }
 
-/// Lanes of this process's vectors.
-pub fn lanes<T: Real>() -> usize {
+/// Lanes of the vectors for `numbers` side by side: this process's widest, unless narrower ones take them all.
+pub fn lanes<T: Real>(numbers: usize) -> usize {
     match Isa::get() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => <T as Vectors>::Avx512::LANES,
+        Isa::Avx512 | Isa::Amx if numbers > <T as Vectors>::Avx::LANES => <T as Vectors>::Avx512::LANES,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => <T as Vectors>::Avx::LANES,
+        Isa::Avx512 | Isa::Amx | Isa::Avx2 => <T as Vectors>::Avx::LANES,
         Isa::Neon => <T as Vectors>::Fused::LANES,
         _ => <T as Vectors>::Portable::LANES,
     }

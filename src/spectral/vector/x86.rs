@@ -47,8 +47,7 @@ macro_rules! intrinsics {
 
             #[inline(always)]
             fn prefetch(from: &[f32], index: usize) {
-                // To the second cache: what is asked for may be more than the first has room for.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(index).cast()) };
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(index).cast()) };
             }
 
             #[inline(always)]
@@ -106,8 +105,9 @@ macro_rules! transpose_quarters {
             let [a, b, c, d] = *rows;
             let [ab, cd] = [$cast($low(a, b)), $cast($low(c, d))];
             let [ab_high, cd_high] = [$cast($high(a, b)), $cast($high(c, d))];
-            *rows = [$low_pairs(ab, cd), $high_pairs(ab, cd), $low_pairs(ab_high, cd_high), $high_pairs(ab_high, cd_high)]
-                .map(|row| $back(row));
+            *rows =
+                [$low_pairs(ab, cd), $high_pairs(ab, cd), $low_pairs(ab_high, cd_high), $high_pairs(ab_high, cd_high)]
+                    .map(|row| $back(row));
         }
     };
 }
@@ -119,7 +119,12 @@ unsafe fn transpose_256(rows: &mut [__m256; 8]) {
     // SAFETY: by the caller's promise.
     unsafe {
         transpose_quarters!(
-            rows, _mm256_unpacklo_ps, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpackhi_pd, _mm256_castps_pd,
+            rows,
+            _mm256_unpacklo_ps,
+            _mm256_unpackhi_ps,
+            _mm256_unpacklo_pd,
+            _mm256_unpackhi_pd,
+            _mm256_castps_pd,
             _mm256_castpd_ps
         );
         for column in 0..4 {
@@ -137,7 +142,12 @@ unsafe fn transpose_512(rows: &mut [__m512; 16]) {
     // SAFETY: by the caller's promise.
     unsafe {
         transpose_quarters!(
-            rows, _mm512_unpacklo_ps, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpackhi_pd, _mm512_castps_pd,
+            rows,
+            _mm512_unpacklo_ps,
+            _mm512_unpackhi_ps,
+            _mm512_unpacklo_pd,
+            _mm512_unpackhi_pd,
+            _mm512_castps_pd,
             _mm512_castpd_ps
         );
         for column in 0..4 {
