@@ -18,7 +18,7 @@ use super::fft::{Complex, Fft};
 use super::vector::{MOST_LANES, Vector, Vectors, load_part};
 use crate::{codec, memory};
 
-/// Larger blocks are transformed one by one. Measured: `benchmarks/frequency.py`.
+/// Larger blocks are transformed one by one: pairs of them for all lanes would leave the nearer caches.
 const LARGEST_TOGETHER: usize = 512;
 /// A float that spectra are computed in.
 pub trait Real: codec::Real + FftNum + Vectors + memory::Float {}
