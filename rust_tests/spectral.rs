@@ -123,15 +123,22 @@ fn check(case: &Case) {
 
 #[test]
 fn every_block_size() {
-    for n in (1..=40).chain([48, 63, 64, 65, 96, 127, 128, 129, 130, 200, 251, 256]) {
+    for n in (1..=40).chain([48, 63, 64, 65, 96, 127, 128, 129, 130, 200, 251, 256, 512, 513, 600]) {
         check(&Case::new(2 * n + n / 2, 3 * n - n / 3, n, 4));
     }
 }
 
 #[test]
 fn more_rows_than_a_panel() {
-    check(&Case::new(64, 48, 16, 101));
-    check(&Case::new(32, 512, 32, 50));
+    check(&Case::new(64, 48, 16, 131));
+    check(&Case::new(32, 512, 32, 70));
+    check(&Case::new(35, 70, 5, 67));
+}
+
+#[test]
+fn more_blocks_than_are_multiplied_at_a_time() {
+    check(&Case::new(8 * 45, 8 * 19, 8, 30));
+    check(&Case::new(2 * 19, 2 * 45, 2, 30));
 }
 
 proptest! {
@@ -156,27 +163,90 @@ fn finite_differences_of_the_input() {
     }
 }
 
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|value| value * value).sum::<f64>().sqrt()
+}
+
+/// A case in float32, of which any rows are computed by any number of threads.
+struct Narrow {
+    shape: Circulant<f32>,
+    x: Vec<f32>,
+    g: Vec<f32>,
+    spectrum: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl Narrow {
+    fn new(case: &Case) -> Self {
+        let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<_>>();
+        let (x, g) = (narrow(&case.x), narrow(&case.g));
+        Self { shape: case.shape(), x, g, spectrum: narrow(&case.spectrum), bias: narrow(&case.bias) }
+    }
+
+    fn product(&self, rows: std::ops::Range<usize>, threads: usize) -> Vec<f32> {
+        let mut y = vec![f32::NAN; rows.len() * self.shape.out_features];
+        let x = &self.x[rows.start * self.shape.in_features..rows.end * self.shape.in_features];
+        spectral::product(&self.shape, (x, rows.len()), &self.spectrum, Some(&self.bias), &mut y, &Threads(threads));
+        y
+    }
+
+    fn input_gradient(&self, rows: std::ops::Range<usize>, threads: usize) -> Vec<f32> {
+        let mut dx = vec![f32::NAN; rows.len() * self.shape.in_features];
+        let g = &self.g[rows.start * self.shape.out_features..rows.end * self.shape.out_features];
+        spectral::input_gradient(&self.shape, (g, rows.len()), &self.spectrum, &mut dx, &Threads(threads));
+        dx
+    }
+
+    fn spectrum_gradient(&self, rows: usize, threads: usize) -> Vec<f32> {
+        let mut dw = vec![f32::NAN; self.spectrum.len()];
+        spectral::spectrum_gradient(&self.shape, &self.g, &self.x, rows, &mut dw, &Threads(threads));
+        dw
+    }
+}
+
+fn assert_near(got: &[f32], want: &[f64], what: &str) {
+    let error = norm(got.iter().zip(want).map(|(&a, b)| f64::from(a) - b));
+    assert!(error < 1e-6 * norm(want.iter().copied()), "{what}: {error}");
+}
+
+/// One block by itself: the transforms of each size, against the definition.
+#[test]
+fn every_block_size_in_float32() {
+    for n in (1..=130).chain([192, 243, 251, 256, 500, 512, 600]) {
+        let case = Case::new(n, n, n, 3);
+        let narrow = Narrow::new(&case);
+        let (block, g_row) = (block_of(&case.spectrum), |row: usize| &case.g[row * n..(row + 1) * n]);
+        let entry = |o: usize, i: usize| block[(o + n - i) % n];
+        let y = (0..3 * n).map(|at| {
+            let x = &case.x[at / n * n..][..n];
+            case.bias[at % n] + x.iter().enumerate().map(|(i, x)| entry(at % n, i) * x).sum::<f64>()
+        });
+        assert_near(&narrow.product(0..3, 1), &y.collect::<Vec<_>>(), &format!("y, n = {n}"));
+        let dx = (0..3 * n).map(|at| (0..n).map(|o| entry(o, at % n) * g_row(at / n)[o]).sum::<f64>());
+        assert_near(&narrow.input_gradient(0..3, 1), &dx.collect::<Vec<_>>(), &format!("dx, n = {n}"));
+        assert_near(&narrow.spectrum_gradient(3, 1), &case.gradients().1, &format!("dw, n = {n}"));
+    }
+}
+
 #[test]
 fn float32_is_near_float64_and_the_same_bits_for_any_threads_and_batch() {
-    for n in [7, 8, 16, 24, 64, 256] {
-        let case = Case::new(5 * n, 4 * n + 3, n, 53);
-        let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<_>>();
-        let (x, spectrum, bias) = (narrow(&case.x), narrow(&case.spectrum), narrow(&case.bias));
-        let shape = case.shape::<f32>();
-        let run = |x: &[f32], rows: usize, threads: usize| {
-            let mut y = vec![f32::NAN; rows * case.out_features];
-            spectral::product(&shape, (x, rows), &spectrum, Some(&bias), &mut y, &Threads(threads));
-            y
-        };
-        let y = run(&x, 53, 1);
-        let want = case.product(&case.x, &case.spectrum);
-        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-        let error = norm(&mut y.iter().zip(&want).map(|(&a, b)| f64::from(a) - b));
-        assert!(error < 1e-6 * norm(&mut want.iter().copied()), "n = {n}: {error}");
-        assert_eq!(y, run(&x, 53, 3));
-        for row in [0, 1, 52] {
-            let alone = run(&x[row * case.in_features..(row + 1) * case.in_features], 1, 2);
-            assert_eq!(alone, y[row * case.out_features..(row + 1) * case.out_features], "n = {n}, row {row}");
+    for n in [3, 4, 7, 8, 16, 24, 32, 64, 128, 256, 600] {
+        let case = Case::new(5 * n, 4 * n + n.min(3), n, 67);
+        let narrow = Narrow::new(&case);
+        let (y, dx, dw) = (narrow.product(0..67, 1), narrow.input_gradient(0..67, 1), narrow.spectrum_gradient(67, 1));
+        let (want_dx, want_dw) = case.gradients();
+        assert_near(&y, &case.product(&case.x, &case.spectrum), &format!("y, n = {n}"));
+        assert_near(&dx, &want_dx, &format!("dx, n = {n}"));
+        assert_near(&dw, &want_dw, &format!("dw, n = {n}"));
+        for threads in [2, 3, 8] {
+            assert!(y == narrow.product(0..67, threads), "n = {n}, {threads} threads");
+            assert!(dx == narrow.input_gradient(0..67, threads), "n = {n}, {threads} threads");
+            assert!(dw == narrow.spectrum_gradient(67, threads), "n = {n}, {threads} threads");
+        }
+        for rows in [0..1, 1..2, 66..67, 3..6, 10..30] {
+            let of = |features: usize| rows.start * features..rows.end * features;
+            assert!(narrow.product(rows.clone(), 2) == y[of(case.out_features)], "n = {n}, rows {rows:?}");
+            assert!(narrow.input_gradient(rows.clone(), 2) == dx[of(case.in_features)], "n = {n}, rows {rows:?}");
         }
     }
 }

@@ -2,12 +2,13 @@
 #![allow(unsafe_code)] // an allocator is unsafe by its trait; bytes of one float are those of another
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Bytes of a cache line. A vector that lies across two of them takes two accesses.
-const LINE: usize = 64;
+pub const LINE: usize = 64;
 
 /// A value that begins a cache line.
 #[repr(align(64))]
@@ -56,11 +57,12 @@ impl<T> DerefMut for AlignedVec<T> {
     }
 }
 
-/// Bytes that a thread keeps for its next call.
+/// Bytes that a thread keeps for its next calls, in each of so many buffers.
 const KEPT_BYTES: usize = 4 << 20;
+const KEPT: usize = 3;
 
 thread_local! {
-    static KEPT: Cell<Option<AlignedVec<f64>>> = const { Cell::new(None) };
+    static BUFFERS: RefCell<Vec<AlignedVec<f64>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A float: any bytes are one.
@@ -68,19 +70,59 @@ pub trait Float: Copy {}
 impl Float for f32 {}
 impl Float for f64 {}
 
-/// Calls `body` with `len` floats of any value, those that the thread's last call left where they suffice: fresh pages from the
-/// system can take as long as what is computed in them.
-pub fn with_scratch<T: Float, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
-    let bytes = len * size_of::<T>();
-    let kept = KEPT.take().filter(|kept| size_of_val(&**kept) >= bytes);
-    let mut buffer = kept.unwrap_or_else(|| AlignedVec::new(bytes.div_ceil(size_of::<f64>())));
-    // SAFETY: any bytes are a float.
-    let (_, floats, _) = unsafe { buffer.align_to_mut::<T>() };
-    let result = body(&mut floats[..len]);
-    if size_of_val(&*buffer) <= KEPT_BYTES {
-        KEPT.set(Some(buffer));
+/// Floats of any value, those that the thread has left from earlier calls where they suffice: fresh pages from the system can take
+/// as long as what is computed in them.
+pub struct Scratch<T: Float> {
+    buffer: AlignedVec<f64>,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+impl<T: Float> Scratch<T> {
+    pub fn new(len: usize) -> Self {
+        let doubles = (len * size_of::<T>()).div_ceil(size_of::<f64>());
+        let kept = BUFFERS.with_borrow_mut(|buffers| {
+            let fitting = buffers.iter().enumerate().filter(|(_, buffer)| buffer.len() >= doubles);
+            let smallest = fitting.min_by_key(|(_, buffer)| buffer.len())?.0;
+            Some(buffers.swap_remove(smallest))
+        });
+        Self { buffer: kept.unwrap_or_else(|| AlignedVec::new(doubles)), len, of: PhantomData }
     }
-    result
+}
+
+impl<T: Float> Deref for Scratch<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: any bytes are a float.
+        unsafe { &self.buffer.align_to::<T>().1[..self.len] }
+    }
+}
+
+impl<T: Float> DerefMut for Scratch<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: any bytes are a float.
+        unsafe { &mut self.buffer.align_to_mut::<T>().1[..self.len] }
+    }
+}
+
+impl<T: Float> Drop for Scratch<T> {
+    fn drop(&mut self) {
+        let buffer = std::mem::replace(&mut self.buffer, AlignedVec { values: Vec::new(), start: 0, len: 0 });
+        if size_of_val(&*buffer) > KEPT_BYTES {
+            return;
+        }
+        // A thread that ends has no place for it any more.
+        let _ = BUFFERS.try_with(|buffers| {
+            let mut buffers = buffers.borrow_mut();
+            buffers.push(buffer);
+            if buffers.len() > KEPT {
+                let smallest =
+                    buffers.iter().enumerate().min_by_key(|(_, buffer)| buffer.len()).map(|(index, _)| index);
+                smallest.map(|index| buffers.swap_remove(index));
+            }
+        });
+    }
 }
 
 /// The system's allocator, counted.

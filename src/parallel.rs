@@ -49,6 +49,18 @@ impl<'a, T> DisjointSlice<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), owner: std::marker::PhantomData }
     }
 
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub fn as_ptr(&self) -> *mut T {
+        self.start
+    }
+
     /// The elements in `range`.
     ///
     /// # Safety

@@ -11,9 +11,9 @@ use std::sync::OnceLock;
 use realfft::num_complex::Complex;
 
 use super::Real;
-use super::kernel::Factor;
-use super::products::{self, Product, Sums, contract, multiply};
+use super::products::{Factor, Product, Sums, contract, multiply};
 use super::tile::{Fourier, Run, Runs, Twin, Twins, Workspace};
+use super::vector;
 use crate::memory::AlignedVec;
 use crate::parallel::{DisjointSlice, Pool, Serial};
 use crate::{Error, Result, codec};
@@ -325,7 +325,7 @@ struct Spectra<T> {
 
 impl<T: Real> Spectra<T> {
     fn new(frequencies: usize, groups: usize, rows: usize, channels: usize, planes: usize) -> Self {
-        let lanes = products::lanes::<T>();
+        let lanes = vector::lanes::<T>(usize::MAX);
         let vectors = frequencies.div_ceil(lanes);
         let values = AlignedVec::new(groups * vectors * rows * channels * planes * lanes);
         Self { values, vectors, rows, channels, planes, lanes }

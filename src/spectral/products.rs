@@ -4,18 +4,8 @@
 use realfft::num_complex::Complex;
 
 use super::Real;
-use super::kernel::Factor;
-use super::vector::{Vector, Vectors};
-use crate::codec::{Isa, per_isa};
-
-/// The frequencies that a vector holds the real or the imaginary parts of.
-pub fn lanes<T: Real>() -> usize {
-    match Isa::get() {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => <T as Vectors>::Avx512::LANES,
-        _ => 8,
-    }
-}
+use super::vector::{Kernel, Vector, dispatch, lanes};
+use crate::codec::per_isa;
 
 /// Which product: what the third plane of the second factor is, and which planes make the four products of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,29 +24,37 @@ pub struct Sums<'a, T> {
     pub add: bool,
 }
 
+/// Some items and where their elements lie: `values[item · i + step · s + lane]`.
+#[derive(Clone, Copy)]
+pub struct Factor<'a, T> {
+    pub values: &'a [T],
+    pub items: usize,
+    pub item: usize,
+    pub step: usize,
+}
+
 /// For all items `i` of `a`, of two planes of lanes, and `j` of `b`, of three: Σ_s a[i][s] · b[j][s], or with a's conjugates.
 pub fn contract<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    fn avx512<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
-        either::<T, <T as Vectors>::Avx512, 4, 2>(product, a, b, steps, out);
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    fn avx2<T: Real>(product: Product, a: Factor<T>, b: Factor<T>, steps: usize, out: Sums<T>) {
-        either::<T, <T as Vectors>::Avx, 2, 2>(product, a, b, steps, out);
-    }
-    match Isa::get() {
-        // SAFETY: `Isa::get` names only what the CPU has.
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        Isa::Avx512 | Isa::Amx => unsafe { avx512(product, a, b, steps, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        Isa::Avx2 => unsafe { avx2(product, a, b, steps, out) },
-        Isa::Neon => either::<T, <T as Vectors>::Fused, 2, 2>(product, a, b, steps, out),
-        _ => either::<T, <T as Vectors>::Portable, 2, 2>(product, a, b, steps, out),
+    dispatch(lanes::<T>(usize::MAX), Contract { product, a, b, steps, out });
+}
+
+struct Contract<'a, T> {
+    product: Product,
+    a: Factor<'a, T>,
+    b: Factor<'a, T>,
+    steps: usize,
+    out: Sums<'a, T>,
+}
+
+impl<T: Real> Kernel<T> for Contract<'_, T> {
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        let Self { product, a, b, steps, out } = self;
+        if V::REGISTERS >= 32 {
+            either::<T, V, 4, 2>(product, a, b, steps, out);
+        } else {
+            either::<T, V, 2, 2>(product, a, b, steps, out);
+        }
     }
 }
 
@@ -129,7 +127,7 @@ fn tile<T: Real, V: Vector<T>, const I: usize, const J: usize, const CONJUGATE: 
     };
     assert!(steps == 0 || (last(&a, I, 2) <= a.values.len() && last(&b, J, 3) <= b.values.len()));
     let place = |i: usize, j: usize, plane: usize| i * out.a_item + j * out.b_item + plane * V::LANES;
-    let mut sums = [[[V::zero(); 2]; J]; I];
+    let mut sums = [[[V::splat(T::default()); 2]; J]; I];
     if out.add {
         for (i, sums) in sums.iter_mut().enumerate() {
             for (j, sums) in sums.iter_mut().enumerate() {
@@ -140,7 +138,7 @@ fn tile<T: Real, V: Vector<T>, const I: usize, const J: usize, const CONJUGATE: 
         }
     }
     for s in 0..steps {
-        let mut right = [[V::zero(); 3]; J];
+        let mut right = [[V::splat(T::default()); 3]; J];
         for (j, right) in right.iter_mut().enumerate() {
             for (plane, right) in right.iter_mut().enumerate() {
                 // SAFETY: the assertion is of the last of them.

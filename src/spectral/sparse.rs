@@ -11,12 +11,12 @@
 //! The matrix is never built. Transforms are real ones, which have frequencies up to half their size: what is at u > M/2 is
 //! counted at M − u, as its conjugate.
 
-use std::sync::Arc;
+use realfft::num_complex::Complex;
 
 use super::Real;
 use super::terms::{self, Entry, OUTER_WIDTH, Term, Terms, WIDTH};
-use super::transform::{Scale, Transform};
-use crate::memory::{AlignedVec, with_scratch};
+use super::whole::Whole;
+use crate::memory::{AlignedVec, Scratch};
 use crate::parallel::{DisjointSlice, Pool, Serial};
 use crate::{Error, Result, codec};
 
@@ -31,8 +31,8 @@ pub struct Sparse<T> {
     pub in_features: usize,
     scale: f64,
     entries: Vec<Entry>,
-    output: Arc<Transform<T>>,
-    input: Arc<Transform<T>>,
+    output: Whole<T>,
+    input: Whole<T>,
 }
 
 /// Whose frequencies a product has.
@@ -57,7 +57,7 @@ impl<T: Real> Sparse<T> {
         }
         let entries = Self::entries(out_features as i64, in_features as i64, u, v)?;
         // A transform of nothing is never run.
-        let (output, input) = (Transform::get(out_features.max(1)), Transform::get(in_features.max(1)));
+        let (output, input) = (Whole::get(out_features.max(1)), Whole::get(in_features.max(1)));
         Ok(Self { out_features, in_features, scale, entries, output, input })
     }
 
@@ -200,7 +200,7 @@ impl<T: Real> Sparse<T> {
 
     fn multiply(
         &self,
-        [from, to]: [&Transform<T>; 2],
+        [from, to]: [&Whole<T>; 2],
         terms: &Terms<T>,
         (values, rows): (&[T], usize),
         bias: Option<&[T]>,
@@ -218,27 +218,26 @@ impl<T: Real> Sparse<T> {
         let out = DisjointSlice::new(out);
         outer.for_ranges(panels, &|range| {
             let size = frequencies(inputs) * 2 * width;
-            with_scratch(size + frequencies(outputs) * 2 * width, |scratch| {
-                let (spectra, sums) = scratch.split_at_mut(size);
-                for panel in range {
-                    let (first, last) = (panel * width, ((panel + 1) * width).min(rows));
-                    if last - first < width {
-                        spectra.fill(T::default());
-                    }
-                    transform(from, &values[first * inputs..last * inputs], width, spectra, inner);
-                    let shared = DisjointSlice::new(sums);
-                    inner.for_ranges(frequencies(outputs), &|targets| {
-                        // SAFETY: a pool visits each frequency once.
-                        #[allow(unsafe_code)]
-                        let sums = unsafe { shared.range_mut(targets.start * 2 * width..targets.end * 2 * width) };
-                        terms::multiply(width, terms, targets, spectra, sums);
-                    });
-                    // SAFETY: a pool visits each panel once.
-                    #[allow(unsafe_code)]
-                    let out = unsafe { out.range_mut(first * outputs..last * outputs) };
-                    transform_back(to, sums, width, self.scale, bias, out, inner);
+            let mut scratch = Scratch::new(size + frequencies(outputs) * 2 * width);
+            let (spectra, sums) = scratch.split_at_mut(size);
+            for panel in range {
+                let (first, last) = (panel * width, ((panel + 1) * width).min(rows));
+                if last - first < width {
+                    spectra.fill(T::default());
                 }
-            });
+                transform(from, &values[first * inputs..last * inputs], width, spectra, inner);
+                let shared = DisjointSlice::new(sums);
+                inner.for_ranges(frequencies(outputs), &|targets| {
+                    // SAFETY: a pool visits each frequency once.
+                    #[allow(unsafe_code)]
+                    let sums = unsafe { shared.range_mut(targets.start * 2 * width..targets.end * 2 * width) };
+                    terms::multiply(width, terms, targets, spectra, sums);
+                });
+                // SAFETY: a pool visits each panel once.
+                #[allow(unsafe_code)]
+                let out = unsafe { out.range_mut(first * outputs..last * outputs) };
+                transform_back(to, sums, width, self.scale, bias, out, inner);
+            }
         });
     }
 }
@@ -253,35 +252,28 @@ fn real_of<T: Real>(value: f64) -> T {
 }
 
 /// Writes the spectra of some rows to the first lanes of a panel of `width`.
-fn transform<T: Real>(transform: &Transform<T>, rows: &[T], width: usize, panel: &mut [T], pool: &dyn Pool) {
-    let (n, half) = (transform.n(), transform.half());
+fn transform<T: Real>(transform: &Whole<T>, rows: &[T], width: usize, panel: &mut [T], pool: &dyn Pool) {
+    let n = transform.n();
     let panel = DisjointSlice::new(panel);
     pool.for_ranges(rows.len() / n, &|range| {
         let mut workspace = transform.workspace();
-        let row = |i| &rows[(range.start + i) * n..][..n];
-        transform.forward(Scale::Plain, range.len(), row, &mut workspace, |i, re, im| {
-            let set = |frequency: usize, re: T, im: T| {
-                let place = frequency * 2 * width + range.start + i;
+        for row in range {
+            for (k, z) in transform.forward(&rows[row * n..(row + 1) * n], &mut workspace).iter().enumerate() {
+                let place = k * 2 * width + row;
                 // SAFETY: a pool visits each row once, and a row has a lane of its own.
                 #[allow(unsafe_code)]
                 unsafe {
-                    panel.set(place, re);
-                    panel.set(place + width, im);
+                    panel.set(place, z.re);
+                    panel.set(place + width, if transform.is_alone(k) { T::default() } else { z.im });
                 }
-            };
-            set(0, re[0], T::default());
-            (1..half).for_each(|frequency| set(frequency, re[frequency], im[frequency]));
-            if n.is_multiple_of(2) {
-                // Where Nyquist is kept.
-                set(half, im[0], T::default());
             }
-        });
+        }
     });
 }
 
 /// out = scale·Re Σ_u exp(2πi·u·i/n)·Z_u + bias for the first lanes of a panel: imaginary parts of what is alone count for nothing.
 fn transform_back<T: Real>(
-    transform: &Transform<T>,
+    transform: &Whole<T>,
     panel: &[T],
     width: usize,
     scale: f64,
@@ -289,34 +281,34 @@ fn transform_back<T: Real>(
     out: &mut [T],
     pool: &dyn Pool,
 ) {
-    let (n, half) = (transform.n(), transform.half());
-    // The inverse that there is is that of an orthonormal transform.
-    let lone = real_of::<T>(scale * (n as f64).sqrt());
-    let pair = real_of::<T>(scale * (n as f64 / 2.0).sqrt());
+    let n = transform.n();
     let rows = out.len() / n;
+    // A frequency's conjugate has half of it.
+    let (lone, pair) = (real_of::<T>(scale), real_of::<T>(scale / 2.0));
     let out = DisjointSlice::new(out);
     pool.for_ranges(rows, &|range| {
         let mut workspace = transform.workspace();
-        let fill = |i: usize, re: &mut [T], im: &mut [T]| {
-            let lane = &panel[range.start + i..];
-            for (k, (re, im)) in re.iter_mut().zip(im.iter_mut()).enumerate() {
-                (*re, *im) = (lane[2 * k * width] * pair, lane[(2 * k + 1) * width] * pair);
-            }
-            re[0] = lane[0] * lone;
-            im[0] = if n.is_multiple_of(2) { lane[half * 2 * width] * lone } else { T::default() };
-        };
-        transform.inverse(range.len(), &mut workspace, fill, |i, row| {
+        for row in range {
+            let number = |k: usize| {
+                let (re, im) = (panel[2 * k * width + row], panel[(2 * k + 1) * width + row]);
+                if transform.is_alone(k) {
+                    Complex::new(re * lone, T::default())
+                } else {
+                    Complex::new(re * pair, im * pair)
+                }
+            };
+            let values = transform.inverse(number, &mut workspace);
             // SAFETY: a pool visits each row once.
             #[allow(unsafe_code)]
-            let out = unsafe { out.range_mut((range.start + i) * n..(range.start + i + 1) * n) };
+            let out = unsafe { out.range_mut(row * n..(row + 1) * n) };
             match bias {
-                None => out.copy_from_slice(row),
+                None => out.copy_from_slice(values),
                 Some(bias) => {
-                    for ((out, &value), &bias) in out.iter_mut().zip(row).zip(bias) {
+                    for ((out, &value), &bias) in out.iter_mut().zip(values).zip(bias) {
                         *out = value + bias;
                     }
                 }
             }
-        });
+        }
     });
 }

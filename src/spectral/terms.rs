@@ -6,16 +6,12 @@
 use std::ops::Range;
 
 use super::Real;
-use super::kernel::per_isa_tiled;
-use super::vector::{Vector, Vectors};
-use crate::codec::Isa;
+use super::vector::{Kernel, MOST_LANES, Vector, dispatch, lanes};
 
 /// Rows of a panel that is multiplied.
 pub const WIDTH: usize = 16;
 /// Rows of panels that are multiplied with one another, row by row, and summed.
 pub const OUTER_WIDTH: usize = 32;
-/// No vector has more lanes.
-const MOST_LANES: usize = 16;
 
 /// What one frequency of a product has from another, z: f₀·Re z + f₁·Im z as its real part and f₂·Im z + f₃·Re z as its imaginary
 /// part.
@@ -59,37 +55,42 @@ impl Entry {
     }
 }
 
-per_isa_tiled!(
-    /// The frequencies `targets` of a product, which `out` has alone, of a panel of `width` rows: 1 or [`WIDTH`].
-    fn sums_of = sums_of_all(
-        lanes: usize,
-        width: usize,
-        terms: &Terms<T>,
-        targets: Range<usize>,
-        panel: &[T],
-        out: &mut [T],
-    ),
-    avx512: (1), others: (2)
-);
-
-/// See [`sums_of`].
-pub fn multiply<T: Real>(width: usize, terms: &Terms<T>, targets: Range<usize>, panel: &[T], out: &mut [T]) {
-    debug_assert!(width == 1 || width == WIDTH);
-    sums_of(WIDTH, width, terms, targets, panel, out);
+/// Calls `$function` of vectors side by side that have `$width` lanes together.
+macro_rules! side_by_side {
+    ($width:expr, $function:ident::<$type:ty, $vector:ty>($($argument:expr),*)) => {
+        match $width / <$vector>::LANES {
+            1 => $function::<$type, $vector, 1>($($argument),*),
+            2 => $function::<$type, $vector, 2>($($argument),*),
+            4 => $function::<$type, $vector, 4>($($argument),*),
+            8 => $function::<$type, $vector, 8>($($argument),*),
+            _ => $function::<$type, $vector, 16>($($argument),*),
+        }
+    };
 }
 
-#[inline(always)]
-fn sums_of_all<T: Real, V: Vector<T>, const N: usize>(
+/// The frequencies `targets` of a product, which `out` has alone, of a panel of `width` rows: 1 or [`WIDTH`].
+pub fn multiply<T: Real>(width: usize, terms: &Terms<T>, targets: Range<usize>, panel: &[T], out: &mut [T]) {
+    debug_assert!(width == 1 || width == WIDTH);
+    dispatch(lanes::<T>(usize::MAX), Multiply { width, terms, targets, panel, out });
+}
+
+struct Multiply<'a, T> {
     width: usize,
-    terms: &Terms<T>,
+    terms: &'a Terms<T>,
     targets: Range<usize>,
-    panel: &[T],
-    out: &mut [T],
-) {
-    if width == 1 {
-        sums_of_width::<T, V::Lane, 1>(terms, targets, panel, out);
-    } else {
-        sums_of_width::<T, V, N>(terms, targets, panel, out);
+    panel: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel<T> for Multiply<'_, T> {
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        let Self { width, terms, targets, panel, out } = self;
+        if width == 1 {
+            sums_of_width::<T, V::Lane, 1>(terms, targets, panel, out);
+        } else {
+            side_by_side!(WIDTH, sums_of_width::<T, V>(terms, targets, panel, out));
+        }
     }
 }
 
@@ -101,10 +102,9 @@ fn sums_of_width<T: Real, V: Vector<T>, const N: usize>(
     out: &mut [T],
 ) {
     let (lanes, width) = (V::LANES, N * V::LANES);
-    let one = V::splat(T::one());
     for (target, out) in targets.zip(out.chunks_exact_mut(2 * width)) {
         // Four, so that a product waits for one sum and not for two.
-        let mut sums = [[V::zero(); 4]; N];
+        let mut sums = [[V::splat(T::default()); 4]; N];
         for term in &terms.terms[terms.starts[target]..terms.starts[target + 1]] {
             let z = &panel[term.at as usize * 2 * width..][..2 * width];
             let factors = term.factors.map(V::splat);
@@ -117,47 +117,45 @@ fn sums_of_width<T: Real, V: Vector<T>, const N: usize>(
             }
         }
         for (i, sums) in sums.iter().enumerate() {
-            one.multiply_add(sums[0], sums[1]).store(&mut out[i * lanes..]);
-            one.multiply_add(sums[2], sums[3]).store(&mut out[width + i * lanes..]);
+            sums[0].add(sums[1]).store(&mut out[i * lanes..]);
+            sums[2].add(sums[3]).store(&mut out[width + i * lanes..]);
         }
     }
 }
 
-per_isa_tiled!(
-    /// Adds Σ ĝ_u·conj(x̂_v) over two panels' rows, of `width` 1 or [`OUTER_WIDTH`], to each entry's pair of `out`.
-    fn outer_of = outer_of_all(lanes: usize, width: usize, entries: &[Entry], g: &[T], x: &[T], out: &mut [T]),
-    avx512: (2), others: (4)
-);
-
-/// See [`outer_of`].
+/// Adds Σ ĝ_u·conj(x̂_v) over two panels' rows, of `width` 1 or [`OUTER_WIDTH`], to each entry's pair of `out`.
 pub fn add_outer<T: Real>(width: usize, entries: &[Entry], g: &[T], x: &[T], out: &mut [T]) {
     debug_assert!(width == 1 || width == OUTER_WIDTH);
-    outer_of(WIDTH, width, entries, g, x, out);
+    dispatch(lanes::<T>(usize::MAX), AddOuter { width, entries, g, x, out });
 }
 
-#[inline(always)]
-fn outer_of_all<T: Real, V: Vector<T>, const N: usize>(
+struct AddOuter<'a, T> {
     width: usize,
-    entries: &[Entry],
-    g: &[T],
-    x: &[T],
-    out: &mut [T],
-) {
-    if width == 1 {
-        outer_of_width::<T, V::Lane, 1>(entries, g, x, out);
-    } else {
-        outer_of_width::<T, V, N>(entries, g, x, out);
+    entries: &'a [Entry],
+    g: &'a [T],
+    x: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel<T> for AddOuter<'_, T> {
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        let Self { width, entries, g, x, out } = self;
+        if width == 1 {
+            outer_of_width::<T, V::Lane, 1>(entries, g, x, out);
+        } else {
+            side_by_side!(OUTER_WIDTH, outer_of_width::<T, V>(entries, g, x, out));
+        }
     }
 }
 
 #[inline(always)]
 fn outer_of_width<T: Real, V: Vector<T>, const N: usize>(entries: &[Entry], g: &[T], x: &[T], out: &mut [T]) {
     let (lanes, width) = (V::LANES, N * V::LANES);
-    let minus = V::splat(-T::one());
     for (entry, out) in entries.iter().zip(out.chunks_exact_mut(2)) {
         let g = &g[entry.u() as usize * 2 * width..][..2 * width];
         let x = &x[entry.v as usize * 2 * width..][..2 * width];
-        let mut sums = [V::zero(); 4];
+        let mut sums = [V::splat(T::default()); 4];
         for i in 0..N {
             let (g_re, g_im) = (V::load(&g[i * lanes..]), V::load(&g[width + i * lanes..]));
             let (x_re, x_im) = (V::load(&x[i * lanes..]), V::load(&x[width + i * lanes..]));
@@ -168,7 +166,7 @@ fn outer_of_width<T: Real, V: Vector<T>, const N: usize>(entries: &[Entry], g: &
         }
         let sign = V::splat(entry.sign());
         out[0] += total(sign.multiply_add(sums[1], sums[0]));
-        out[1] += total(sign.multiply_add(sums[2], minus.multiply_add(sums[3], V::zero())));
+        out[1] += total(sign.multiply_add(sums[2], V::splat(T::default()).subtract(sums[3])));
     }
 }
 

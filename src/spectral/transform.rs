@@ -1,35 +1,43 @@
-//! The real Fourier transform of a block of `n`, as `n` real numbers.
+//! The real Fourier transforms of blocks of `n`.
 //!
-//! A packed spectrum is [Re₀, Re₁, …, Re_{⌊n/2⌋}, Im₁, …, Im_{⌈n/2⌉−1}]. Within this crate it is also held as two *halves* of
-//! [`Transform::half`] numbers: the real parts of frequencies from 0, and the imaginary parts, whose first place, where
-//! there is nothing, has the Nyquist frequency of an even block.
+//! A spectrum is held as two *halves* of [`Transform::half`] numbers: the real parts of frequencies from 0, and the imaginary
+//! parts, whose first place, where there is nothing, has the Nyquist frequency of an even block.
+//!
+//! Two blocks are transformed together, as the real and the imaginary parts of one complex sequence z = a + i·b, of which
+//! 2·â_k = ẑ_k + conj(ẑ_(n−k)) and 2i·b̂_k = ẑ_k − conj(ẑ_(n−k)), and a pair for each lane of a vector. Squares of numbers are
+//! transposed on the way in and out, so that a block's numbers, and its spectrum's, lie side by side elsewhere. A block's rounding
+//! depends on the other of its pair, so who pairs them has to do it in one way.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use realfft::num_complex::Complex;
-use realfft::{ComplexToReal, FftNum, RealFftPlanner, RealToComplex};
+use realfft::{ComplexToReal, FftNum, RealFftPlanner, RealToComplex, num_complex};
 
-use super::kernel::Matrix;
-use super::vector::Vectors;
-use crate::codec::{self, per_isa};
-use crate::memory;
+use super::fft::{Complex, Fft};
+use super::vector::{MOST_LANES, Vector, Vectors, load_part};
+use crate::{codec, memory};
 
-/// Above this a fast Fourier transform takes less time than a product with the matrix. Measured: `benchmarks/frequency.py`.
-const LARGEST_MATRIX: usize = 128;
-
+/// Larger blocks are transformed one by one: pairs of them for all lanes would leave the nearer caches.
+const LARGEST_TOGETHER: usize = 512;
 /// A float that spectra are computed in.
 pub trait Real: codec::Real + FftNum + Vectors + memory::Float {}
 
 impl Real for f32 {}
 impl Real for f64 {}
 
-/// How a transform is scaled: as the plain sum, or so that it is an orthonormal matrix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scale {
-    Plain,
-    Orthonormal,
+/// Where spectra go. Closures would not be compiled for the instruction set.
+pub trait Spectra<V> {
+    /// Takes vectors of the halves of a spectrum: of a pair's first or second block.
+    fn put(&mut self, pair: usize, which: usize, vector: usize, re: V, im: V);
+}
+
+/// Where spectra come from, and their blocks go.
+pub trait Blocks<V> {
+    /// Vectors of the halves of a spectrum: of a pair's first or second block.
+    fn halves(&self, pair: usize, which: usize, vector: usize) -> [V; 2];
+    /// Takes a block's numbers from `start` on.
+    fn put(&mut self, pair: usize, which: usize, start: usize, numbers: V);
 }
 
 /// The transform of one block size.
@@ -38,41 +46,18 @@ pub struct Transform<T> {
     method: Method<T>,
 }
 
-#[allow(clippy::large_enum_variant)] // there is one for each block size
 enum Method<T> {
-    /// Of what is even and what is odd about the block, each a matrix of half the size.
-    Matrices {
-        plain: Parts<T>,
-        orthonormal: Parts<T>,
-        inverse: Parts<T>,
-    },
-    Fast {
-        forward: Arc<dyn RealToComplex<T>>,
-        inverse: Arc<dyn ComplexToReal<T>>,
-    },
-}
-
-struct Parts<T> {
-    even: Matrix<T>,
-    odd: Matrix<T>,
+    Together(Fft<T>),
+    OneByOne { forward: Arc<dyn RealToComplex<T>>, inverse: Arc<dyn ComplexToReal<T>> },
 }
 
 /// What [`Transform`] needs to work in, of each thread its own.
-pub struct Workspace<T> {
-    rows: Vec<T>,
-    products: Vec<T>,
-    complex: Vec<Complex<T>>,
+pub struct Workspace<T, V> {
+    x: Vec<Complex<V>>,
+    y: Vec<Complex<V>>,
+    complex: Vec<num_complex::Complex<T>>,
+    scratch: Vec<num_complex::Complex<T>>,
     real: Vec<T>,
-    fast: Vec<Complex<T>>,
-}
-
-impl<T: Real> Workspace<T> {
-    /// Room for the two halves of one spectrum.
-    pub fn halves(&mut self, half: usize) -> (&mut [T], &mut [T]) {
-        self.rows.resize((2 * half).max(self.rows.len()), T::default());
-        let (re, rest) = self.rows.split_at_mut(half);
-        (re, &mut rest[..half])
-    }
 }
 
 impl<T: Real> Transform<T> {
@@ -89,38 +74,12 @@ impl<T: Real> Transform<T> {
     }
 
     fn new(n: usize) -> Self {
-        let half = n.div_ceil(2);
-        if n > LARGEST_MATRIX {
+        let method = if n <= LARGEST_TOGETHER {
+            Method::Together(Fft::new(n))
+        } else {
             let mut planner = RealFftPlanner::new();
-            let method = Method::Fast { forward: planner.plan_fft_forward(n), inverse: planner.plan_fft_inverse(n) };
-            return Self { n, method };
-        }
-        let angle = |j: usize, k: usize| std::f64::consts::TAU * ((j * k % n) as f64) / n as f64;
-        let lone = (1.0 / n as f64).sqrt();
-        let pair = (2.0 / n as f64).sqrt();
-        // The last row of an even matrix is the middle of an even block, or its Nyquist frequency.
-        let sign = |k: usize| if k.is_multiple_of(2) { 1.0 } else { -1.0 };
-        let nyquist = if n.is_multiple_of(2) { 1.0 } else { 0.0 };
-        let forward = |dc: f64, other: f64| Parts {
-            even: Matrix::new(half + 1, half, |j, k| {
-                let scale = if k == 0 { dc } else { other } * if j == 0 { 0.5 } else { 1.0 };
-                scale * if j == half { nyquist * sign(k) } else { angle(j, k).cos() }
-            }),
-            odd: Matrix::new(half, half, |j, k| match (j, k) {
-                (0, 0) => nyquist * dc,
-                (0, _) | (_, 0) => 0.0,
-                _ => -other * angle(j, k).sin(),
-            }),
+            Method::OneByOne { forward: planner.plan_fft_forward(n), inverse: planner.plan_fft_inverse(n) }
         };
-        let inverse = Parts {
-            even: Matrix::new(half + 1, half, |k, m| match k {
-                0 => lone,
-                k if k == half => nyquist * lone * sign(m),
-                k => pair * angle(k, m).cos(),
-            }),
-            odd: Matrix::new(half, half, |k, m| -pair * angle(k, m).sin()),
-        };
-        let method = Method::Matrices { plain: forward(1.0, 1.0), orthonormal: forward(lone, pair), inverse };
         Self { n, method }
     }
 
@@ -133,242 +92,183 @@ impl<T: Real> Transform<T> {
         self.n.div_ceil(2)
     }
 
-    pub fn workspace(&self) -> Workspace<T> {
-        let fast = match &self.method {
-            Method::Fast { forward, inverse } => forward.get_scratch_len().max(inverse.get_scratch_len()),
-            Method::Matrices { .. } => 0,
+    #[inline(always)]
+    pub fn workspace<V: Vector<T>>(&self) -> Workspace<T, V> {
+        let (vectors, numbers, scratch) = match &self.method {
+            Method::Together(_) => (self.n + 1, 0, 0),
+            Method::OneByOne { forward, inverse } => {
+                (0, self.n, forward.get_scratch_len().max(inverse.get_scratch_len()))
+            }
         };
-        let zero = Complex::new(T::default(), T::default());
+        let zero = V::splat(T::default());
+        let sequence = vec![Complex { re: zero, im: zero }; vectors];
+        let nothing = num_complex::Complex::new(T::default(), T::default());
         Workspace {
-            rows: Vec::new(),
-            products: Vec::new(),
-            complex: vec![zero; self.n / 2 + 1],
-            real: vec![T::default(); self.n + 1],
-            fast: vec![zero; fast],
+            y: sequence.clone(),
+            x: sequence,
+            complex: vec![nothing; numbers / 2 + 1],
+            scratch: vec![nothing; scratch],
+            real: vec![T::default(); numbers],
         }
     }
 
-    /// Transforms `count` blocks, of which `block(i)` may be cut short: the rest is zero. Calls `visit(i, real, imaginary)`
-    /// with each one's halves.
-    pub fn forward<'a>(
+    /// Transforms a pair of blocks for each lane. Blocks may be cut short: the rest is zero. `spectra` get two times each one's,
+    /// conjugated if `conjugate` says so.
+    #[inline(always)]
+    pub fn forward<V: Vector<T>>(
         &self,
-        scale: Scale,
-        count: usize,
-        block: impl Fn(usize) -> &'a [T],
-        workspace: &mut Workspace<T>,
-        mut visit: impl FnMut(usize, &[T], &[T]),
-    ) where
-        T: 'a,
-    {
-        let (n, half, middle) = (self.n, self.half(), self.n / 2);
-        let real = &mut workspace.real;
-        match &self.method {
-            Method::Matrices { plain, orthonormal, .. } => {
-                let parts = if scale == Scale::Plain { plain } else { orthonormal };
-                // A row: the even part, the middle of an even block, the odd part.
-                let (stride, width) = (2 * half + 1, parts.even.width());
-                workspace.rows.resize(count * stride, T::default());
-                workspace.products.resize(count * 2 * width, T::default());
-                for (index, row) in workspace.rows.chunks_exact_mut(stride).enumerate() {
-                    padded(block(index), &mut real[..n]);
-                    real[n] = real[0];
-                    let (even, odd) = row.split_at_mut(half + 1);
-                    mirror(real, even, odd);
-                }
-                parts.even.apply(&workspace.rows, stride, &mut workspace.products, 2 * width, count);
-                parts.odd.apply(
-                    &workspace.rows[(half + 1).min(count * stride)..],
-                    stride,
-                    &mut workspace.products[width.min(count * 2 * width)..],
-                    2 * width,
-                    count,
-                );
-                for (index, product) in workspace.products.chunks_exact(2 * width).enumerate() {
-                    visit(index, &product[..half], &product[width..width + half]);
-                }
-            }
-            Method::Fast { forward, .. } => {
-                let (lone, pair) = match scale {
-                    Scale::Plain => (1.0, 1.0),
-                    Scale::Orthonormal => ((1.0 / n as f64).sqrt(), (2.0 / n as f64).sqrt()),
-                };
-                let (lone, pair) = (real_of::<T>(lone), real_of::<T>(pair));
-                workspace.rows.resize(2 * half, T::default());
-                for index in 0..count {
-                    padded(block(index), &mut real[..n]);
-                    // It refuses buffers of another length alone.
-                    let done =
-                        forward.process_with_scratch(&mut real[..n], &mut workspace.complex, &mut workspace.fast);
-                    debug_assert!(done.is_ok());
-                    let (re, im) = workspace.rows.split_at_mut(half);
-                    for ((re, im), value) in re.iter_mut().zip(im.iter_mut()).zip(&workspace.complex) {
-                        (*re, *im) = (value.re * pair, value.im * pair);
-                    }
-                    re[0] = workspace.complex[0].re * lone;
-                    im[0] = if n.is_multiple_of(2) { workspace.complex[middle].re * lone } else { T::default() };
-                    visit(index, re, im);
-                }
-            }
-        }
-    }
-
-    /// The inverse of the orthonormal transform for `count` spectra: `fill(i, real, imaginary)` writes each one's halves,
-    /// and `visit(i, block)` is called with what they are the spectrum of.
-    pub fn inverse(
-        &self,
-        count: usize,
-        workspace: &mut Workspace<T>,
-        mut fill: impl FnMut(usize, &mut [T], &mut [T]),
-        mut visit: impl FnMut(usize, &[T]),
+        pairs: &[[&[T]; 2]; MOST_LANES],
+        conjugate: bool,
+        workspace: &mut Workspace<T, V>,
+        spectra: &mut impl Spectra<V>,
     ) {
-        let (n, half, middle) = (self.n, self.half(), self.n / 2);
-        let even_block = n.is_multiple_of(2);
-        let real = &mut workspace.real;
+        let (n, half) = (self.n, self.half());
         match &self.method {
-            Method::Matrices { inverse, .. } => {
-                // A row: the real parts, the Nyquist frequency again, the imaginary parts.
-                let (stride, width) = (2 * half + 1, inverse.even.width());
-                workspace.rows.resize(count * stride, T::default());
-                workspace.products.resize(count * 2 * width, T::default());
-                for (index, row) in workspace.rows.chunks_exact_mut(stride).enumerate() {
-                    let (re, im) = row.split_at_mut(half + 1);
-                    fill(index, &mut re[..half], im);
-                    re[half] = im[0];
+            Method::Together(fft) => {
+                let Workspace { x, y, .. } = workspace;
+                for start in (0..n).step_by(V::LANES) {
+                    for which in 0..2 {
+                        let mut rows = [V::splat(T::default()); MOST_LANES];
+                        for (row, pair) in rows.iter_mut().zip(&pairs[..V::LANES]) {
+                            *row = load_part(pair[which].get(start..).unwrap_or_default());
+                        }
+                        V::transpose(&mut rows);
+                        for (z, &row) in x[start..n].iter_mut().zip(&rows[..V::LANES]) {
+                            *(if which == 0 { &mut z.re } else { &mut z.im }) = row;
+                        }
+                    }
                 }
-                inverse.even.apply(&workspace.rows, stride, &mut workspace.products, 2 * width, count);
-                inverse.odd.apply(
-                    &workspace.rows[(half + 1).min(count * stride)..],
-                    stride,
-                    &mut workspace.products[width.min(count * 2 * width)..],
-                    2 * width,
-                    count,
-                );
-                let scales = [real_of((1.0 / n as f64).sqrt()), real_of((2.0 / n as f64).sqrt())];
-                let products = workspace.products.chunks_exact(2 * width);
-                for (index, (product, row)) in products.zip(workspace.rows.chunks_exact(stride)).enumerate() {
-                    unmirror(&product[..half], &product[width..], &row[..=half], scales, real);
-                    visit(index, &real[..n]);
+                fft.run(x, y);
+                let nothing = V::splat(T::default());
+                for (vector, start) in (0..half).step_by(V::LANES).enumerate() {
+                    for which in 0..2 {
+                        let mut halves = [[nothing; MOST_LANES]; 2];
+                        let [re, im] = &mut halves;
+                        for lane in 0..V::LANES.min(half - start) {
+                            let k = start + lane;
+                            let mirror = if k > 0 { n - k } else { 0 };
+                            let (z, other) = if conjugate { (x[mirror], x[k]) } else { (x[k], x[mirror]) };
+                            (re[lane], im[lane]) = if which == 0 {
+                                (z.re.add(other.re), z.im.subtract(other.im))
+                            } else {
+                                (z.im.add(other.im), other.re.subtract(z.re))
+                            };
+                        }
+                        if start == 0 && n.is_multiple_of(2) {
+                            let nyquist = if which == 0 { x[half].re } else { x[half].im };
+                            im[0] = nyquist.add(nyquist);
+                        }
+                        V::transpose(re);
+                        V::transpose(im);
+                        for pair in 0..V::LANES {
+                            spectra.put(pair, which, vector, re[pair], im[pair]);
+                        }
+                    }
                 }
             }
-            Method::Fast { inverse, .. } => {
-                let lone = real_of::<T>((1.0 / n as f64).sqrt());
-                let pair = real_of::<T>((0.5 / n as f64).sqrt());
-                workspace.rows.resize(2 * half, T::default());
-                for index in 0..count {
-                    let (re, im) = workspace.rows.split_at_mut(half);
-                    fill(index, re, im);
-                    for ((value, &re), &im) in workspace.complex.iter_mut().zip(&*re).zip(&*im) {
-                        *value = Complex::new(re * pair, im * pair);
+            Method::OneByOne { forward, .. } => {
+                let Workspace { complex, scratch, real, .. } = workspace;
+                for (index, block) in
+                    pairs[..V::LANES].as_flattened().iter().enumerate().filter(|(_, block)| !block.is_empty())
+                {
+                    let (head, tail) = real.split_at_mut(block.len());
+                    head.copy_from_slice(block);
+                    tail.fill(T::default());
+                    // It refuses buffers of another length alone.
+                    let done = forward.process_with_scratch(real, complex, scratch);
+                    debug_assert!(done.is_ok());
+                    complex[0].im = if n.is_multiple_of(2) { complex[n / 2].re } else { T::default() };
+                    let sign = if conjugate { -T::one() } else { T::one() };
+                    let twice = |k: usize| {
+                        let value = complex[k] + complex[k];
+                        (value.re, if k > 0 { value.im * sign } else { value.im })
+                    };
+                    for (vector, start) in (0..half).step_by(V::LANES).enumerate() {
+                        let [mut re, mut im] = [[T::default(); MOST_LANES]; 2];
+                        for lane in 0..V::LANES.min(half - start) {
+                            (re[lane], im[lane]) = twice(start + lane);
+                        }
+                        spectra.put(index / 2, index % 2, vector, V::load(&re), V::load(&im));
                     }
-                    workspace.complex[0] = Complex::new(re[0] * lone, T::default());
-                    if even_block {
-                        workspace.complex[middle] = Complex::new(im[0] * lone, T::default());
+                }
+            }
+        }
+    }
+
+    /// The blocks, times n, of a pair of spectra for each lane, which count conjugated if `conjugate` says so.
+    #[inline(always)]
+    pub fn inverse<V: Vector<T>>(&self, conjugate: bool, workspace: &mut Workspace<T, V>, blocks: &mut impl Blocks<V>) {
+        let (n, half) = (self.n, self.half());
+        match &self.method {
+            Method::Together(fft) => {
+                let Workspace { x, y, .. } = workspace;
+                let nothing = V::splat(T::default());
+                for (vector, start) in (0..half).step_by(V::LANES).enumerate() {
+                    for (which, y) in y.chunks_exact_mut(half).take(2).enumerate() {
+                        let mut halves = [[nothing; MOST_LANES]; 2];
+                        let [re, im] = &mut halves;
+                        for pair in 0..V::LANES {
+                            [re[pair], im[pair]] = blocks.halves(pair, which, vector);
+                        }
+                        V::transpose(re);
+                        V::transpose(im);
+                        for ((y, &re), &im) in y[start..].iter_mut().zip(&re[..V::LANES]).zip(&im[..V::LANES]) {
+                            *y = Complex { re, im };
+                        }
+                    }
+                }
+                // The inverse transform is the forward one of what has its parts exchanged.
+                let (a, b) = y.split_at(half);
+                x[0] = Complex { re: b[0].re, im: a[0].re };
+                if n.is_multiple_of(2) {
+                    x[half] = Complex { re: b[0].im, im: a[0].im };
+                }
+                for k in 1..half {
+                    let (a, b) = (a[k], b[k]);
+                    let (at, mirror) = if conjugate { (n - k, k) } else { (k, n - k) };
+                    x[at] = Complex { re: b.re.add(a.im), im: a.re.subtract(b.im) };
+                    x[mirror] = Complex { re: b.re.subtract(a.im), im: a.re.add(b.im) };
+                }
+                fft.run(x, y);
+                for start in (0..n).step_by(V::LANES) {
+                    for which in 0..2 {
+                        let mut rows = [nothing; MOST_LANES];
+                        for (row, z) in rows[..V::LANES].iter_mut().zip(&x[start..n]) {
+                            *row = if which == 0 { z.im } else { z.re };
+                        }
+                        V::transpose(&mut rows);
+                        for (pair, &row) in rows[..V::LANES].iter().enumerate() {
+                            blocks.put(pair, which, start, row);
+                        }
+                    }
+                }
+            }
+            Method::OneByOne { inverse, .. } => {
+                let Workspace { complex, scratch, real, .. } = workspace;
+                let sign = if conjugate { -T::one() } else { T::one() };
+                for (pair, which) in (0..2 * V::LANES).map(|index| (index / 2, index % 2)) {
+                    for (vector, complex) in complex[..half].chunks_mut(V::LANES).enumerate() {
+                        let mut halves = [[T::default(); MOST_LANES]; 2];
+                        for (numbers, half) in halves.iter_mut().zip(blocks.halves(pair, which, vector)) {
+                            half.store(numbers);
+                        }
+                        for (lane, value) in complex.iter_mut().enumerate() {
+                            *value = num_complex::Complex::new(halves[0][lane], halves[1][lane] * sign);
+                        }
+                    }
+                    let nyquist = complex[0].im * sign;
+                    complex[0].im = T::default();
+                    if n.is_multiple_of(2) {
+                        complex[half] = num_complex::Complex::new(nyquist, T::default());
                     }
                     // It refuses what is not real at frequency 0 and Nyquist, and buffers of another length.
-                    let done =
-                        inverse.process_with_scratch(&mut workspace.complex, &mut real[..n], &mut workspace.fast);
+                    let done = inverse.process_with_scratch(complex, real, scratch);
                     debug_assert!(done.is_ok());
-                    visit(index, &real[..n]);
+                    for (vector, numbers) in real.chunks(V::LANES).enumerate() {
+                        blocks.put(pair, which, vector * V::LANES, load_part(numbers));
+                    }
                 }
             }
         }
     }
-}
-
-/// Copies a block that may be cut short.
-fn padded<T: Real>(values: &[T], to: &mut [T]) {
-    let (head, tail) = to.split_at_mut(values.len());
-    head.copy_from_slice(values);
-    tail.fill(T::default());
-}
-
-fn real_of<T: Real>(value: f64) -> T {
-    <T as codec::Scalar>::from_f64(value)
-}
-
-/// Numbers that are mirrored at a time: the compiler makes vectors of these, but not of an iterator that runs backwards.
-const MIRRORED: usize = 8;
-
-/// Runs `$body` with `$n` as a constant where it is one of the common sizes: loops over a block are a few instructions then.
-macro_rules! for_common_sizes {
-    ($n:ident, $body:block) => {
-        for_common_sizes!($n, $body, 16 32 64 128)
-    };
-    ($n:ident, $body:block, $($size:literal)+) => {
-        match $n {
-            $($size => {
-                let $n: usize = $size;
-                $body
-            })+
-            $n => $body,
-        }
-    };
-}
-pub(super) use for_common_sizes;
-
-#[inline(always)]
-fn mirrored<T: Copy>(values: &[T; MIRRORED]) -> [T; MIRRORED] {
-    std::array::from_fn(|i| values[MIRRORED - 1 - i])
-}
-
-per_isa! {
-    /// What is even about a block, after which its first number stands again, and its middle; and what is odd about it, in
-    /// whose first place is an even block's Nyquist frequency. The first number counts twice.
-    fn mirror<T: Real>(block: &[T], even: &mut [T], odd: &mut [T]) {
-        let n = block.len() - 1;
-        for_common_sizes!(n, {
-            let (block, half) = (&block[..n + 1], n.div_ceil(2));
-            let (left, right) = (block[..half].as_chunks::<MIRRORED>(), block[n + 1 - half..].as_rchunks::<MIRRORED>());
-            let (evens, odds) = (even[..half].as_chunks_mut::<MIRRORED>(), odd[..half].as_chunks_mut::<MIRRORED>());
-            for (((even, odd), x), other) in evens.0.iter_mut().zip(odds.0).zip(left.0).zip(right.1.iter().rev()) {
-                let other = mirrored(other);
-                *even = std::array::from_fn(|i| x[i] + other[i]);
-                *odd = std::array::from_fn(|i| x[i] - other[i]);
-            }
-            for (((even, odd), &x), &other) in evens.1.iter_mut().zip(odds.1).zip(left.1).zip(right.0.iter().rev()) {
-                (*even, *odd) = (x + other, x - other);
-            }
-            even[half] = T::default();
-            if n.is_multiple_of(2) {
-                (even[half], odd[0]) = (block[half], alternating(&block[..n]));
-            }
-        });
-    }
-}
-
-per_isa! {
-    /// The block of which `even` and `odd` are the products of real and imaginary parts, and one number after it that means
-    /// nothing. `re` has the real parts, and last the Nyquist frequency, for the middle of an even block, whose rows of the transform have `scales`.
-    fn unmirror<T: Real>(even: &[T], odd: &[T], re: &[T], scales: [T; 2], block: &mut [T]) {
-        let n = block.len() - 1;
-        for_common_sizes!(n, {
-            let half = n.div_ceil(2);
-            let (even, odd) = (even[..half].as_chunks::<MIRRORED>(), odd[..half].as_chunks::<MIRRORED>());
-            let (left, right) = block[..n + 1].split_at_mut(n + 1 - half);
-            let (left, right) = (left[..half].as_chunks_mut::<MIRRORED>(), right.as_rchunks_mut::<MIRRORED>());
-            for (((out, other), u), v) in left.0.iter_mut().zip(right.1.iter_mut().rev()).zip(even.0).zip(odd.0) {
-                *out = std::array::from_fn(|i| u[i] + v[i]);
-                *other = mirrored(&std::array::from_fn(|i| u[i] - v[i]));
-            }
-            for (((out, other), &u), &v) in left.1.iter_mut().zip(right.0.iter_mut().rev()).zip(even.1).zip(odd.1) {
-                (*out, *other) = (u + v, u - v);
-            }
-            if n.is_multiple_of(2) {
-                let nyquist = if half.is_multiple_of(2) { re[half] } else { -re[half] };
-                block[half] = (re[0] + nyquist) * scales[0] - alternating(&re[1..half]) * scales[1];
-            }
-        });
-    }
-}
-
-/// x₀ − x₁ + x₂ − …, in sums that do not wait for each other.
-#[inline(always)]
-fn alternating<T: Real>(values: &[T]) -> T {
-    let (whole, rest) = values.as_chunks::<8>();
-    let mut sums = [T::default(); 8];
-    for values in whole {
-        sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum += value);
-    }
-    sums.iter_mut().zip(rest).for_each(|(sum, &value)| *sum += value);
-    (sums[0] - sums[1]) + (sums[2] - sums[3]) + ((sums[4] - sums[5]) + (sums[6] - sums[7]))
 }
