@@ -32,8 +32,7 @@ impl<T: Real> Whole<T> {
         let planner = planners.entry(TypeId::of::<T>()).or_insert_with(|| Box::new(RealFftPlanner::<T>::new()));
         let plan = |planner: &mut RealFftPlanner<T>| (planner.plan_fft_forward(n), planner.plan_fft_inverse(n));
         // The key says what the entry is; another would only cost a plan.
-        let (forward, inverse) =
-            planner.downcast_mut().map_or_else(|| plan(&mut RealFftPlanner::new()), |planner| plan(planner));
+        let (forward, inverse) = planner.downcast_mut().map_or_else(|| plan(&mut RealFftPlanner::new()), plan);
         Self { n, forward, inverse }
     }
 
