@@ -102,6 +102,9 @@ pub fn ecsq<D: Device>(
 ) -> Result<Option<Laid<D::Memory>>> {
     target.check()?;
     let geometry = Geometry::new(dense.rows, dense.cols);
+    if geometry.elements() < FEWEST {
+        return Ok(None);
+    }
     let Some(largest) = largest(device, dense, dense.cols)? else { return Ok(None) };
     let measure = OnDevice { device, dense };
     let norms: Vec<(f64, f32)> = measure.squares()?.into_iter().zip(largest).collect();
