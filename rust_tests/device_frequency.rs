@@ -178,6 +178,8 @@ fn many_rows() {
     let mut random = Random(2);
     for (n, out_features, in_features, rows) in [
         (32, 32, 32, 1),
+        // More tasks than blocks.
+        (32, 32, 32, 16 * 133),
         (32, 70, 4096, 17),
         (32, 70, 1024, 17),
         (32, 4100, 33, 5),

@@ -24,6 +24,8 @@ PAIRS, PAIRS_LAYOUT, PAIRS_HOST = "cuda/pairs.cuh", "cuda/pairs_layout.cuh", "cu
 PAIRS_RUST, FIXED, PREFIX = "src/cuda/weight/pairs.rs", "src/cuda/weight/fixed.rs", "src/cuda/prefix.rs"
 CANONICAL, DECODE, LAY_OUT, QUANTISE = "cuda/decode.cuh", "cuda/decode.cu", "cuda/lay_out.cu", "cuda/quantise.cu"
 DEVICE, PACK = "src/cuda/lay_out.rs", "src/cuda/pack.rs"
+FOURIER, FEW, MANY_ROWS = "cuda/fourier.cuh", "cuda/circulant_few.cu", "cuda/circulant_many.cu"
+MANY_SHAPE, LOG8, FREQUENCY = "cuda/circulant_many.cuh", "cuda/log8.cuh", "src/cuda/frequency.rs"
 LOAD_CODES = "words + codes::place<kBits>(lane, 4 * quad)"
 #: (what, file, code, code with the fault).
 FAULTS = (
@@ -289,6 +291,51 @@ FAULTS = (
         "return static_cast<float>(static_cast<int32_t>(code));",
     ),
     ("laying out: the window's width", DEVICE, "{ WINDOW } else", "{ WINDOW + 1 } else"),
+    ("circulant: roots of unity", FOURIER, "{cosine_of_turns(turns), -sine", "{cosine_of_turns(turns), sine"),
+    ("circulant: roots beyond a quarter", FOURIER, ": Complex{-kCosines[8 - k]", ": Complex{kCosines[8 - k]"),
+    ("circulant: a transform's columns", FOURIER, "lane + j * kFirst] = rows", "lane + j * kLanes] = rows"),
+    ("circulant: the second block of a pair", FEW, "(b.re - a.re) / 2", "(a.re - b.re) / 2"),
+    ("circulant: what is alone", FEW, "slot == 0 ? Complex{w.re", "slot == 1 ? Complex{w.re"),
+    ("circulant: conjugates of few rows", FEW, "(p.conjugate ? conjugate(w) : w) * x", "w * x"),
+    (
+        "circulant: inputs after those ahead",
+        FEW,
+        "int input = part + kAhead * kParts;",
+        "int input = part + 9 * kParts;",
+    ),
+    ("circulant: blocks after the first transforms", FEW, "if (first > 0) bits = load_column(pair);", ""),
+    (
+        "circulant: the barrier before parts are added",
+        FEW,
+        "shares[threadIdx.x] = sum;\n    __syncthreads();",
+        "shares[threadIdx.x] = sum;",
+    ),
+    ("circulant: what is alone of many rows", MANY_ROWS, "slot == 0 ? imaginary[i] : mixed[i]", "mixed[i]"),
+    ("circulant: conjugates of many rows", MANY_ROWS, "p.conjugate && slot != 0", "p.conjugate"),
+    (
+        "circulant: lanes that have read a region",
+        MANY_ROWS,
+        "      sync_warp();\n      for (int start",
+        "      for (int start",
+    ),
+    (
+        "circulant: the barrier before regions are used again",
+        MANY_ROWS,
+        "finish(first_row, first, count);\n      // Before the regions are used again.\n      __syncthreads();",
+        "finish(first_row, first, count);",
+    ),
+    ("circulant: rows beyond the batch", MANY_ROWS, "row < p.batch ? p.in_features : 0", "p.in_features"),
+    (
+        "circulant: weights on their way",
+        MANY_ROWS,
+        "tile * kInputSteps + step + kAhead;",
+        "tile * kInputSteps + step + 1;",
+    ),
+    ("circulant: where inputs lie", MANY_SHAPE, "within / 4 * 2;", "within / 4;"),
+    ("circulant: the order of inputs", MANY_SHAPE, "16 * step + 8 * high", "16 * step + 4 * high"),
+    ("circulant: room for spectra", FREQUENCY, "inputs.next_multiple_of(2) * n / 2", "inputs * n / 2"),
+    ("log8: the largest scale", LOG8, "bits < kInfinity ? bits : kLargest", "bits"),
+    ("log8: the curve", LOG8, "(word >> kScaleBits) * 256", "(word >> kScaleBits) * 128"),
     ("quantise: columns under one scale", QUANTISE, "part % groups * p.group_cols", "part % groups * kLanes"),
     ("quantise: the sign of a magnitude", QUANTISE, "& 0x7fffffff;", "& 0xffffffff;"),
     ("quantise: lanes of a maximum", QUANTISE, "step > 0; step /= 2", "step > 1; step /= 2"),
@@ -337,7 +384,7 @@ def test_fails() -> bool:
     # No kernel is compiled for a GPU, and the emulated ones sooner than they run fast.
     environment = {**os.environ, "CARGO_TARGET_DIR": str(COPY / "target"), "LIBTORCH": "", "CXXFLAGS": "-O1"}
     command = ["cargo", "test", "--release", "--no-default-features", "--locked", "--quiet"]
-    command += ["--test", "device", "--test", "device_lay_out", "--test", "device_pack"]
+    command += ["--test", "device_frequency", "--test", "device", "--test", "device_lay_out", "--test", "device_pack"]
     return subprocess.run(command, cwd=COPY, env=environment, capture_output=True, check=False).returncode != 0
 
 
