@@ -3,7 +3,8 @@
 //!
 //! Along every dimension the result is computed in tiles (overlap-save): a tile's inputs are transformed, multiplied by the
 //! kernel's spectra, which are computed once, and transformed back, and what wraps around is left out. A circular boundary is
-//! a tile that is read around it.
+//! a tile that is read around it. `plan.rs` says how large tiles are, `places.rs` where they lie, `pass.rs` computes them, `paired.rs`
+//! where nothing is summed over channels.
 
 mod paired;
 mod pass;

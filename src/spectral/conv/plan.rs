@@ -14,15 +14,15 @@ pub(super) const SHARED_BYTES: usize = 32 << 20;
 /// The tiles' sizes suit batches of so many. Not the batch itself: a row's bits must not depend on the others.
 pub(super) const NOMINAL_BATCH: f64 = 2.0;
 /// Numbers of the kernels' spectra from which on smaller tiles are worth slower transforms.
-pub(super) const MANY_NUMBERS: f64 = (1u64 << 26) as f64;
+const MANY_NUMBERS: f64 = (1u64 << 26) as f64;
 
 // What work costs, in units of a transform's step for one number, which is about 0.09 ns. Measured on a Xeon with AVX-512.
 /// Copying a number to a transform and from it, in steps.
-pub(super) const COPY: f64 = 6.0;
+const COPY: f64 = 6.0;
 /// What a transform takes besides.
 pub(super) const TRANSFORM: f64 = 2000.0;
 /// One complex product, summed.
-pub(super) const PRODUCT: f64 = 1.5;
+const PRODUCT: f64 = 1.5;
 /// What is not worth waking another thread for.
 pub(super) const SMALL: f64 = 1.5e6;
 
