@@ -26,7 +26,7 @@ inline int64_t last(const Tensor& tensor, const char* what) {
   return tensor.sym_size(-1).guard_int(__FILE__, __LINE__);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 /// Checks that a spectrum's blocks cover `features` in dimension `dimension`.
 inline void check_spectrum(const Tensor& spectrum, int64_t dimension, int64_t features, const char* what) {

@@ -197,6 +197,6 @@ def test_what_is_no_base_is_refused() -> None:
     with pytest.raises(ValueError, match="model: expected a module that contains layers, got a Linear"):
         add_adapters(nn.Linear(2, 2))
     model = nn.Sequential(nn.Tanh(), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="expected a linear layer that filter_fn takes, found none"):
+    with pytest.raises(ValueError, match="expected a linear layer without an adapter that filter_fn takes, found none"):
         add_adapters(model, 2, lambda module, name: False)
     assert all(p.requires_grad for p in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -315,3 +316,16 @@ def test_it_learns_a_circular_convolution() -> None:
         loss.backward()
         optimizer.step()
     assert error(student.dense_weight(), teacher.dense_weight()) < 0.01
+
+
+@pytest.mark.parametrize("storage", ["float", "log8"])
+def test_another_number_of_features_is_refused(storage: Literal["float", "log8"]) -> None:
+    # The operator itself takes whatever the blocks cover.
+    layer = FrequencyLinear(100, 70, 16, storage=storage)
+    for x in (torch.randn(3, 101), torch.randn(3, 99), torch.randn(())):
+        with pytest.raises(ValueError, match="x: expected a last dimension of 100"):
+            layer(x)
+    with pytest.raises(ValueError, match=r"block: expected a positive integer, got 4\.5"):
+        FrequencyLinear(100, 70, 4.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="spectrum: expected"):
+        ops.frequency_linear(torch.randn(3, 100), torch.ones(5, 7, 16, dtype=torch.int64), None, 70)

@@ -226,6 +226,8 @@ def test_opcheck(requires_grad: bool) -> None:
 
 @pytest.mark.parametrize("real", [False, True])
 def test_compile_and_export(real: bool) -> None:
+    # What other tests compiled of the same layer counts towards a limit.
+    torch.compiler.reset()
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         SparseFrequencyLinear(96, 64, 0.1, real=real), torch.nn.ReLU(), SparseFrequencyLinear(64, 10, 0.5, real=real)
@@ -428,3 +430,10 @@ def test_it_learns_the_coefficients(real: bool) -> None:
         loss.backward()
         optimizer.step()
     assert error(student.dense_weight(), teacher.dense_weight()) < 0.01
+
+
+def test_another_number_of_features_is_refused() -> None:
+    layer = SparseFrequencyLinear(100, 70, 0.1)
+    for features in (99, 101, 200):
+        with pytest.raises(ValueError, match="x: expected a last dimension of 100"):
+            layer(torch.randn(3, features))

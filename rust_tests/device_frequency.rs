@@ -327,10 +327,21 @@ fn log8_decodes_to_the_hosts_bits() {
 
 #[test]
 fn who_computes_what() {
-    assert_eq!(Product::of(64, 64, 1, Dtype::Bf16), Product::Few);
-    assert_eq!(Product::of(64, 64, 4096, Dtype::Bf16), Product::Many);
-    assert_eq!(Product::of(64, 64, 4096, Dtype::F32), Product::Composed);
-    assert_eq!(Product::of(64, 65, 4096, Dtype::Bf16), Product::Composed);
-    assert_eq!(Product::of(48, 1, 1, Dtype::Bf16), Product::Composed);
-    assert_eq!(Product::of(64, 1 << 20, 1, Dtype::Bf16), Product::Composed);
+    let of = |n, inputs, rows, dtype, has: fn(&str) -> bool| {
+        Product::of(n, inputs, rows, dtype, |name| Ok(has(name))).unwrap()
+    };
+    let (all, none, no_large): (fn(&str) -> bool, fn(&str) -> bool, fn(&str) -> bool) =
+        (|_| true, |_| false, |name| !name.ends_with("_4096"));
+    assert_eq!(of(64, 64, 1, Dtype::Bf16, all), Product::Few);
+    assert_eq!(of(64, 64, 4096, Dtype::Bf16, all), Product::Many);
+    assert_eq!(of(64, 64, 4096, Dtype::F32, all), Product::Composed);
+    assert_eq!(of(64, 65, 4096, Dtype::Bf16, all), Product::Composed);
+    assert_eq!(of(48, 1, 1, Dtype::Bf16, all), Product::Composed);
+    assert_eq!(of(64, 1 << 20, 1, Dtype::Bf16, all), Product::Composed);
+    assert_eq!(of(64, 1, 1 << 31, Dtype::Bf16, all), Product::Composed);
+    // Where a kernel does not fit.
+    assert_eq!(of(64, 64, 1, Dtype::Bf16, none), Product::Composed);
+    assert_eq!(of(64, 64, 4096, Dtype::Bf16, no_large), Product::Composed);
+    assert_eq!(of(64, 64, 40, Dtype::Bf16, no_large), Product::Few);
+    assert_eq!(of(64, 16, 4096, Dtype::Bf16, no_large), Product::Many);
 }

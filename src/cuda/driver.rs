@@ -112,6 +112,11 @@ pub fn is_hopper(device: usize) -> Result<bool> {
     Ok(major == 9)
 }
 
+/// Whether a device has a kernel: one whose shared memory fits there.
+pub fn has(device: usize, name: &str) -> Result<bool> {
+    with_kernels(device, |kernels| Ok(kernels.contains_key(name)))
+}
+
 /// Loads the kernels on a device, if they are not there yet.
 pub fn load(device: usize) -> Result<()> {
     with_kernels(device, |_| Ok(()))

@@ -2,6 +2,7 @@
 
 use super::launch::{Kernel, Launch, MULTIPROCESSORS};
 use super::params::{Circulant, Dtype, Log8Decode};
+use crate::Result;
 
 /// Blocks of a power of two whose product is fused for few rows, and the lanes that transform one, as `cuda/fourier.cuh` has
 /// them.
@@ -28,12 +29,14 @@ const DECODE: &str = "infold_log8_decode";
 const FEW_THREADS: usize = 256;
 /// As `cuda/circulant_many.cuh` has it.
 const MANY_ROWS: usize = 16;
-/// Shared memory that every block may have since sm_80.
-const MOST_SHARED: usize = 163 << 10;
+/// Shared memory that a block may ask for on every device, beside what its kernel has anyway.
+const MOST_SHARED: usize = 95 << 10;
 /// A number of a spectrum, of two floats.
 const COMPLEX: usize = 8;
 /// More rows are many.
 const FEW_ROWS: usize = 16;
+/// The kernels count rows, and a little beyond them, in 32 bits.
+const MOST_ROWS: usize = (i32::MAX - (1 << 16)) as usize;
 
 /// How a product of spectra is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,17 +50,30 @@ pub enum Product {
 }
 
 impl Product {
-    /// For `rows` rows of `inputs` blocks of `n`.
-    pub fn of(n: usize, inputs: usize, rows: usize, dtype: Dtype) -> Self {
-        let fits_few = few_shared(n, inputs).is_some_and(|bytes| bytes <= MOST_SHARED);
-        let fits_many = dtype == Dtype::Bf16 && many_kernel(n, inputs).is_some();
-        match (fits_few, fits_many) {
+    /// For `rows` rows of `inputs` blocks of `n`, with the kernels that the device `has`.
+    pub fn of(
+        n: usize,
+        inputs: usize,
+        rows: usize,
+        dtype: Dtype,
+        has: impl Fn(&'static str) -> Result<bool>,
+    ) -> Result<Self> {
+        let few = few_kernel(n).filter(|_| few_shared(n, inputs).is_some_and(|bytes| bytes <= MOST_SHARED));
+        let many = many_kernel(n, inputs).filter(|_| dtype == Dtype::Bf16 && rows <= MOST_ROWS);
+        let has_few = few.map_or(Ok(false), &has)?;
+        let has_many = many.map_or(Ok(false), |(.., name)| has(name))?;
+        Ok(match (has_few, has_many) {
             (true, false) if rows <= 4 * FEW_ROWS => Self::Few,
             (true, true) if rows <= FEW_ROWS => Self::Few,
             (_, true) => Self::Many,
             _ => Self::Composed,
-        }
+        })
     }
+}
+
+/// The kernel for few rows of blocks of `n`.
+fn few_kernel(n: usize) -> Option<&'static str> {
+    FEW.iter().find(|(size, ..)| *size == n).map(|&(.., name)| name)
 }
 
 /// Bytes of shared memory of a block for few rows: a scratch for each transform, and a row's spectra.
@@ -97,7 +113,7 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
 /// The product of few rows; for what [`Product::Few`] is for.
 pub fn few(parameters: Circulant) -> Launch<Circulant> {
     let (n, inputs) = (parameters.n as usize, parameters.inputs as usize);
-    let kernel = FEW.iter().find(|(size, ..)| *size == n).map_or("", |(.., name)| name);
+    let kernel = few_kernel(n).unwrap_or_default();
     let blocks = parameters.outputs as u32 * parameters.batch as u32;
     let shared = few_shared(n, inputs).unwrap_or_default() as u32;
     Launch { shared, ..Launch::new(kernel, blocks, parameters) }

@@ -77,6 +77,9 @@ pub fn forward(
     check_features(features, outputs, block, "out_features")?;
     check_bias(bias, features)?;
     let rows = rows_of(x, "x", in_features)?;
+    if let Spectrum::Float(spectrum) = spectrum {
+        float_kind(spectrum, "spectrum")?;
+    }
     let compute = compute_kind(kind);
     if device::is_cuda(x) {
         return frequency_gpu::product(x, spectrum, bias, (rows, features), Direction::Forward);
@@ -112,6 +115,7 @@ pub fn input_gradient(gradient: &Tensor, spectrum: &Tensor, features: i64, pool:
     check_features(out_features, outputs, block, "gradient's last dimension")?;
     check_features(features, inputs, block, "in_features")?;
     let rows = rows_of(gradient, "gradient", out_features)?;
+    float_kind(spectrum, "spectrum")?;
     if device::is_cuda(gradient) {
         let spectrum = Spectrum::Float(spectrum);
         return frequency_gpu::product(gradient, spectrum, None, (rows, features), Direction::Backward);

@@ -2,12 +2,13 @@
 
 use std::ptr;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::device::{self, dtype_of, pointer};
 use super::frequency::Spectrum;
 use super::log8::{self, OnDevice};
 use super::{compute_kind, with_last};
+use crate::cuda::driver;
 use crate::cuda::frequency::{self, Product};
 use crate::cuda::params::{Circulant, Log8, Spectra};
 use crate::{Error, Result};
@@ -44,7 +45,12 @@ pub fn product(
     let spectrum_dtype =
         if words.is_some() { Some(Spectra::Log8) } else { dtype_of(shaped.f_kind()?).map(Spectra::from) };
     let dtypes = dtype_of(kind).zip(spectrum_dtype);
-    let product = dtypes.map_or(Product::Composed, |(dtype, _)| Product::of(n as usize, inputs as usize, rows, dtype));
+    let product = match (dtypes, x.device()) {
+        (Some((dtype, _)), Device::Cuda(device)) => {
+            Product::of(n as usize, inputs as usize, rows, dtype, |name| driver::has(device, name))?
+        }
+        _ => Product::Composed,
+    };
     let size = with_last(x, features);
     if rows == 0 || inputs * outputs == 0 {
         let y = Tensor::f_zeros(size, (kind, x.device()))?;

@@ -93,7 +93,7 @@ def add_adapters(
             places.setdefault(module, []).append(name)
     chosen = {module: names for module, names in places.items() if not filter_fn or filter_fn(module, names[0])}
     if not chosen:
-        raise ValueError("model: expected a linear layer that filter_fn takes, found none")
+        raise ValueError("model: expected a linear layer without an adapter that filter_fn takes, found none")
     model.requires_grad_(False)
     adapters = {}
     for module, names in chosen.items():

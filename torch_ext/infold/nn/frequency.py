@@ -14,6 +14,12 @@ from infold.config import Storage
 from infold.log8 import Log8, log8_decode, log8_encode
 
 
+def check_features(x: Tensor, in_features: int) -> None:
+    """Raises ValueError unless x's last dimension has ``in_features``: the operators take what their blocks cover."""
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: expected a last dimension of {in_features}, got shape {tuple(x.shape)}")
+
+
 class FrequencyLinear(nn.Module):
     """y = x·Wᵀ + b with a block-circulant W: a ``block``-th of the parameters, and about as few operations.
 
@@ -44,8 +50,8 @@ class FrequencyLinear(nn.Module):
         """Raises ValueError for sizes that are not positive and for another storage."""
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features), ("block", block)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if storage not in get_args(Storage):
             raise ValueError(f"storage: expected one of {get_args(Storage)}, got {storage!r}")
         self.in_features, self.out_features, self.block = in_features, out_features, block
@@ -163,6 +169,7 @@ class FrequencyLinear(nn.Module):
         return new.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_features(x, self.in_features)
         y: Tensor
         if self.spectrum is not None:
             y = ops.frequency_linear(x, self.spectrum, self.bias, self.out_features)

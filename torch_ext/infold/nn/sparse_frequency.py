@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from infold import spectral
 from infold._library import ops
+from infold.nn.frequency import check_features
 
 
 class SparseFrequencyLinear(nn.Module):
@@ -168,6 +169,7 @@ class SparseFrequencyLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_features(x, self.in_features)
         coefficients = self.complex_coefficients()
         y: Tensor = ops.sparse_frequency_linear(x, coefficients, self.indices, self.bias, self.out_features, self.scale)
         return y
