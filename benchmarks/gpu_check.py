@@ -28,8 +28,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if (HERE / "infold").is_dir():
-    # The bundle: the library, its tests, and what runs these.
-    sys.path[:0] = [str(HERE), str(HERE / "packages")]
+    # The bundle: the library, its tests, and what runs these where the machine has none.
+    sys.path.insert(0, str(HERE))
+    sys.path.append(str(HERE / "packages"))
 
 import gpu_frequency  # noqa: E402
 import gpu_peers  # noqa: E402
@@ -83,7 +84,9 @@ def correctness() -> None:
     """Runs the tests that need a GPU, in several processes where pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-n16"] if importlib.util.find_spec("xdist") else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
+    own = importlib.util.find_spec("pytest")
+    brought = [str(HERE / "packages")] if own and own.origin and own.origin.startswith(str(HERE)) else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:1], *brought])}
     tests = sorted(map(str, TESTS.glob("test_device*.py")))
     subprocess.run([*command, *tests], env=environment, check=True)
 
