@@ -1,4 +1,4 @@
-// dx = g W for up to 256 columns on Hopper: the forward's tiles, read the other way. A block takes 128 columns of W, a
+// dx = g W for up to 128 columns on Hopper: the forward's tiles, read the other way. A block takes 128 columns of W, a
 // warpgroup 64 of them, whose tiles' steps are its warps'; registers of a fragment are transposed one by one.
 #include "wide.cuh"
 
@@ -143,7 +143,6 @@ __device__ void finish(const InfoldWide& p) {
 #define INFOLD_KERNELS(name, layout)                                                                            \
   INFOLD_KERNEL(name, layout, 64)                                                                               \
   INFOLD_KERNEL(name, layout, 128)                                                                              \
-  INFOLD_KERNEL(name, layout, 256)                                                                              \
   extern "C" __global__ void __launch_bounds__(wide::kThreads, 4) infold_backward_finish_##name(InfoldWide p) { \
     finish<layout>(p);                                                                                          \
   }

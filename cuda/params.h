@@ -88,7 +88,7 @@ struct InfoldWide {
   int32_t dtype;
   int32_t batch;
   int32_t parts;
-  int32_t columns; /* 64, 128 or 256, as the kernel's name says */
+  int32_t columns; /* 64 or 128, as the kernel's name says */
   int32_t splits;  /* of the sums' terms */
   int32_t first_row;
   int32_t row_count;

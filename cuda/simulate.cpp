@@ -61,11 +61,9 @@ extern "C" bool infold_emulate(const char* kernel, unsigned blocks, unsigned thr
       INFOLD_KERNEL(linear, InfoldLinear, infold_linear_##layout##_64),     \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_64),           \
       INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_128),          \
-      INFOLD_KERNEL(wide, InfoldWide, infold_wide_##layout##_256),          \
       INFOLD_KERNEL(wide, InfoldWide, infold_finish_##layout),              \
       INFOLD_KERNEL(backward, InfoldWide, infold_backward_##layout##_64),   \
       INFOLD_KERNEL(backward, InfoldWide, infold_backward_##layout##_128),  \
-      INFOLD_KERNEL(backward, InfoldWide, infold_backward_##layout##_256),  \
       INFOLD_KERNEL(backward, InfoldWide, infold_backward_finish_##layout), \
       INFOLD_KERNEL(lay_out, InfoldLayOut, infold_tiles_##layout),          \
       INFOLD_KERNEL(unpack, InfoldUnpack, infold_unpack_##layout)

@@ -1,4 +1,4 @@
-// y = x Wᵀ + b for up to 256 columns on Hopper: a block takes 128 rows of W, a warp a stripe of them.
+// y = x Wᵀ + b for up to 128 columns on Hopper: a block takes 128 rows of W, a warp a stripe of them.
 #include "wide.cuh"
 
 namespace {
@@ -84,7 +84,6 @@ __device__ void finish(const InfoldWide& p) {
 #define INFOLD_KERNELS(name, layout)                                                                   \
   INFOLD_KERNEL(name, layout, 64)                                                                      \
   INFOLD_KERNEL(name, layout, 128)                                                                     \
-  INFOLD_KERNEL(name, layout, 256)                                                                     \
   extern "C" __global__ void __launch_bounds__(wide::kThreads, 4) infold_finish_##name(InfoldWide p) { \
     finish<layout>(p);                                                                                 \
   }

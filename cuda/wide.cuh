@@ -1,4 +1,4 @@
-// Products of up to 256 columns on Hopper, W's and its transpose's alike. A block takes eight tiles of W at a time and
+// Products of up to 128 columns on Hopper, W's and its transpose's alike. A block takes eight tiles of W at a time and
 // all columns of the inputs, so that a tile is decoded once. Tiles of both are copied to shared memory ahead of eight
 // warps; these decode to registers, which are operand A of their warpgroup's mma; operand B is the inputs as they lie.
 // What the sums' terms are split into is added by a second kernel, in order, so that results do not change from run to
@@ -177,7 +177,7 @@ __device__ void put_sums(const InfoldWide& p, const float (&sums)[kColumns / kGr
 }
 
 // The splits' sums of sixteen rows, of all columns, with what is to be added to each.
-constexpr int kMostColumns = 256;
+constexpr int kMostColumns = 128;
 using Outputs = float[kRows][kMostColumns + 1];
 
 __device__ inline float sum_of_splits(const InfoldWide& p, int row, int column) {

@@ -327,11 +327,10 @@ fn log8_decodes_to_the_hosts_bits() {
 
 #[test]
 fn who_computes_what() {
-    let of = |n, inputs, rows, dtype, has: fn(&str) -> bool| {
-        Product::of(n, inputs, rows, dtype, |name| Ok(has(name))).unwrap()
-    };
-    let (all, none, no_large): (fn(&str) -> bool, fn(&str) -> bool, fn(&str) -> bool) =
-        (|_| true, |_| false, |name| !name.ends_with("_4096"));
+    type Has = fn(&str) -> bool;
+    let of = |n, inputs, rows, dtype, has: Has| Product::of(n, inputs, rows, dtype, |name| Ok(has(name))).unwrap();
+    let (all, none): (Has, Has) = (|_| true, |_| false);
+    let no_large: Has = |name| !name.ends_with("_4096");
     assert_eq!(of(64, 64, 1, Dtype::Bf16, all), Product::Few);
     assert_eq!(of(64, 64, 4096, Dtype::Bf16, all), Product::Many);
     assert_eq!(of(64, 64, 4096, Dtype::F32, all), Product::Composed);

@@ -11,8 +11,10 @@ pub(super) const MULTIPROCESSORS: usize = 132;
 /// The products of few columns, by how many each takes at most.
 const NARROW: [usize; 4] = [8, 16, 32, 64];
 /// Those of many, on Hopper.
-const WIDE: [usize; 3] = [64, 128, 256];
-/// Beyond so many columns Hopper takes those.
+const WIDE: [usize; 2] = [64, 128];
+/// A launch's sums are those of a block of so many columns on each multiprocessor.
+const SUMS_COLUMNS: usize = 256;
+/// Beyond so many columns Hopper takes those. More than they have are for the library, which was faster in 21 of 27 cases of 256.
 const NARROW_ON_HOPPER: usize = 16;
 
 /// As `cuda/wide.cuh` has them: rows of a block, and tiles on their way.
@@ -57,11 +59,7 @@ macro_rules! many {
     ($file:literal, $finish:literal, $layout:literal) => {
         Many {
             file: $file,
-            products: [
-                concat!("infold_", $file, "_", $layout, "_64"),
-                concat!("infold_", $file, "_", $layout, "_128"),
-                concat!("infold_", $file, "_", $layout, "_256"),
-            ],
+            products: [concat!("infold_", $file, "_", $layout, "_64"), concat!("infold_", $file, "_", $layout, "_128")],
             finish: concat!("infold_", $finish, "_", $layout),
         }
     };
@@ -289,11 +287,10 @@ impl WidePlan {
     /// For `rows` of sums, each of so many terms.
     pub fn new(rows: usize, terms: usize, columns: usize) -> Self {
         let columns = WIDE[place(&WIDE, columns)];
-        let [.., most] = WIDE;
         let blocks = rows.div_ceil(WIDE_ROWS).max(1);
         // Two of the smallest fit a multiprocessor.
         let at_a_time = if columns == WIDE[0] { 2 * MULTIPROCESSORS } else { MULTIPROCESSORS };
-        let most_blocks = MULTIPROCESSORS * most / columns;
+        let most_blocks = MULTIPROCESSORS * SUMS_COLUMNS / columns;
         let most_splits = (terms.div_ceil(TILE_COLS) / LEAST_TILES).min(most_blocks / blocks).max(1);
         // Rounds of blocks for each part of the terms: the first that is least.
         let time = |splits: usize| (blocks * splits).div_ceil(at_a_time) as f64 / splits as f64;
