@@ -1,6 +1,7 @@
 // The block-circulant product of few rows: a block computes one block of one row of y, and for that transforms the
 // whole row of x. Spectra are read as they are stored, and are on their way while x is transformed.
 #include "fourier.cuh"
+#include "fragment.cuh"
 #include "log8.cuh"
 #include "values.cuh"
 
@@ -160,8 +161,6 @@ struct Few {
     __syncthreads();
     finish(roots, scratch);
   }
-
-  static constexpr int kLanes = 32;
 };
 
 }  // namespace

@@ -38,8 +38,8 @@ struct Many {
   using Shape = circulant::Shape<N, kFeatures>;
   static constexpr int kThreads = Shape::kThreads, kWarps = kThreads / kLanes;
   static constexpr int kSteps = Shape::kSteps, kInputSteps = Shape::kInputSteps;
-  // And the tiles that they are of.
   static constexpr int kAhead = Shape::kAhead;
+  // Tiles that the weights on their way are of.
   static constexpr int kTogether = kAhead > kInputSteps ? kAhead / kInputSteps : 1;
 
   const InfoldCirculant& p;

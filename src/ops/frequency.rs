@@ -2,10 +2,10 @@
 
 use tch::{Kind, Tensor};
 
-use super::frequency_gpu::Direction;
 use super::tensor::{contiguous, slice, slice_mut};
 use super::{check_bias, compute_kind, device, float_kind, frequency_gpu, log8, rows_of, with_last, with_real};
 use crate::codec::MAX_DIMENSION;
+use crate::cuda::launch::Direction;
 use crate::memory::AlignedVec;
 use crate::parallel::Pool;
 use crate::spectral::{self, Circulant};

@@ -10,15 +10,9 @@ use super::log8::{self, OnDevice};
 use super::{compute_kind, with_last};
 use crate::cuda::driver;
 use crate::cuda::frequency::{self, Product};
+use crate::cuda::launch::Direction;
 use crate::cuda::params::{Circulant, Log8, Spectra};
 use crate::{Error, Result};
-
-/// W's product, or its transpose's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    Forward,
-    Backward,
-}
 
 /// y = x·Wᵀ + b of `features`, or dx = g·W with g as x. Shapes are checked.
 pub fn product(
@@ -42,6 +36,11 @@ pub fn product(
     }
     let (outputs, inputs, n) = shaped.size3()?;
     let (inputs, outputs) = if direction == Direction::Forward { (inputs, outputs) } else { (outputs, inputs) };
+    let size = with_last(x, features);
+    if rows == 0 || inputs * outputs == 0 {
+        let y = Tensor::f_zeros(size, (kind, x.device()))?;
+        return Ok(if let Some(bias) = bias { y.f_add(&bias.f_to_kind(kind)?)? } else { y });
+    }
     let spectrum_dtype =
         if words.is_some() { Some(Spectra::Log8) } else { dtype_of(shaped.f_kind()?).map(Spectra::from) };
     let dtypes = dtype_of(kind).zip(spectrum_dtype);
@@ -51,11 +50,6 @@ pub fn product(
         }
         _ => Product::Composed,
     };
-    let size = with_last(x, features);
-    if rows == 0 || inputs * outputs == 0 {
-        let y = Tensor::f_zeros(size, (kind, x.device()))?;
-        return Ok(if let Some(bias) = bias { y.f_add(&bias.f_to_kind(kind)?)? } else { y });
-    }
     let Some((dtype, spectrum_dtype)) = dtypes.filter(|_| product != Product::Composed) else {
         let decoded = words.map(|words| log8::decode_on_device(shaped, words, compute_kind(kind))).transpose()?;
         return composed(x, decoded.as_ref().unwrap_or(shaped), bias, features, direction);

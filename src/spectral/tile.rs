@@ -52,13 +52,13 @@ pub struct Fourier<T> {
 }
 
 /// Both planners keep the plans that they have made.
-struct Planners<T: Real> {
-    real: RealFftPlanner<T>,
+pub struct Planners<T: Real> {
+    pub real: RealFftPlanner<T>,
     complex: FftPlanner<T>,
 }
 
 /// Calls `body` with this type's planners.
-fn with_planners<T: Real, R>(body: impl FnOnce(&mut Planners<T>) -> R) -> R {
+pub fn with_planners<T: Real, R>(body: impl FnOnce(&mut Planners<T>) -> R) -> R {
     type Known = Mutex<HashMap<TypeId, Box<dyn Any + Send>>>;
     static KNOWN: OnceLock<Known> = OnceLock::new();
     let make = || Planners::<T> { real: RealFftPlanner::new(), complex: FftPlanner::new() };

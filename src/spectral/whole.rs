@@ -1,13 +1,12 @@
 //! Real Fourier transforms of whole rows, each alone, so that a row's bits do not depend on another's.
 
-use std::any::{Any, TypeId};
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 
 use realfft::num_complex::Complex;
-use realfft::{ComplexToReal, RealFftPlanner, RealToComplex};
+use realfft::{ComplexToReal, RealToComplex};
 
 use super::Real;
+use super::tile::with_planners;
 
 /// The transform of rows of `n`.
 pub struct Whole<T> {
@@ -24,16 +23,12 @@ pub struct Workspace<T> {
 }
 
 impl<T: Real> Whole<T> {
-    /// The planner of each type keeps what it has planned. `n` is positive.
+    /// `n` is positive.
     pub fn get(n: usize) -> Self {
-        static PLANNERS: OnceLock<Mutex<HashMap<TypeId, Box<dyn Any + Send>>>> = OnceLock::new();
-        let planners = PLANNERS.get_or_init(Mutex::default);
-        let mut planners = planners.lock().unwrap_or_else(PoisonError::into_inner);
-        let planner = planners.entry(TypeId::of::<T>()).or_insert_with(|| Box::new(RealFftPlanner::<T>::new()));
-        let plan = |planner: &mut RealFftPlanner<T>| (planner.plan_fft_forward(n), planner.plan_fft_inverse(n));
-        // The key says what the entry is; another would only cost a plan.
-        let (forward, inverse) = planner.downcast_mut().map_or_else(|| plan(&mut RealFftPlanner::new()), plan);
-        Self { n, forward, inverse }
+        with_planners(|planners| {
+            let real = &mut planners.real;
+            Self { n, forward: real.plan_fft_forward(n), inverse: real.plan_fft_inverse(n) }
+        })
     }
 
     pub fn n(&self) -> usize {
