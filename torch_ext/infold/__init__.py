@@ -6,7 +6,7 @@
 Importing loads the native library, which registers the operators under ``torch.ops.infold``.
 """
 
-from infold import nn, peft, spectral
+from infold import nn, peft, spectral, tiers
 from infold._library import CorruptWeightError, build_info, library_path
 from infold.config import FrequencyConfig, FusedConfig
 from infold.convert import convert
@@ -42,5 +42,6 @@ __all__ = [
     "recover",
     "save",
     "spectral",
+    "tiers",
 ]
 __version__ = build_info()["version"]
