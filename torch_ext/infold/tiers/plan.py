@@ -1,0 +1,275 @@
+"""Which tier each unit of a model lies in, within a budget of bytes a tier."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Literal, NamedTuple, get_args
+
+from torch import nn
+
+from infold.report import format_bytes
+from infold.tiers.packing import Packing
+from infold.tiers.schedule import Access, aligned
+from infold.tiers.search import least_exposed
+from infold.tiers.spec import TierSpec
+from infold.tiers.units import units
+
+Objective = Literal["traffic", "importance", "inverse", "size", "layer-order", "random", "fractions"]
+
+#: How a pass uses the units: each use's unit and the seconds that its layer computes, in the order of execution.
+Uses = Sequence[tuple[str, float]]
+
+
+class Placement(NamedTuple):
+    """Where a unit lies, the bytes that are stored there, how they are coded, and what it was ranked by."""
+
+    tier: str
+    nbytes: int
+    codec: str = "raw"
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tier of every unit.
+
+    tiers: fastest first; weights in the first are computed on where they lie.
+    placements: each unit's by its name, in the order of the model's modules.
+    buffer_bytes: the ring of buffers that fetched weights come to, a part of the first tier's budget; each weight takes
+        whole pages of it.
+    fingerprint: that of the model (`fingerprint`).
+    objective: what chose.
+    budgets: the bytes that each tier may hold, None for no limit.
+
+    Raises ValueError for a tier that there is none of, a budget that is exceeded, and a ring that does not hold the
+    largest weight to fetch.
+    """
+
+    tiers: tuple[TierSpec, ...]
+    placements: dict[str, Placement]
+    buffer_bytes: int
+    fingerprint: str
+    objective: str
+    budgets: dict[str, int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [tier.name for tier in self.tiers]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"tiers: expected one or more of different names, got {names}")
+        if not self.tiers[0].resident:
+            raise ValueError(f"tiers: expected the first to be resident, got {names[0]}")
+        if self.buffer_bytes < 0:
+            raise ValueError(f"buffer_bytes: expected zero or more, got {self.buffer_bytes}")
+        for name in self.budgets:
+            if name not in names:
+                raise ValueError(f"budgets: expected one of the tiers {', '.join(names)}, got {name!r}")
+        for name, placement in self.placements.items():
+            if placement.tier not in names:
+                raise ValueError(f"{name}: tier: expected one of {', '.join(names)}, got {placement.tier!r}")
+            if placement.nbytes < 0:
+                raise ValueError(f"{name}: nbytes: expected zero or more, got {placement.nbytes}")
+            if not self.specs[placement.tier].resident and aligned(placement.nbytes) > self.buffer_bytes:
+                raise ValueError(
+                    f"buffer_bytes: expected room for the {aligned(placement.nbytes)} bytes of {name}, got "
+                    f"{self.buffer_bytes}"
+                )
+        for name, held in self.bytes_by_tier().items():
+            held += self.buffer_bytes if name == names[0] else 0
+            limit = self.budgets.get(name)
+            if limit is not None and held > limit:
+                raise ValueError(f"{name}: expected at most its budget, {limit} bytes, got {held}")
+
+    @property
+    def specs(self) -> dict[str, TierSpec]:
+        """Each tier by its name."""
+        return {tier.name: tier for tier in self.tiers}
+
+    def tier_of(self, unit: str) -> TierSpec:
+        """Raises ValueError for a unit that the plan does not know."""
+        if unit not in self.placements:
+            raise ValueError(f"unit: expected one of the plan's, got {unit!r}")
+        return self.specs[self.placements[unit].tier]
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of weights in each tier, without the ring."""
+        held = dict.fromkeys((tier.name for tier in self.tiers), 0)
+        for placement in self.placements.values():
+            held[placement.tier] += placement.nbytes
+        return held
+
+    def accesses(self, uses: Uses | None = None) -> list[Access]:
+        """One pass for `simulate`: the uses in their order, or each unit once with no computing."""
+        order = [(name, 0.0) for name in self.placements] if uses is None else uses
+        return [Access(name, self.tier_of(name).name, self.placements[name].nbytes, seconds) for name, seconds in order]
+
+    def __str__(self) -> str:
+        held = self.bytes_by_tier()
+        counts = dict.fromkeys(held, 0)
+        for placement in self.placements.values():
+            counts[placement.tier] += 1
+        width = max(len(name) for name in (*held, "total"))
+        head = f"{'tier':<{width}} {'units':>6} {'weights':>10} {'budget':>10} {'GB/s':>8} {'setup us':>9}"
+        lines = [head, "-" * len(head)]
+        for tier in self.tiers:
+            limit = self.budgets.get(tier.name)
+            link = f"{'in place':>18}"
+            if not tier.resident:
+                link = f"{tier.bandwidth_gb_s:>8.2f} {tier.setup_us:>9.1f}"
+            lines.append(
+                f"{tier.name:<{width}} {counts[tier.name]:>6} {format_bytes(held[tier.name]):>10} "
+                f"{'no limit' if limit is None else format_bytes(limit):>10} {link}"
+            )
+        lines += [
+            "-" * len(head),
+            f"{'total':<{width}} {len(self.placements):>6} {format_bytes(sum(held.values())):>10}",
+        ]
+        lines.append(f"chosen by {self.objective}; ring of {format_bytes(self.buffer_bytes)} in {self.tiers[0].name}")
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    specs: Sequence[TierSpec],
+    budgets: Mapping[str, int | None] | None = None,
+    objective: Objective = "traffic",
+    *,
+    scores: Mapping[str, float] | None = None,
+    nbytes: Mapping[str, int] | None = None,
+    codecs: Mapping[str, str] | None = None,
+    compute_seconds: Mapping[str, float] | Uses | None = None,
+    buffers: int = 2,
+    fractions: Sequence[float] = (0.3, 0.5, 0.2),
+    seed: int = 0,
+) -> Plan:
+    """Places every unit of a model.
+
+    specs: the tiers, fastest first. The first holds the ring of buffers beside its weights. Several devices are several
+        tiers that are ``resident``; they fill in their order.
+    budgets: bytes by tier name; without one, or with None, a tier holds its ``capacity_bytes``.
+    objective: ``"traffic"`` minimises the exposed time that `simulate` predicts for two passes, exactly where there are
+        few assignments to try, else by local search. The others rank the units, and each goes to the fastest tier with
+        room for it: ``"importance"`` the highest score first, ``"inverse"`` the lowest (a control), ``"size"`` the
+        smallest (of all ways to fill a byte budget, the fewest transfers; what sizes alone can tell), ``"layer-order"``
+        the order of modules, ``"random"`` by ``seed``. ``"fractions"`` cuts the ranking by score where the documents
+        do, at shares of all *bytes*: a unit goes to the tier in whose share its middle lies.
+    scores: by unit name, for ``"importance"``, ``"inverse"`` and ``"fractions"``; recorded in any plan.
+    nbytes: stored bytes of units that are packed on their tier; others are stored as they are. codecs: their names.
+    compute_seconds: of each unit, or of each use in order of execution (`measure_compute`); without it, nothing
+        computes and all that counts is traffic.
+    buffers: the ring holds so many of the largest weights to fetch where the first tier's budget allows, at least one.
+
+    Raises ValueError for a wrong argument and where the weights do not fit, with the bytes that are missing.
+    """
+    found = units(model)
+    sizes = {unit.name: unit.nbytes for unit in found}
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}")
+    if buffers < 1:
+        raise ValueError(f"buffers: expected one or more, got {buffers}")
+    if not specs:
+        raise ValueError("specs: expected one tier or more, got none")
+    for label, names in (("nbytes", nbytes), ("scores", scores), ("codecs", codecs)):
+        check_names(label, names or (), sizes)
+    for name, count in (nbytes or {}).items():
+        if count < 0:
+            raise ValueError(f"nbytes: {name}: expected zero or more bytes, got {count}")
+    sizes.update(nbytes or {})
+    tiers = (replace(specs[0], resident=True), *specs[1:])
+    limits = _limits(tiers, budgets or {})
+    uses = _uses(compute_seconds, sizes)
+    packing = Packing(tuple(sizes.values()), tuple(limits.values()), tuple(tier.resident for tier in tiers), buffers)
+    names_in_order = list(sizes)
+    if objective == "traffic":
+        assignment = least_exposed(packing, tiers, [(names_in_order.index(name), s) for name, s in uses], seed)
+    elif objective == "fractions":
+        assignment = _cut(sizes, _ranked(sizes, objective, scores, seed), fractions, len(tiers))
+    else:
+        order = _ranked(sizes, objective, scores, seed)
+        assignment = packing.first_fit([names_in_order.index(name) for name in order])
+    buffer_bytes = packing.ring(assignment) if assignment is not None else None
+    if assignment is None or buffer_bytes is None:
+        raise ValueError(packing.refusal(list(sizes), [tier.name for tier in tiers], assignment))
+    placements = {
+        name: Placement(tiers[tier].name, size, (codecs or {}).get(name, "raw"), (scores or {}).get(name))
+        for (name, size), tier in zip(sizes.items(), assignment, strict=True)
+    }
+    return Plan(tiers, placements, buffer_bytes, fingerprint(model), objective, limits)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells models apart that plans are made for: names of units and parameters, shapes, dtypes; not values."""
+    digest = hashlib.sha256()
+    for unit in units(model):
+        for name, parameter in unit.parameters.items():
+            shape = "x".join(map(str, parameter.shape))
+            digest.update(f"{unit.name}\0{name}\0{shape}\0{parameter.dtype}\n".encode())
+    return digest.hexdigest()
+
+
+def check_names(label: str, given: Iterable[str], known: Iterable[str], missing: bool = False) -> None:
+    """Raises ValueError where a name is of no unit or, if asked, a unit is not named."""
+    given, known = list(given), list(known)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{label}: expected names of the model's units, got {_some(unknown)}")
+    if missing and (absent := sorted(set(known) - set(given))):
+        raise ValueError(f"{label}: expected all of the model's units, {_some(absent)} missing")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _limits(tiers: Sequence[TierSpec], budgets: Mapping[str, int | None]) -> dict[str, int | None]:
+    names = [tier.name for tier in tiers]
+    for name, limit in budgets.items():
+        if name not in names:
+            raise ValueError(f"budgets: expected one of the tiers {', '.join(names)}, got {name!r}")
+        if limit is not None and limit < 0:
+            raise ValueError(f"budgets: {name}: expected zero or more bytes, got {limit}")
+    given = {name: limit for name, limit in budgets.items() if limit is not None}
+    return {tier.name: given.get(tier.name, tier.capacity_bytes) for tier in tiers}
+
+
+def _uses(compute_seconds: Mapping[str, float] | Uses | None, sizes: Mapping[str, int]) -> Uses:
+    if compute_seconds is None:
+        return [(name, 0.0) for name in sizes]
+    if isinstance(compute_seconds, Mapping):
+        compute_seconds = [(name, compute_seconds.get(name, 0.0)) for name in {**sizes, **compute_seconds}]
+    check_names("compute_seconds", (name for name, _ in compute_seconds), sizes)
+    for name, seconds in compute_seconds:
+        if not 0 <= seconds < float("inf"):
+            raise ValueError(f"compute_seconds: {name}: expected zero or more, got {seconds}")
+    return compute_seconds
+
+
+def _ranked(sizes: Mapping[str, int], objective: Objective, scores: Mapping[str, float] | None, seed: int) -> list[str]:
+    names = list(sizes)
+    if objective == "size":
+        return sorted(names, key=lambda name: sizes[name])
+    if objective == "random":
+        return random.Random(seed).sample(names, len(names))
+    if objective == "layer-order":
+        return names
+    check_names("scores", scores or (), names, missing=True)
+    given = scores or {}
+    if wrong := [name for name in names if given[name] != given[name]]:
+        raise ValueError(f"scores: expected numbers, got NaN for {_some(wrong)}")
+    return sorted(names, key=lambda name: given[name] if objective == "inverse" else -given[name])
+
+
+def _cut(sizes: Mapping[str, int], order: list[str], fractions: Sequence[float], tiers: int) -> list[int]:
+    """The tier in whose share of all bytes the middle of each unit lies."""
+    if len(fractions) != tiers or not all(0 <= share <= 1 for share in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions: expected {tiers} shares that make 1, one a tier, got {tuple(fractions)}")
+    total, before = sum(sizes.values()), 0
+    cuts = [share * total for share in accumulate(fractions[:-1])]
+    tier_of = {}
+    for name in order:
+        tier_of[name] = bisect_right(cuts, before + sizes[name] / 2)
+        before += sizes[name]
+    return [tier_of[name] for name in sizes]

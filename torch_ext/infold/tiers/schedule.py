@@ -1,0 +1,160 @@
+"""The time model (math.md §8): when each weight is fetched and each layer computes, and what of the fetching shows.
+
+Fetches are issued in the order in which units are used. A fetch waits until the layer ``distance`` uses before it is
+reached and the ring of buffers has room, then for its tier's link, which carries one transfer at a time; it takes
+``TierSpec.transfer_seconds``. A layer computes when the one before has ended and its own weight has come; its buffer is
+free when it has computed. `predict`, the ``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from infold.tiers.spec import TierSpec
+
+#: Buffers and file offsets are multiples of this: what O_DIRECT asks for.
+ALIGNMENT = 4096
+
+
+def aligned(nbytes: int) -> int:
+    """The bytes of a buffer that holds ``nbytes``."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Access(NamedTuple):
+    """One use of a unit: the bytes that its tier stores, and how long its layer computes."""
+
+    unit: str
+    tier: str
+    nbytes: int
+    compute_seconds: float
+
+
+class Event(NamedTuple):
+    """What became of an access, in seconds from the start.
+
+    Where nothing is fetched, the transfer starts and ends when the layer is reached.
+    """
+
+    unit: str
+    tier: str
+    nbytes: int
+    transfer_start: float
+    transfer_end: float
+    compute_start: float
+    compute_end: float
+    #: How long the layer waited for its weight after the one before had computed.
+    wait: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated run: its events in order of use, and their sums."""
+
+    events: tuple[Event, ...]
+    seconds: float
+    compute_seconds: float
+    #: Σ waits: ``seconds`` less ``compute_seconds``.
+    exposed_seconds: float
+    #: What each tier's link carried; a resident tier carries nothing.
+    bytes_by_tier: dict[str, int]
+    #: How long each tier's link was busy.
+    transfer_seconds_by_tier: dict[str, float]
+
+    @property
+    def bound_seconds(self) -> float:
+        """No schedule is shorter: the larger of the computing and the busiest link."""
+        return max(self.compute_seconds, *self.transfer_seconds_by_tier.values(), 0.0)
+
+
+def simulate(
+    accesses: Sequence[Access], specs: Mapping[str, TierSpec], *, buffer_bytes: int, distance: int | None = None
+) -> Timeline:
+    """Schedules the accesses in their order. A steady state is the accesses of a pass several times over.
+
+    specs: each tier by its name. buffer_bytes: the ring in which fetched weights lie, each in whole pages of
+    `ALIGNMENT` bytes. distance: a fetch is issued no sooner than the layer so many uses before it is reached; None
+    leaves that to the ring.
+
+    Raises ValueError for an unknown tier, a weight that the ring cannot hold, and times and sizes below zero.
+    """
+    if distance is not None and distance < 0:
+        raise ValueError(f"distance: expected zero or more uses, got {distance}")
+    if buffer_bytes < 0:
+        raise ValueError(f"buffer_bytes: expected zero or more, got {buffer_bytes}")
+    transfers, links, sizes = [], [], []
+    numbers = {name: number for number, name in enumerate(specs)}
+    for unit, tier, nbytes, seconds in accesses:
+        if tier not in numbers:
+            raise ValueError(f"{unit}: expected one of the tiers {', '.join(specs)}, got {tier!r}")
+        if nbytes < 0:
+            raise ValueError(f"{unit}: nbytes: expected zero or more, got {nbytes}")
+        if not (seconds >= 0 and math.isfinite(seconds)):
+            raise ValueError(f"{unit}: compute_seconds: expected zero or more, got {seconds}")
+        transfer, link, size = fetch(specs[tier], numbers[tier], nbytes)
+        if size > buffer_bytes:
+            raise ValueError(f"{unit}: expected at most buffer_bytes = {buffer_bytes}, got {size} bytes to fetch")
+        transfers.append(transfer)
+        links.append(link)
+        sizes.append(size)
+    times = schedule(transfers, links, sizes, [a.compute_seconds for a in accesses], len(specs), buffer_bytes, distance)
+    events = []
+    carried = dict.fromkeys(specs, 0)
+    busy = dict.fromkeys(specs, 0.0)
+    before = 0.0
+    for access, transfer, link, (start, end, begin, done) in zip(accesses, transfers, links, times, strict=True):
+        events.append(Event(access.unit, access.tier, access.nbytes, start, end, begin, done, begin - before))
+        if link >= 0:
+            carried[access.tier] += access.nbytes
+            busy[access.tier] += transfer
+        before = done
+    computing = math.fsum(access.compute_seconds for access in accesses)
+    exposed = math.fsum(event.wait for event in events)
+    return Timeline(tuple(events), before, computing, exposed, carried, busy)
+
+
+def fetch(spec: TierSpec, link: int, nbytes: int) -> tuple[float, int, int]:
+    """What `schedule` is to know of a unit in a tier: seconds of its transfer, its link, and its bytes in the ring."""
+    if spec.resident or nbytes == 0:
+        return 0.0, -1, 0
+    return spec.transfer_seconds(nbytes), link, aligned(nbytes)
+
+
+def schedule(
+    transfers: Sequence[float],
+    links: Sequence[int],
+    sizes: Sequence[int],
+    computes: Sequence[float],
+    link_count: int,
+    buffer_bytes: int,
+    distance: int | None = None,
+) -> list[tuple[float, float, float, float]]:
+    """`simulate` on plain numbers, for searches that call it thousands of times: nothing is checked.
+
+    Of each access: its `fetch` (link -1: nothing is fetched) and the seconds that it computes. Returns the start and end of each transfer and of each computation.
+    """
+    times: list[tuple[float, float, float, float]] = []
+    free_at = [0.0] * link_count
+    issued = ended = 0.0
+    used = oldest = 0
+    for index, (transfer, link, size, compute) in enumerate(zip(transfers, links, sizes, computes, strict=True)):
+        start = arrived = ended
+        if link >= 0:
+            if distance is not None and index > distance:
+                issued = max(issued, times[index - distance - 1][3])
+            # Buffers come free in the order of use.
+            while used + size > buffer_bytes:
+                if sizes[oldest]:
+                    used -= sizes[oldest]
+                    issued = max(issued, times[oldest][3])
+                oldest += 1
+            used += size
+            start = max(issued, free_at[link])
+            arrived = free_at[link] = start + transfer
+        begin = max(ended, arrived)
+        ended = begin + compute
+        times.append((start, arrived, begin, ended))
+    return times
