@@ -1,6 +1,6 @@
 """A model's weights over several memories, by byte budget."""
 
-from infold.tiers.hints import load, save, to_device_map
+from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
 from infold.tiers.plan import Placement, Plan, fingerprint, plan
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
@@ -20,5 +20,6 @@ __all__ = [
     "save",
     "simulate",
     "to_device_map",
+    "to_llama_cpp",
     "units",
 ]

@@ -134,7 +134,8 @@ def schedule(
 ) -> list[tuple[float, float, float, float]]:
     """`simulate` on plain numbers, for searches that call it thousands of times: nothing is checked.
 
-    Of each access: its `fetch` (link -1: nothing is fetched) and the seconds that it computes. Returns the start and end of each transfer and of each computation.
+    Of each access: its `fetch` (link -1: nothing is fetched) and the seconds that it computes.
+    Returns the start and end of each transfer and of each computation.
     """
     times: list[tuple[float, float, float, float]] = []
     free_at = [0.0] * link_count
