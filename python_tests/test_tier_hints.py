@@ -24,7 +24,7 @@ from infold.tiers.hints import parse
 from infold.tiers.plan import Plan
 from torch import Tensor, nn
 
-HBM, CPU, SSD = TierSpec("HBM", 1, 800), TierSpec("CPU", 5, 26), TierSpec("SSD", 30, 7)
+HBM, CPU, SSD = TierSpec("HBM", 1, 800), TierSpec("CPU", 5, 26), TierSpec("SSD", 30, 7, on_disk=True)
 
 
 def network() -> nn.Sequential:

@@ -1,24 +1,34 @@
 """A model's weights over several memories, by byte budget."""
 
+from infold.tiers.calibrate import calibrate
 from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
 from infold.tiers.plan import Placement, Plan, fingerprint, plan
+from infold.tiers.predict import Prediction, Stream, measure_compute, predict, stream
+from infold.tiers.presets import PRESETS
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import Unit, units
 
 __all__ = [
+    "PRESETS",
     "Access",
     "Event",
     "Placement",
     "Plan",
+    "Prediction",
+    "Stream",
     "TierSpec",
     "Timeline",
     "Unit",
+    "calibrate",
     "fingerprint",
     "load",
+    "measure_compute",
     "plan",
+    "predict",
     "save",
     "simulate",
+    "stream",
     "to_device_map",
     "to_llama_cpp",
     "units",

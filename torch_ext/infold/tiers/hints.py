@@ -22,7 +22,7 @@ FORMAT, VERSION = "infold-tiers", 1
 MAX_BYTES = 64 * 2**20
 
 _PLAN = {"format", "version", "objective", "fingerprint", "buffer_bytes", "tiers", "units"}
-_TIER = {"name", "setup_us", "bandwidth_gb_s", "capacity_bytes", "resident", "budget_bytes"}
+_TIER = {"name", "setup_us", "bandwidth_gb_s", "capacity_bytes", "resident", "on_disk", "budget_bytes"}
 _UNIT = {"tier", "nbytes", "codec", "score"}
 
 
@@ -38,6 +38,7 @@ def save(plan: Plan, path: str | Path) -> None:
             "bandwidth_gb_s": tier.bandwidth_gb_s,
             "capacity_bytes": tier.capacity_bytes,
             "resident": tier.resident,
+            "on_disk": tier.on_disk,
             "budget_bytes": plan.budgets.get(tier.name),
         }
         for tier in plan.tiers
@@ -100,15 +101,14 @@ def parse(text: bytes) -> Plan:
         where = f"tiers[{number}]"
         entry = _object(entry, where, _TIER)
         name = _string(entry["name"], f"{where}.name")
-        if not isinstance(entry["resident"], bool):
-            raise ValueError(f"{where}.resident: expected true or false, got {entry['resident']!r:.60}")
         tiers.append(
             TierSpec(
                 name,
                 _number(entry["setup_us"], f"{where}.setup_us"),
                 _number(entry["bandwidth_gb_s"], f"{where}.bandwidth_gb_s"),
                 _optional_bytes(entry["capacity_bytes"], f"{where}.capacity_bytes"),
-                entry["resident"],
+                _boolean(entry["resident"], f"{where}.resident"),
+                _boolean(entry["on_disk"], f"{where}.on_disk"),
             )
         )
         budgets[name] = _optional_bytes(entry["budget_bytes"], f"{where}.budget_bytes")
@@ -136,7 +136,7 @@ def to_device_map(plan: Plan, model: nn.Module, devices: Mapping[str, int | str]
     """The plan as the ``device_map`` of accelerate and transformers: a device for each module.
 
     devices: of each tier by its name; without it, the first is device 0, a tier named as a torch device is that one,
-        ``"SSD"`` is ``"disk"`` and others are ``"cpu"``.
+        one that is ``on_disk`` is ``"disk"``, and others are ``"cpu"``.
 
     Raises ValueError for a tier without a device, and where a module's own parameters and those of a module inside it
     have different devices: accelerate moves a module as a whole.
@@ -144,7 +144,7 @@ def to_device_map(plan: Plan, model: nn.Module, devices: Mapping[str, int | str]
     found = units(model)
     check_names("units", plan.placements, (unit.name for unit in found), missing=True)
     if devices is None:
-        devices = {tier.name: _device(tier.name, first=not index) for index, tier in enumerate(plan.tiers)}
+        devices = {tier.name: _device(tier, first=not index) for index, tier in enumerate(plan.tiers)}
     if absent := [tier.name for tier in plan.tiers if tier.name not in devices]:
         raise ValueError(f"devices: expected one for each tier, {', '.join(absent)} missing")
     device_map: dict[str, int | str] = {}
@@ -195,10 +195,10 @@ def to_llama_cpp(plan: Plan, model: nn.Module, buffers: Mapping[str, str] | None
     return patterns
 
 
-def _device(tier: str, first: bool) -> int | str:
-    if tier in ("cpu", "disk") or re.fullmatch(r"(cuda|xpu|mps)(:\d+)?", tier):
-        return tier
-    return 0 if first else "disk" if tier == "SSD" else "cpu"
+def _device(tier: TierSpec, first: bool) -> int | str:
+    if re.fullmatch(r"cpu|(cuda|xpu|mps)(:\d+)?", tier.name):
+        return tier.name
+    return 0 if first else "disk" if tier.on_disk else "cpu"
 
 
 def _inside(inner: str, outer: str) -> bool:
@@ -231,6 +231,12 @@ def _object(value: Any, where: str, fields: set[str] | None) -> dict[str, Any]:
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected a string, got {type(value).__name__}")
+    return value
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: expected true or false, got {type(value).__name__}")
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 
-from infold.tiers.schedule import ALIGNMENT, aligned
+from infold.tiers.units import PAGE
 
 #: As many assignments are tried one by one where a rule is to be exact.
 EXHAUSTIVE = 2**13
@@ -21,11 +21,13 @@ Assignment = Sequence[int]
 class Packing:
     """The budgets that an assignment keeps.
 
-    sizes: bytes of each unit. limits: of each tier, None for no limit. resident: tiers that nothing is fetched from.
-    buffers: how many of the largest weights to fetch the ring holds, if the first tier has room for so many.
+    sizes: bytes of each unit, as stored. rooms: in a buffer. limits: of each tier, None for no limit. resident: tiers
+    that nothing is fetched from. buffers: how many of the largest weights to fetch the ring holds, if the first tier
+    has room for so many.
     """
 
     sizes: tuple[int, ...]
+    rooms: tuple[int, ...]
     limits: tuple[int | None, ...]
     resident: tuple[bool, ...]
     buffers: int
@@ -48,8 +50,8 @@ class Packing:
 
     def wanted(self, assignment: Assignment, buffers: int) -> int:
         """The ring that holds so many of the largest weights to fetch, and so any as many that follow each other."""
-        fetched = (size for size, tier in zip(self.sizes, assignment, strict=True) if not self.resident[tier])
-        return sum(aligned(size) for size in nlargest(buffers, fetched))
+        fetched = (room for room, tier in zip(self.rooms, assignment, strict=True) if not self.resident[tier])
+        return sum(nlargest(buffers, fetched))
 
     def ring(self, assignment: Assignment) -> int | None:
         """Bytes of the ring under an assignment; None if that does not fit."""
@@ -58,7 +60,7 @@ class Packing:
             return None
         ring = self.wanted(assignment, self.buffers)
         if self.limits[0] is not None:
-            ring = min(ring, (self.limits[0] - held[0]) // ALIGNMENT * ALIGNMENT)
+            ring = min(ring, (self.limits[0] - held[0]) // PAGE * PAGE)
         return ring if ring >= self.wanted(assignment, 1) else None
 
     def first_fit(self, order: Sequence[int]) -> list[int] | None:
@@ -80,9 +82,9 @@ class Packing:
         everything = self._fill(order, 0)
         if everything is not None and self.wanted(everything, 1) == 0:
             return everything
-        largest = nlargest(self.buffers, map(aligned, self.sizes))
+        largest = nlargest(self.buffers, self.rooms)
         rings = [(count, sum(largest[:count])) for count in range(len(largest), 0, -1)]
-        rings += [(1, size) for size in sorted({aligned(size) for size in self.sizes}, reverse=True)]
+        rings += [(1, room) for room in sorted(set(self.rooms), reverse=True)]
         for buffers, ring in rings:
             found = self._fill(order, ring)
             if found is None or self.wanted(found, buffers) > ring:
@@ -131,8 +133,8 @@ class Packing:
             if assignment is None
             else [i for i, t in enumerate(assignment) if not self.resident[t]]
         )
-        largest = max(fetched, key=lambda index: self.sizes[index])
-        need = aligned(self.sizes[largest])
+        largest = max(fetched, key=lambda index: self.rooms[index])
+        need = self.rooms[largest]
         room = (self.limits[0] or 0) - (0 if assignment is None else self.held(assignment)[0])
         return (
             f"{tiers[0]}: expected room for a buffer of {need} bytes, the largest weight to fetch ({units[largest]}), "

@@ -14,10 +14,10 @@ from torch import nn
 
 from infold.report import format_bytes
 from infold.tiers.packing import Packing
-from infold.tiers.schedule import Access, aligned
+from infold.tiers.schedule import Access
 from infold.tiers.search import least_exposed
 from infold.tiers.spec import TierSpec
-from infold.tiers.units import units
+from infold.tiers.units import pages, units
 
 Objective = Literal["traffic", "importance", "inverse", "size", "layer-order", "random", "fractions"]
 
@@ -73,9 +73,9 @@ class Plan:
                 raise ValueError(f"{name}: tier: expected one of {', '.join(names)}, got {placement.tier!r}")
             if placement.nbytes < 0:
                 raise ValueError(f"{name}: nbytes: expected zero or more, got {placement.nbytes}")
-            if not self.specs[placement.tier].resident and aligned(placement.nbytes) > self.buffer_bytes:
+            if not self.specs[placement.tier].resident and pages(placement.nbytes) > self.buffer_bytes:
                 raise ValueError(
-                    f"buffer_bytes: expected room for the {aligned(placement.nbytes)} bytes of {name}, got "
+                    f"buffer_bytes: expected room for the {pages(placement.nbytes)} bytes of {name}, got "
                     f"{self.buffer_bytes}"
                 )
         for name, held in self.bytes_by_tier().items():
@@ -182,7 +182,10 @@ def plan(
     tiers = (replace(specs[0], resident=True), *specs[1:])
     limits = _limits(tiers, budgets or {})
     uses = _uses(compute_seconds, sizes)
-    packing = Packing(tuple(sizes.values()), tuple(limits.values()), tuple(tier.resident for tier in tiers), buffers)
+    rooms = [pages(sizes[unit.name]) if unit.name in (nbytes or {}) else unit.room for unit in found]
+    packing = Packing(
+        tuple(sizes.values()), tuple(rooms), tuple(limits.values()), tuple(tier.resident for tier in tiers), buffers
+    )
     names_in_order = list(sizes)
     if objective == "traffic":
         assignment = least_exposed(packing, tiers, [(names_in_order.index(name), s) for name, s in uses], seed)

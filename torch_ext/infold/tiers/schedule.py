@@ -14,14 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from infold.tiers.spec import TierSpec
-
-#: Buffers and file offsets are multiples of this: what O_DIRECT asks for.
-ALIGNMENT = 4096
-
-
-def aligned(nbytes: int) -> int:
-    """The bytes of a buffer that holds ``nbytes``."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+from infold.tiers.units import pages
 
 
 class Access(NamedTuple):
@@ -75,8 +68,8 @@ def simulate(
 ) -> Timeline:
     """Schedules the accesses in their order. A steady state is the accesses of a pass several times over.
 
-    specs: each tier by its name. buffer_bytes: the ring in which fetched weights lie, each in whole pages of
-    `ALIGNMENT` bytes. distance: a fetch is issued no sooner than the layer so many uses before it is reached; None
+    specs: each tier by its name. buffer_bytes: the ring in which fetched weights lie, each in whole `PAGE`s.
+    distance: a fetch is issued no sooner than the layer so many uses before it is reached; None
     leaves that to the ring.
 
     Raises ValueError for an unknown tier, a weight that the ring cannot hold, and times and sizes below zero.
@@ -120,7 +113,7 @@ def fetch(spec: TierSpec, link: int, nbytes: int) -> tuple[float, int, int]:
     """What `schedule` is to know of a unit in a tier: seconds of its transfer, its link, and its bytes in the ring."""
     if spec.resident or nbytes == 0:
         return 0.0, -1, 0
-    return spec.transfer_seconds(nbytes), link, aligned(nbytes)
+    return spec.transfer_seconds(nbytes), link, pages(nbytes)
 
 
 def schedule(

@@ -14,6 +14,7 @@ class TierSpec:
     bandwidth_gb_s: gigabytes (1e9 bytes) a second *to the compute device*: a tier behind a link has the link's.
     capacity_bytes: what it holds; None is unlimited.
     resident: weights in this tier are computed on where they lie: a forward transfers nothing.
+    on_disk: whether it is a file; else it is memory.
 
     Raises ValueError for a setup time or a capacity below zero, a bandwidth that is not positive, and an empty name.
     """
@@ -23,6 +24,7 @@ class TierSpec:
     bandwidth_gb_s: float
     capacity_bytes: int | None = None
     resident: bool = False
+    on_disk: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:

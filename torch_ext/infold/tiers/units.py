@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,12 +20,30 @@ class Unit:
         tied: the storages then belong to all.
     parameters: each distinct parameter once, by its first qualified name.
     nbytes: of their distinct storages.
+    room: what they take in a buffer: each storage from a cache line on, in all whole pages.
     """
 
     name: str
     modules: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
     nbytes: int
+    room: int
+
+
+#: Where a storage begins in a buffer: a cache line, which is what PyTorch's own allocator promises.
+ALIGNMENT = 64
+#: What direct reads and writes are multiples of.
+PAGE = 4096
+
+
+def pages(nbytes: int) -> int:
+    """``nbytes`` rounded up to whole pages."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+def room(sizes: Iterable[int]) -> int:
+    """What storages of such sizes take in a buffer, side by side."""
+    return pages(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
 
 
 def units(model: nn.Module, atomic: Collection[type[nn.Module]] = ATOMIC) -> list[Unit]:
@@ -76,4 +94,4 @@ def _unit(members: dict[str, nn.Module], atomic: tuple[type[nn.Module], ...]) ->
                 seen.add(id(parameter))
                 parameters[f"{name}.{local}" if name else local] = parameter
     storages = {storage_key(p): p.untyped_storage().nbytes() for p in parameters.values()}
-    return Unit(next(iter(members)), members, parameters, sum(storages.values()))
+    return Unit(next(iter(members)), members, parameters, sum(storages.values()), room(storages.values()))
