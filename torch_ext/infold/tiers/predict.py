@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from infold.activations import call
 from infold.report import format_bytes
 from infold.tiers.plan import Plan, Uses
 from infold.tiers.schedule import Access, Event, Timeline, simulate
@@ -206,7 +207,7 @@ def measure_compute(model: nn.Module, inputs: Any, *, repeats: int = 3) -> list[
             marks.clear()
             start = clock()
             with torch.no_grad():
-                _call(model, inputs)
+                call(model, inputs)
             times = [start, *(mark for _, mark in marks[1:]), clock()]
             passes.append([(name, _between(*ends)) for (name, _), ends in zip(marks, pairwise(times), strict=False)])
     finally:
@@ -256,15 +257,6 @@ def stream(
     specs = {"device": device, tier.name: tier}
     times = [simulate(accesses * count, specs, buffer_bytes=ring).seconds for count in (2, 3)]
     return Stream(tier, bits, nbytes * layers, nbytes * len(here), times[1] - times[0])
-
-
-def _call(model: nn.Module, inputs: Any) -> None:
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    elif isinstance(inputs, tuple | list):
-        model(*inputs)
-    else:
-        model(inputs)
 
 
 def _clock(model: nn.Module) -> Callable[[], Any]:
