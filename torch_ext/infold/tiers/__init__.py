@@ -1,5 +1,6 @@
 """A model's weights over several memories, by byte budget."""
 
+from infold.tiers.attach import Handle, attach
 from infold.tiers.calibrate import calibrate
 from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
 from infold.tiers.plan import Placement, Plan, fingerprint, plan
@@ -13,6 +14,7 @@ __all__ = [
     "PRESETS",
     "Access",
     "Event",
+    "Handle",
     "Placement",
     "Plan",
     "Prediction",
@@ -20,6 +22,7 @@ __all__ = [
     "TierSpec",
     "Timeline",
     "Unit",
+    "attach",
     "calibrate",
     "fingerprint",
     "load",

@@ -1,0 +1,248 @@
+"""Lets a model run with its weights where a plan puts them."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
+from infold.tiers.emulate import EmulatedPiece, link_for, no_memory
+from infold.tiers.engine import Counters, Engine
+from infold.tiers.hooks import Hooks
+from infold.tiers.pieces import DiskPiece, Piece, RamPiece
+from infold.tiers.plan import Plan, fingerprint
+from infold.tiers.ring import Ring, host_memory
+from infold.tiers.spec import TierSpec
+from infold.tiers.store import Store
+from infold.tiers.training import state_name, step_by_units
+from infold.tiers.units import ATOMIC, Unit, units
+
+Mode = Literal["real", "emulated"]
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    mode: Mode = "real",
+    folder: str | Path | None = None,
+    weights: Weights | str | Path | None = None,
+    atomic: Collection[type[nn.Module]] = ATOMIC,
+    depth: int = 32,
+    backend: str = "auto",
+) -> Handle:
+    """Moves a model's weights to the tiers of ``plan``, and fetches them while the model runs.
+
+    mode: ``"real"`` moves them; ``"emulated"`` leaves them and waits as the tiers' specifications say.
+    folder: where a tier on disk keeps its file; the default is the folder for temporary files.
+    weights: what a model on the meta device is filled with, a unit at a time, so that it is never whole in memory: a
+        safetensors file, a folder of them, or a mapping from qualified names to tensors.
+    depth, backend: of `infold.tiers.Store`.
+
+    Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, OSError
+    where the disk has no room; the model is as it was then.
+    """
+    if mode not in ("real", "emulated"):
+        raise ValueError(f"mode: expected 'real' or 'emulated', got {mode!r}")
+    found = {unit.name: unit for unit in units(model, atomic)}
+    for what, names in (
+        ("of the plan's is not in the model", set(plan.placements) - set(found)),
+        ("of the model's is not in the plan", set(found) - set(plan.placements)),
+    ):
+        if names:
+            raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
+    if plan.fingerprint != fingerprint(model):
+        raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
+    handle = Handle(model, plan, found, mode, folder, depth, backend)
+    try:
+        handle._place_all(open_weights(weights))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+class Handle:
+    """A model whose weights lie in tiers. A context manager; `remove` ends it.
+
+    Parameters are used by calling the model. Whoever reads or writes one elsewhere (`state_dict`, an optimizer) does so
+    where it lives, slowly but rightly; only writes by way of ``parameter.data`` have to be followed by `refresh`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        found: Mapping[str, Unit],
+        mode: Mode,
+        folder: str | Path | None,
+        depth: int,
+        backend: str,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.mode = mode
+        self._units = dict(found)
+        self._folder = Path(folder or tempfile.gettempdir())
+        self._depth, self._backend = depth, backend
+        self._store: Store | None = None
+        self._executor = ThreadPoolExecutor(1, "infold-tiers")
+        self._ring = Ring(plan.buffer_bytes, host_memory if mode == "real" else no_memory)
+        self._engine = Engine({}, self._ring)
+        self._hooks = Hooks(self._engine, model)
+        self._links = {spec.name: link_for(spec, _devices(model)) for spec in plan.tiers if not spec.resident}
+        self._tier_of: dict[str, str] = {}
+        self._removed = False
+
+    # --- placing ---
+
+    def _place_all(self, weights: Weights | None) -> None:
+        away = [unit for unit in self._units.values() if not self.plan.tier_of(unit.name).resident]
+        largest = max(away, key=lambda unit: unit.room, default=None)
+        if largest is not None and largest.room > self._ring.capacity:
+            raise ValueError(
+                f"plan: expected buffer_bytes of at least {largest.room:,} for {largest.name!r}, "
+                f"got {self._ring.capacity:,}"
+            )
+        on_disk = sum(unit.room for unit in away if self.plan.tier_of(unit.name).on_disk)
+        if self.mode == "real" and on_disk:
+            self._store = self._open_store(on_disk)
+        fill_buffers(self.model, weights)
+        for name, unit in self._units.items():
+            self._units[name] = filled(unit, weights)
+            self._place(self._units[name], self.plan.tier_of(name))
+        _trim()
+
+    def _place(self, unit: Unit, spec: TierSpec) -> None:
+        if not spec.resident:
+            self._engine.add(unit.name, self._piece(unit.name, list(unit.parameters.values()), unit.nbytes, spec))
+            self._hooks.add(unit)
+        self._tier_of[unit.name] = spec.name
+
+    def _piece(self, name: str, tensors: list[Tensor], nbytes: int, spec: TierSpec) -> Piece:
+        if self.mode == "emulated":
+            placed = self.plan.placements.get(name)
+            return EmulatedPiece(placed.nbytes if placed else nbytes, self._links[spec.name])
+        if not spec.on_disk:
+            return RamPiece(tensors, self._executor)
+        self._store = self._store or self._open_store(0)
+        return DiskPiece(tensors, self._store)
+
+    def _open_store(self, nbytes: int) -> Store:
+        return Store(self._folder, nbytes, depth=self._depth, backend=self._backend)
+
+    def move(self, name: str, tier: str) -> int:
+        """Puts a unit into another tier of the plan's; the bytes that moved. Not while the model runs.
+
+        Raises ValueError for a unit or a tier that is not there.
+        """
+        unit, spec = self._unit(name), self._tier(tier)
+        if self._tier_of[name] == tier:
+            return 0
+        self._bring_back(unit)
+        self._place(unit, spec)
+        return unit.nbytes
+
+    def tiers(self) -> dict[str, str]:
+        """The tier that each unit is in."""
+        return dict(self._tier_of)
+
+    # --- training ---
+
+    def step(self, optimizer: Optimizer) -> None:
+        """``optimizer.step()`` a unit at a time: its parameters are brought here, stepped and written back. What the
+        optimizer keeps for them lives in their tier.
+
+        For optimizers that treat each parameter by itself, as Adam and SGD do. Hooks of the optimizer run once a unit.
+        Raises ValueError for one that needs a closure (LBFGS).
+        """
+        step_by_units(optimizer, self._away(), self._engine, self._keep_state)
+
+    def _away(self) -> list[Unit]:
+        return [self._units[name] for name in self._engine.names if name in self._units]
+
+    def _keep_state(self, unit: Unit, name: str, tensors: list[Tensor]) -> None:
+        nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        self._engine.add(name, self._piece(name, tensors, nbytes, self._tier(self._tier_of[unit.name])))
+
+    # --- looking, ending ---
+
+    def refresh(self) -> None:
+        """Has everything fetched anew: after writes by way of ``parameter.data``, which PyTorch does not note."""
+        self._engine.refresh()
+
+    @property
+    def counters(self) -> Counters:
+        """What was fetched and written, and how long computing waited for it."""
+        return self._engine.counters
+
+    def store_stats(self) -> dict[str, int]:
+        """What the disk tier's file has seen; empty where there is none."""
+        return self._store.stats() if self._store else {}
+
+    def remove(self) -> None:
+        """Brings every parameter back into plain memory, bit for bit, and takes the hooks off. Does it once.
+
+        What cannot be read raises an error that names it, after all else is back.
+        """
+        if self._removed:
+            return
+        self._removed = True
+        self._hooks.clear()
+        errors: list[BaseException] = []
+        for name in self._engine.names:
+            try:
+                self._engine.remove(name).restore()
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+        self._ring.clear()
+        self._executor.shutdown()
+        if self._store:
+            self._store.close()
+        _trim()
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _bring_back(self, unit: Unit) -> None:
+        for name in (unit.name, state_name(unit.name)):
+            if name in self._engine.names:
+                self._engine.remove(name).restore()
+        self._hooks.remove(unit)
+
+    def _unit(self, name: str) -> Unit:
+        if name not in self._units:
+            raise ValueError(f"name: expected a unit of the model, got {name!r}")
+        return self._units[name]
+
+    def _tier(self, name: str) -> TierSpec:
+        if name not in self.plan.specs:
+            raise ValueError(f"tier: expected one of {', '.join(self.plan.specs)}, got {name!r}")
+        return self.plan.specs[name]
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
+
+
+def _trim() -> None:
+    """Has the C library return freed memory to the system: it keeps pieces of up to 32 MB otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,225 @@
+"""Decides what is fetched when, and into which buffer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from infold.tiers.order import AccessOrder
+from infold.tiers.pieces import Piece, Wait
+from infold.tiers.ring import Ring
+from infold.tiers.units import pages
+
+#: How many uses ahead are looked at.
+HORIZON = 256
+
+
+@dataclass
+class Counters:
+    """What the engine has done.
+
+    demanded: fetches that began only when they were needed. elsewhere: uses of a unit where it lives, for want of room.
+    waited: seconds that computing stood still, by unit.
+    """
+
+    uses: int = 0
+    fetches: int = 0
+    demanded: int = 0
+    elsewhere: int = 0
+    bytes_fetched: int = 0
+    bytes_written: int = 0
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class _State:
+    """A piece on its way: at home (no memory), coming (wait), here (memory), in use (pins)."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.memory: Tensor | None = None
+        self.wait: Wait | None = None
+        self.saving: Wait | None = None
+        self.version = piece.version()
+        self.bound = False
+        self.pins = 0
+
+
+class Engine:
+    """Brings pieces into the ring's memory before they are used, and lets them go when others need it.
+
+    Among those that are not in use the one goes first whose next use is farthest (Belady's rule, by the order learnt).
+    Safe to call from several threads; a caller waits for its own piece alone.
+    """
+
+    def __init__(self, pieces: Mapping[str, Piece], ring: Ring) -> None:
+        self._states = {name: _State(piece) for name, piece in pieces.items()}
+        self._ring = ring
+        self._order = AccessOrder(max(10_000, 64 * len(pieces)))
+        self._lock = threading.RLock()
+        self.counters = Counters()
+
+    def acquire(self, name: str) -> None:
+        """Has a piece here, and keeps it until `release`. Raises what fetching it ended with; it is at home then."""
+        with self._lock:
+            state = self._states.get(name)
+            if state is None:
+                return  # restored meanwhile: a graph of before may still ask
+            self.counters.uses += 1
+            self._order.visit(name)
+            if state.pins == 0:
+                if state.memory is not None and not state.bound and state.version != state.piece.version():
+                    self._let_go(state)  # somebody wrote to it at home since
+                if state.memory is None:
+                    self._make_room(state.piece.nbytes)
+                    if not self._ring.has_room(state.piece.nbytes):
+                        # Everything that fills the ring is in use: this one is used where it lives.
+                        self.counters.elsewhere += 1
+                        return
+                    self._fetch(state)
+                    self.counters.demanded += 1
+                if state.wait is not None:
+                    self._await(name, state)
+                if not state.bound:
+                    state.piece.arrive(_present(state))
+                    state.bound = True
+                    state.version = state.piece.version()
+            state.pins += 1
+            self._prefetch()
+
+    def release(self, name: str) -> None:
+        """Ends a use that `acquire` began."""
+        with self._lock:
+            state = self._states.get(name)
+            if state is None or state.pins == 0:
+                return
+            state.pins -= 1
+            if state.pins == 0:
+                if state.version != state.piece.version():
+                    self._save(state)
+                elif state.saving is None:
+                    state.piece.leave()
+                    state.bound = False
+                self._prefetch()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        self.acquire(name)
+        try:
+            yield
+        finally:
+            self.release(name)
+
+    def add(self, name: str, piece: Piece) -> None:
+        with self._lock:
+            self._states[name] = _State(piece)
+
+    def remove(self, name: str) -> Piece:
+        """Forgets a piece, which is at home then."""
+        with self._lock:
+            state = self._states[name]
+            self._let_go(state)
+            del self._states[name]
+            return state.piece
+
+    def refresh(self) -> None:
+        """Forgets everything that was fetched and is not in use: the next uses fetch it again."""
+        with self._lock:
+            for state in self._states.values():
+                if state.pins == 0:
+                    self._let_go(state)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._states)
+
+    def _fetch(self, state: _State) -> None:
+        state.version = state.piece.version()
+        state.memory, state.wait = state.piece.load(self._ring)
+        self.counters.fetches += 1
+        self.counters.bytes_fetched += state.piece.nbytes
+
+    def _await(self, name: str, state: _State) -> None:
+        wait, state.wait = state.wait, None
+        begun = time.perf_counter()
+        try:
+            if wait is not None:
+                wait()
+        except BaseException:
+            self._give_back(state)
+            raise
+        self.counters.waited[name] += time.perf_counter() - begun
+
+    def _save(self, state: _State) -> None:
+        """Begins to write a piece home. It stays bound until that is done, so that whoever looks sees what is new."""
+        self._finish_saving(state)
+        state.version = state.piece.version()
+        state.saving = state.piece.save(_present(state))
+        self.counters.bytes_written += state.piece.nbytes
+
+    def _finish_saving(self, state: _State) -> None:
+        wait, state.saving = state.saving, None
+        if wait is not None:
+            try:
+                wait()
+            except BaseException:
+                state.version = -1  # it is here alone still
+                raise
+
+    def _let_go(self, state: _State) -> None:
+        """Sends a piece home, whatever it is doing. Where writing it fails it stays here."""
+        if state.wait is not None:
+            wait, state.wait = state.wait, None
+            with suppress(OSError, RuntimeError):  # nobody asked for it yet; who does will be told
+                wait()
+        if state.bound:
+            self._finish_saving(state)
+            while state.version != state.piece.version():
+                self._save(state)
+                self._finish_saving(state)
+            state.piece.leave()
+            state.bound = False
+        if state.memory is not None:
+            self._give_back(state)
+
+    def _give_back(self, state: _State) -> None:
+        memory, state.memory = state.memory, None
+        if memory is not None:
+            self._ring.give(memory)
+
+    def _make_room(self, nbytes: int, upto: int = HORIZON + 1, upcoming: list[str] | None = None) -> None:
+        """Lets pieces go whose next use comes at ``upto`` or later, the farthest first, until ``nbytes`` fit."""
+        if self._ring.has_room(nbytes) or pages(nbytes) > self._ring.capacity:
+            return
+        upcoming = self._order.upcoming(HORIZON) if upcoming is None else upcoming
+        next_use = {name: index for index, name in reversed(list(enumerate(upcoming)))}
+        idle = [name for name, state in self._states.items() if state.memory is not None and state.pins == 0]
+        demanded = upto > HORIZON
+        for name in sorted(idle, key=lambda name: -next_use.get(name, HORIZON)):
+            if not demanded and next_use.get(name, HORIZON) <= upto:
+                return
+            self._let_go(self._states[name])
+            if self._ring.has_room(nbytes):
+                return
+
+    def _prefetch(self) -> None:
+        """Begins to fetch what is expected next, as far as the ring reaches."""
+        upcoming = self._order.upcoming(HORIZON)
+        for index, name in enumerate(upcoming):
+            state = self._states.get(name)
+            if state is None or state.memory is not None:
+                continue
+            self._make_room(state.piece.nbytes, index, upcoming)
+            if not self._ring.has_room(state.piece.nbytes):
+                return
+            self._fetch(state)
+
+
+def _present(state: _State) -> Tensor:
+    assert state.memory is not None
+    return state.memory

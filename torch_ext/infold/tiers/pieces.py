@@ -1,0 +1,162 @@
+"""A unit's parameters away from where they are computed on: where they live, how they come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from infold._library import ops
+from infold.tiers.ring import Ring, host_memory
+from infold.tiers.store import Store
+from infold.tiers.units import ALIGNMENT, room, storage_key
+
+#: Returns when a transfer is done, and raises what it ended with.
+Wait = Callable[[], None]
+
+
+def _nothing() -> None:
+    pass
+
+
+class Layout:
+    """The distinct storages of some tensors, side by side in one range of memory.
+
+    Holds the storages and not the tensors' own: views of them that autograd saved see whatever memory is bound.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        distinct = {storage_key(tensor): tensor.detach() for tensor in tensors}
+        self._spans: list[tuple[Tensor, int, int]] = []
+        end = 0
+        for tensor in distinct.values():
+            size = tensor.untyped_storage().nbytes()
+            self._spans.append((tensor, end, size))
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        self.nbytes = room(size for _, _, size in self._spans)
+
+    def copy_to(self, memory: Tensor) -> None:
+        for tensor, start, size in self._spans:
+            memory[start : start + size].copy_(_bytes(tensor))
+
+    def bind(self, memory: Tensor) -> None:
+        """Makes the storages lie in ``memory``, without copying."""
+        for tensor, start, size in self._spans:
+            ops.tier_bind(tensor, memory[start : start + size])
+
+    def restore(self, memory: Tensor) -> None:
+        """Gives each storage memory of its own, with what ``memory`` holds."""
+        for tensor, start, size in self._spans:
+            ops.tier_bind(tensor, memory[start : start + size].clone())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A tensor's whole storage as uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+class Piece(Protocol):
+    """What the engine moves. ``nbytes``: the room that it takes while it is here."""
+
+    nbytes: int
+
+    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+        """Begins to fetch: the memory, taken from the ring, and what waits until it is filled."""
+        ...
+
+    def save(self, memory: Tensor) -> Wait:
+        """Begins to write back what has changed in ``memory``."""
+        ...
+
+    def arrive(self, memory: Tensor) -> None:
+        """The parameters are in ``memory`` from now on."""
+        ...
+
+    def leave(self) -> None:
+        """The parameters are at home again."""
+        ...
+
+    def version(self) -> int:
+        """Changes with every write to the parameters that PyTorch knows of."""
+        ...
+
+    def restore(self) -> None:
+        """Puts the parameters into plain memory for good."""
+        ...
+
+
+class _HomePiece:
+    """Has a home that can be read as memory: whoever reads or writes a parameter outside its module does so there."""
+
+    def __init__(self, tensors: Iterable[Tensor], home: Callable[[int], Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._layout = Layout(self._tensors)
+        self.nbytes = self._layout.nbytes
+        self._home = home(self.nbytes)
+
+    def arrive(self, memory: Tensor) -> None:
+        self._layout.bind(memory)
+
+    def leave(self) -> None:
+        self._layout.bind(self._home)
+
+    def version(self) -> int:
+        return sum(tensor._version for tensor in self._tensors)
+
+    def restore(self) -> None:
+        self._layout.restore(self._home)
+
+
+class RamPiece(_HomePiece):
+    """Lives in RAM, and is copied by a thread of its own."""
+
+    def __init__(self, tensors: Iterable[Tensor], executor: Executor) -> None:
+        super().__init__(tensors, host_memory)
+        self._executor = executor
+        self._layout.copy_to(self._home)
+        self.leave()
+
+    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+        memory = ring.take(self.nbytes)
+        return memory, self._executor.submit(memory.copy_, self._home).result  # type: ignore[return-value]
+
+    def save(self, memory: Tensor) -> Wait:
+        self._home.copy_(memory)
+        return _nothing
+
+
+class DiskPiece(_HomePiece):
+    """Lives in a range of the disk tier's file. Its home is that range by way of the page cache, which nobody touches
+    but who reaches for a parameter outside its module.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], store: Store) -> None:
+        self._store = store
+
+        def reserve(nbytes: int) -> Tensor:
+            self._offset = store.reserve(nbytes)
+            return store.map(self._offset, nbytes)
+
+        super().__init__(tensors, reserve)
+        staging = host_memory(self.nbytes)
+        self._layout.copy_to(staging)
+        store.wait(store.write(self._offset, staging))
+        self.leave()
+
+    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+        memory = ring.take(self.nbytes)
+        ticket = self._store.read(self._offset, memory)
+        return memory, lambda: self._store.wait(ticket)
+
+    def save(self, memory: Tensor) -> Wait:
+        ticket = self._store.write(self._offset, memory)
+        return lambda: self._store.wait(ticket)
+
+    def restore(self) -> None:
+        memory = host_memory(self.nbytes)
+        self._store.wait(self._store.read(self._offset, memory))
+        self._layout.restore(memory)
+        self._store.free(self._offset, self.nbytes)

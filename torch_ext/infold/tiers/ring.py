@@ -1,0 +1,70 @@
+"""Buffers that weights are fetched into: page-aligned, used again, of bounded total size."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from infold.tiers.units import PAGE, pages
+
+
+def host_memory(nbytes: int) -> Tensor:
+    """A page-aligned uint8 tensor of whole pages, whose memory returns to the system with it."""
+    return torch.frombuffer(mmap.mmap(-1, max(pages(nbytes), PAGE)), dtype=torch.uint8)
+
+
+class Ring:
+    """Hands out memory of at most ``capacity`` bytes in all; what comes back is used again for the same size."""
+
+    def __init__(self, capacity: int, allocate: Callable[[int], Tensor] = host_memory) -> None:
+        self.capacity = capacity
+        self._allocate = allocate
+        self._free: dict[int, list[Tensor]] = {}
+        self._free_bytes = 0
+        self._taken: dict[int, int] = {}
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are in use."""
+        return sum(self._taken.values())
+
+    def has_room(self, nbytes: int) -> bool:
+        return self.taken + pages(nbytes) <= self.capacity
+
+    def take(self, nbytes: int) -> Tensor:
+        """Memory of ``nbytes``, rounded up to pages. The caller has asked `has_room`."""
+        size = pages(nbytes)
+        kept = self._free.get(size)
+        if kept:
+            memory = kept.pop()
+            self._free_bytes -= size
+        else:
+            while self._free_bytes and self.taken + self._free_bytes + size > self.capacity:
+                self._drop()
+            memory = self._allocate(size)
+        self._taken[id(memory)] = size
+        return memory
+
+    def charge(self, memory: Tensor) -> None:
+        """Counts memory that somebody else allocated."""
+        self._taken[id(memory)] = pages(memory.nbytes)
+
+    def give(self, memory: Tensor, *, keep: bool = True) -> None:
+        """Takes memory back; ``keep`` is whether it is one of the ring's own."""
+        size = self._taken.pop(id(memory))
+        if keep:
+            self._free.setdefault(size, []).append(memory)
+            self._free_bytes += size
+
+    def clear(self) -> None:
+        """Returns to the system what is not in use."""
+        self._free.clear()
+        self._free_bytes = 0
+
+    def _drop(self) -> None:
+        size = next(size for size, kept in self._free.items() if kept)
+        self._free[size].pop()
+        self._free_bytes -= size

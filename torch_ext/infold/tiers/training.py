@@ -1,0 +1,76 @@
+"""Optimizer steps over parameters that are elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from infold.tiers.engine import Engine
+from infold.tiers.units import Unit
+
+
+def state_name(unit: str) -> str:
+    """What the engine calls the piece of what an optimizer keeps for a unit."""
+    return f"{unit} (optimizer)"
+
+
+def step_by_units(
+    optimizer: Optimizer,
+    away: Sequence[Unit],
+    engine: Engine,
+    keep: Callable[[Unit, str, list[Tensor]], None],
+) -> None:
+    """Steps the units' parameters a unit at a time, in reverse, for a backward has the first here last; then the rest.
+
+    keep: moves the tensors that the optimizer made for a unit to where they are to live, under a name.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("optimizer: expected one that steps each parameter by itself, got LBFGS")
+    stepped: set[nn.Parameter] = set()
+    mine = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for unit in away[::-1]:
+        parameters = [p for p in unit.parameters.values() if p in mine and p not in stepped]
+        stepped.update(parameters)
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        if not parameters:
+            continue
+        state = state_name(unit.name)
+        with ExitStack() as uses:
+            uses.enter_context(engine.use(unit.name))
+            if state in engine.names:
+                uses.enter_context(engine.use(state))
+            with _only(optimizer, parameters):
+                optimizer.step()
+        if state not in engine.names:
+            tensors = _tensors(optimizer, parameters)
+            if tensors:
+                keep(unit, state, tensors)
+    rest = mine - stepped
+    if any(parameter.grad is not None for parameter in rest):
+        with _only(optimizer, rest):
+            optimizer.step()
+
+
+def _tensors(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> list[Tensor]:
+    """What an optimizer keeps for parameters, but for counts of steps and the like."""
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    values = [value for state in states for value in state.values()]
+    return [value for value in values if isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0]
+
+
+@contextmanager
+def _only(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Shows an optimizer these of its parameters alone."""
+    wanted = set(parameters)
+    before = [group["params"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter in wanted]
+        yield
+    finally:
+        for group, params in zip(optimizer.param_groups, before, strict=True):
+            group["params"] = params
