@@ -86,6 +86,17 @@ TORCH_LIBRARY(infold, m) {
   m.def(
       "inspect_packed(Tensor payload, Tensor directory, Tensor tables, Tensor? scales=None, bool verify=False) -> "
       "int[]");
+  // Effect: weights on disk and in borrowed memory. Stores and tickets are numbers; csrc/tier.cpp.
+  m.def("tier_open(str folder, int nbytes, int depth=32, str backend=\"auto\") -> int");
+  m.def("tier_reserve(int store, int nbytes) -> int");
+  m.def("tier_read(int store, int offset, Tensor out) -> int");
+  m.def("tier_write(int store, int offset, Tensor data) -> int");
+  m.def("tier_wait(int store, int ticket) -> ()");
+  m.def("tier_done(int store, int ticket) -> bool");
+  m.def("tier_close(int store) -> ()");
+  // (bytes read, bytes written, requests, those unfinished, 1 for io_uring, 1 for past the page cache)
+  m.def("tier_stats(int store) -> int[]");
+  m.def("tier_bind(Tensor tensor, Tensor? memory) -> ()");
   // Bytes that the library holds outside tensors, and the most since the last reset.
   m.def("allocated_bytes(bool reset_peak=False) -> int[]", [](bool reset_peak) {
     const auto bytes = infold::allocated_bytes(reset_peak);

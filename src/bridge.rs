@@ -178,6 +178,14 @@ mod ffi {
             verify: bool,
             fields: &mut Vec<i64>,
         ) -> Status;
+        fn tier_open(folder: &str, nbytes: i64, depth: i64, backend: &str, store: &mut i64) -> Status;
+        fn tier_reserve(store: i64, nbytes: i64, offset: &mut i64) -> Status;
+        fn tier_read(store: i64, offset: i64, out: &Tensor, ticket: &mut i64) -> Status;
+        fn tier_write(store: i64, offset: i64, data: &Tensor, ticket: &mut i64) -> Status;
+        fn tier_wait(store: i64, ticket: i64) -> Status;
+        fn tier_done(store: i64, ticket: i64, done: &mut bool) -> Status;
+        fn tier_stats(store: i64, fields: &mut Vec<i64>) -> Status;
+        fn tier_close(store: i64) -> Status;
         fn build_info() -> String;
         fn allocated_bytes(reset_peak: bool) -> [i64; 2];
     }
@@ -242,6 +250,14 @@ fn status(body: impl FnOnce() -> Result<()>) -> Status {
         Ok(()) => Status { kind: 0, message: String::new() },
         Err(error) => Status { kind: if error.is_argument() { 1 } else { 2 }, message: error.to_string() },
     }
+}
+
+/// Runs `body` and puts its result in `place`.
+fn assign<T>(place: &mut T, body: impl FnOnce() -> Result<T>) -> Status {
+    status(|| {
+        *place = body()?;
+        Ok(())
+    })
 }
 
 /// Shares a C++ tensor with Rust; None where it is undefined.
@@ -479,6 +495,38 @@ fn inspect_packed(
         *fields = ops::pack::inspect(&payload, &directory, &tables, share(scales).as_ref(), verify)?;
         Ok(())
     })
+}
+
+fn tier_open(folder: &str, nbytes: i64, depth: i64, backend: &str, store: &mut i64) -> Status {
+    assign(store, || ops::tier::open(folder, nbytes, depth, backend))
+}
+
+fn tier_reserve(store: i64, nbytes: i64, offset: &mut i64) -> Status {
+    assign(offset, || ops::tier::reserve(store, nbytes))
+}
+
+fn tier_read(store: i64, offset: i64, out: &Tensor, ticket: &mut i64) -> Status {
+    assign(ticket, || ops::tier::read(store, offset, need(out, "out")?))
+}
+
+fn tier_write(store: i64, offset: i64, data: &Tensor, ticket: &mut i64) -> Status {
+    assign(ticket, || ops::tier::write(store, offset, need(data, "data")?))
+}
+
+fn tier_wait(store: i64, ticket: i64) -> Status {
+    status(|| ops::tier::wait(store, ticket))
+}
+
+fn tier_done(store: i64, ticket: i64, done: &mut bool) -> Status {
+    assign(done, || ops::tier::is_done(store, ticket))
+}
+
+fn tier_stats(store: i64, fields: &mut Vec<i64>) -> Status {
+    assign(fields, || ops::tier::stats(store))
+}
+
+fn tier_close(store: i64) -> Status {
+    status(|| ops::tier::close(store))
 }
 
 /// What this library was built with, as JSON.

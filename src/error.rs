@@ -1,5 +1,8 @@
 //! The crate's one error type. Each variant says what was expected and what came.
 
+use std::io;
+use std::path::{Path, PathBuf};
+
 use thiserror::Error;
 
 /// Everything that can go wrong below the operators.
@@ -17,6 +20,9 @@ pub enum Error {
     /// A packed weight written by a newer library.
     #[error("infold/corrupt: field `version`: expected at most {supported}, got {found}")]
     Version { found: u16, supported: u16 },
+    /// The system refused an action on a file, or ended it early.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io { action: String, path: PathBuf, source: io::Error },
     /// The GPU's driver refused a call, or is not there.
     #[error("CUDA: {0}")]
     Cuda(String),
@@ -44,6 +50,10 @@ impl Error {
 
     pub fn corrupt(field: &'static str, expected: impl ToString, got: impl ToString) -> Self {
         Self::Corrupt { field, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    pub fn io(action: &str, path: &Path, source: io::Error) -> Self {
+        Self::Io { action: action.to_owned(), path: path.to_owned(), source }
     }
 
     /// Whether the caller's argument is at fault (Python's `ValueError`), rather than the data or the library.

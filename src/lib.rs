@@ -8,10 +8,11 @@
 //! | [`cuda`] | the embedded GPU kernels | nothing above |
 //! | [`parallel`] | how these split work over threads | nothing |
 //! | [`memory`] | their scratch: in whole cache lines, and counted | nothing |
+//! | [`tier`] | weights on disk: a scratch file and what reads and writes it (Linux) | nothing above |
 //! | `ops` | PyTorch tensors: check, allocate, run | all of the above |
 //! | `bridge` | C++: the operator registration in `csrc/` | `ops` |
 //!
-//! The last two need the feature `torch`; without it the crate is the codec and its kernels alone.
+//! The last two need the feature `torch`; without it the crate is the codec, its kernels and the disk engine alone.
 
 #![deny(unsafe_code)] // allowed again, with a reason, only where a module says so
 
@@ -22,6 +23,8 @@ pub mod linear;
 pub mod memory;
 pub mod parallel;
 pub mod spectral;
+#[cfg(target_os = "linux")]
+pub mod tier;
 
 #[cfg(feature = "torch")]
 mod bridge;

@@ -12,6 +12,7 @@ pub mod log8;
 pub mod pack;
 pub mod sparse_frequency;
 mod tensor;
+pub mod tier;
 
 use std::cell::RefCell;
 
