@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import infold
 import pytest
 import torch
 import torch.nn.functional as F
@@ -382,3 +383,46 @@ def test_emulated_mode_changes_nothing_but_time(tokens: Tensor) -> None:
         assert [p.data_ptr() for p in model.parameters()] == pointers
         assert sum(handle.counters.waited.values()) > 0
     assert_same_state(model, reference)
+
+
+@pytest.mark.parametrize("tiers", [[DISK], [RAM], [FAST, RAM, DISK]], ids=["disk", "ram", "all"])
+def test_weights_that_are_stored_packed_and_decoded_before_they_are_used(tiers: list[TierSpec], tokens: Tensor) -> None:
+    model, reference = make(width=96).requires_grad_(False), make(width=96).requires_grad_(False)
+    for m in (model, reference):
+        for name, p in m.named_parameters():
+            p.requires_grad_(name.endswith("bias") or "norm" in name)
+    optimizer, other = (torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, reference))
+    plan = spread(model, tiers, 5)
+    with attach(model, plan, materialize=True) as handle:
+        losses = train(model, optimizer, lambda: handle.step(optimizer), 3)
+        assert torch.stack(losses).equal(torch.stack(train(reference, other, other.step, 3)))
+        assert_same_state(model, reference)
+        # A weight that is away still answers; it cannot be written to.
+        unit = next(name for name, tier in handle.tiers().items() if tier != "FAST" and "left" in name)
+        weight = model.get_submodule(unit).weight
+        assert torch.equal(weight + 0, reference.get_submodule(unit).weight)
+        assert weight.shape == (288, 96)
+        assert isinstance(weight, nn.Parameter)
+        with pytest.raises(RuntimeError, match="is away"), torch.no_grad():
+            weight.mul_(2)
+    assert type(weight) is nn.Parameter
+    assert_same_state(model, reference)
+
+
+def test_packing_takes_the_plans_codec(tokens: Tensor) -> None:
+    model, reference = make(width=96).requires_grad_(False).eval(), make(width=96).requires_grad_(False).eval()
+    placements = {
+        name: placement._replace(codec="ecsq-6" if "left" in name else "raw")
+        for name, placement in spread(model, [DISK]).placements.items()
+    }
+    plan = dataclasses.replace(spread(model, [DISK], 5), placements=placements)
+    expected = reference(tokens)
+    for block in reference.blocks:
+        linear = block.left
+        linear.weight.copy_(
+            infold.nn.FusedDecompressLinear.from_linear(linear, infold.FusedConfig("ecsq", bits=6)).weight
+        )
+    with attach(model, plan, materialize=True):
+        y = model(tokens)
+    assert torch.equal(y, reference(tokens))
+    assert not torch.equal(y, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
+from infold.tiers.codecs import RAW, config_of
 from infold.tiers.emulate import EmulatedPiece, link_for, no_memory
 from infold.tiers.engine import Counters, Engine
 from infold.tiers.hooks import Hooks
@@ -25,6 +26,7 @@ from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
 from infold.tiers.training import state_name, step_by_units
 from infold.tiers.units import ATOMIC, Unit, units
+from infold.tiers.unpacking import PackedPiece, can_pack
 
 Mode = Literal["real", "emulated"]
 
@@ -36,6 +38,7 @@ def attach(
     mode: Mode = "real",
     folder: str | Path | None = None,
     weights: Weights | str | Path | None = None,
+    materialize: bool = False,
     atomic: Collection[type[nn.Module]] = ATOMIC,
     depth: int = 32,
     backend: str = "auto",
@@ -46,6 +49,9 @@ def attach(
     folder: where a tier on disk keeps its file; the default is the folder for temporary files.
     weights: what a model on the meta device is filled with, a unit at a time, so that it is never whole in memory: a
         safetensors file, a folder of them, or a mapping from qualified names to tensors.
+    materialize: stores weights packed and decodes each layer into a buffer just before it runs: by the codec that the
+        plan gives it, else losslessly. What is stored so is frozen. Without it a plan's codecs only say how layers were
+        converted (`infold.convert`), which compute on the packed weight.
     depth, backend: of `infold.tiers.Store`.
 
     Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, OSError
@@ -62,7 +68,7 @@ def attach(
             raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
     if plan.fingerprint != fingerprint(model):
         raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
-    handle = Handle(model, plan, found, mode, folder, depth, backend)
+    handle = Handle(model, plan, found, mode, materialize, folder, depth, backend)
     try:
         handle._place_all(open_weights(weights))
     except BaseException:
@@ -84,6 +90,7 @@ class Handle:
         plan: Plan,
         found: Mapping[str, Unit],
         mode: Mode,
+        materialize: bool,
         folder: str | Path | None,
         depth: int,
         backend: str,
@@ -91,6 +98,7 @@ class Handle:
         self.model = model
         self.plan = plan
         self.mode = mode
+        self._materialize = materialize
         self._units = dict(found)
         self._folder = Path(folder or tempfile.gettempdir())
         self._depth, self._backend = depth, backend
@@ -107,12 +115,6 @@ class Handle:
 
     def _place_all(self, weights: Weights | None) -> None:
         away = [unit for unit in self._units.values() if not self.plan.tier_of(unit.name).resident]
-        largest = max(away, key=lambda unit: unit.room, default=None)
-        if largest is not None and largest.room > self._ring.capacity:
-            raise ValueError(
-                f"plan: expected buffer_bytes of at least {largest.room:,} for {largest.name!r}, "
-                f"got {self._ring.capacity:,}"
-            )
         on_disk = sum(unit.room for unit in away if self.plan.tier_of(unit.name).on_disk)
         if self.mode == "real" and on_disk:
             self._store = self._open_store(on_disk)
@@ -124,11 +126,19 @@ class Handle:
 
     def _place(self, unit: Unit, spec: TierSpec) -> None:
         if not spec.resident:
-            self._engine.add(unit.name, self._piece(unit.name, list(unit.parameters.values()), unit.nbytes, spec))
+            parameters = list(unit.parameters.values())
+            packs = self._materialize and self.mode == "real" and any(map(can_pack, parameters))
+            packed = self._packed_piece(unit, spec) if packs else None
+            piece = packed or self._piece(unit.name, parameters, unit.nbytes, spec)
+            if piece.nbytes > self._ring.capacity:
+                piece.restore()
+                needed, got = f"{piece.nbytes:,}", f"{self._ring.capacity:,}"
+                raise ValueError(f"plan: {unit.name}: expected buffer_bytes of at least {needed}, got {got}")
+            self._engine.add(unit.name, piece)
             self._hooks.add(unit)
         self._tier_of[unit.name] = spec.name
 
-    def _piece(self, name: str, tensors: list[Tensor], nbytes: int, spec: TierSpec) -> Piece:
+    def _piece(self, name: str, tensors: Sequence[Tensor], nbytes: int, spec: TierSpec) -> Piece:
         if self.mode == "emulated":
             placed = self.plan.placements.get(name)
             return EmulatedPiece(placed.nbytes if placed else nbytes, self._links[spec.name])
@@ -136,6 +146,14 @@ class Handle:
             return RamPiece(tensors, self._executor)
         self._store = self._store or self._open_store(0)
         return DiskPiece(tensors, self._store)
+
+    def _packed_piece(self, unit: Unit, spec: TierSpec) -> Piece:
+        codec = self.plan.placements[unit.name].codec
+        config = config_of("lossless" if codec == RAW else codec)
+        assert config is not None
+        store = (self._store or self._open_store(0)) if spec.on_disk else None
+        self._store = store or self._store
+        return PackedPiece(unit.parameters.values(), config, self._executor, store)
 
     def _open_store(self, nbytes: int) -> Store:
         return Store(self._folder, nbytes, depth=self._depth, backend=self._backend)

@@ -12,7 +12,7 @@ from torch import Tensor
 from infold._library import ops
 from infold.tiers.ring import Ring, host_memory
 from infold.tiers.store import Store
-from infold.tiers.units import ALIGNMENT, room, storage_key
+from infold.tiers.units import aligned, room, storage_key
 
 #: Returns when a transfer is done, and raises what it ended with.
 Wait = Callable[[], None]
@@ -35,7 +35,7 @@ class Layout:
         for tensor in distinct.values():
             size = tensor.untyped_storage().nbytes()
             self._spans.append((tensor, end, size))
-            end += -(-size // ALIGNMENT) * ALIGNMENT
+            end += aligned(size)
         self.nbytes = room(size for _, _, size in self._spans)
 
     def copy_to(self, memory: Tensor) -> None:
@@ -46,6 +46,16 @@ class Layout:
         """Makes the storages lie in ``memory``, without copying."""
         for tensor, start, size in self._spans:
             ops.tier_bind(tensor, memory[start : start + size])
+
+    def unbind(self) -> None:
+        """Leaves the storages without memory."""
+        for tensor, _, _ in self._spans:
+            ops.tier_bind(tensor, None)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each storage begins in the range, and its bytes."""
+        return [(start, size) for _, start, size in self._spans]
 
     def restore(self, memory: Tensor) -> None:
         """Gives each storage memory of its own, with what ``memory`` holds."""
