@@ -426,3 +426,31 @@ def test_packing_takes_the_plans_codec(tokens: Tensor) -> None:
         y = model(tokens)
     assert torch.equal(y, reference(tokens))
     assert not torch.equal(y, expected)
+
+
+def test_inference_mode_at_any_time(tokens: Tensor) -> None:
+    model, reference = make().eval(), make().eval()
+    with torch.inference_mode():
+        handle = attach(model, spread(model, [DISK, RAM]))
+        assert torch.equal(model(tokens), reference(tokens))
+    for _ in range(2):
+        for m in (model, reference):
+            m(tokens).sum().backward()
+        with torch.inference_mode():
+            assert torch.equal(model(tokens), reference(tokens))
+            handle.refresh()
+    with torch.inference_mode():
+        handle.remove()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    with torch.no_grad():
+        model.scale.add_(1)
+
+
+@pytest.mark.parametrize("materialize", [False, True])
+def test_a_model_that_was_made_in_inference_mode(materialize: bool, tokens: Tensor) -> None:
+    with torch.inference_mode():
+        model, reference = make(width=96).requires_grad_(False).eval(), make(width=96).eval()
+        with attach(model, spread(model, [DISK, RAM], 5), materialize=materialize):
+            assert torch.equal(model(tokens), reference(tokens))
+        assert torch.equal(model(tokens), reference(tokens))

@@ -31,6 +31,7 @@ from infold.tiers.unpacking import PackedPiece, can_pack
 Mode = Literal["real", "emulated"]
 
 
+@torch.inference_mode(False)
 def attach(
     model: nn.Module,
     plan: Plan,

@@ -15,7 +15,7 @@ _KNOWN = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride),
-    *(Tensor.is_contiguous, Tensor.requires_grad_),
+    *(Tensor.is_contiguous, Tensor.is_inference, Tensor.requires_grad_),
 }
 
 

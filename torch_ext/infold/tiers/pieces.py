@@ -63,6 +63,11 @@ class Layout:
             ops.tier_bind(tensor, memory[start : start + size].clone())
 
 
+def version_of(tensor: Tensor) -> int:
+    """Changes with every write that PyTorch notes; it notes none to what was made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """A tensor's whole storage as uint8."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
@@ -114,7 +119,7 @@ class _HomePiece:
         self._layout.bind(self._home)
 
     def version(self) -> int:
-        return sum(tensor._version for tensor in self._tensors)
+        return sum(map(version_of, self._tensors))
 
     def restore(self) -> None:
         self._layout.restore(self._home)

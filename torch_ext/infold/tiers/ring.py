@@ -11,6 +11,7 @@ from torch import Tensor
 from infold.tiers.units import PAGE, pages
 
 
+@torch.inference_mode(False)
 def host_memory(nbytes: int) -> Tensor:
     """A page-aligned uint8 tensor of whole pages, whose memory returns to the system with it."""
     return torch.frombuffer(mmap.mmap(-1, max(pages(nbytes), PAGE)), dtype=torch.uint8)

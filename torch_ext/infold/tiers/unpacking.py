@@ -13,7 +13,7 @@ from infold._library import ops
 from infold.config import WEIGHT_DTYPES, FusedConfig
 from infold.packed import Header, Packed, float_scales, lay_out, pack, read_header
 from infold.tiers.away import call_back, send_away
-from infold.tiers.pieces import Layout, Wait
+from infold.tiers.pieces import Layout, Wait, version_of
 from infold.tiers.ring import Ring, host_memory
 from infold.tiers.store import Store
 from infold.tiers.units import aligned, room, storage_key
@@ -105,7 +105,7 @@ class PackedPiece:
             send_away(entry.parameter, self._fetcher(entry))
 
     def version(self) -> int:
-        return sum(entry.parameter._version for entry in self._entries)
+        return sum(version_of(entry.parameter) for entry in self._entries)
 
     def restore(self) -> None:
         memory = host_memory(self._layout.nbytes)
