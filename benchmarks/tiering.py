@@ -182,7 +182,9 @@ def _report(
         results.add(f"disk, steady: {name}", "accelerate, cold", steady[name], cold["accelerate"], None, floor)
     results.add("disk, cold: raw", "plain read", cold["raw"], read, 0.95)
     results.add("RAM", "accelerate, warm", steady["RAM"], steady["accelerate"], 4.0, steady["resident"])
-    results.add("RAM, copied", "accelerate, warm", steady["RAM, copied"], steady["accelerate"], None, steady["resident"])
+    results.add(
+        "RAM, copied", "accelerate, warm", steady["RAM, copied"], steady["accelerate"], None, steady["resident"]
+    )
     results.add("RAM", "accelerate's RAM", steady["RAM"], steady["accelerate, RAM"], None, steady["resident"])
     for name in ("raw", "lossless", "ECSQ 4 bits"):
         bound = max(steady["resident"], contenders[name].stored / rate)

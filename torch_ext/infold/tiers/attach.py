@@ -55,8 +55,8 @@ def attach(
         converted (`infold.convert`), which compute on the packed weight.
     depth, backend: of `infold.tiers.Store`.
 
-    Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, OSError
-    where the disk has no room; the model is as it was then.
+    Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, and
+    RuntimeError where the disk has no room; the model is as it was then.
     """
     if mode not in ("real", "emulated"):
         raise ValueError(f"mode: expected 'real' or 'emulated', got {mode!r}")
@@ -211,17 +211,17 @@ class Handle:
     def remove(self) -> None:
         """Brings every parameter back into plain memory, bit for bit, and takes the hooks off. Does it once.
 
-        What cannot be read raises an error that names it, after all else is back.
+        What cannot be read is not-a-number, and raises an error that names the file, after all else is back.
         """
         if self._removed:
             return
         self._removed = True
         self._hooks.clear()
-        errors: list[BaseException] = []
+        errors: list[RuntimeError] = []
         for name in self._engine.names:
             try:
                 self._engine.remove(name).restore()
-            except (OSError, RuntimeError) as error:
+            except RuntimeError as error:
                 errors.append(error)
         self._ring.clear()
         self._executor.shutdown()

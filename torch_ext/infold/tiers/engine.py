@@ -64,12 +64,15 @@ class Engine:
         self._lock = threading.RLock()
         self.counters = Counters()
 
-    def acquire(self, name: str) -> None:
-        """Has a piece here, and keeps it until `release`. Raises what fetching it ended with; it is at home then."""
+    def acquire(self, name: str) -> bool:
+        """Has a piece here, and keeps it until `release`. Raises what fetching it ended with; it is at home then.
+
+        False where it is used at home and not to be released.
+        """
         with self._lock:
             state = self._states.get(name)
             if state is None:
-                return  # restored meanwhile: a graph of before may still ask
+                return False  # restored meanwhile: a graph of before may still ask
             self.counters.uses += 1
             self._order.visit(name)
             if state.pins == 0:
@@ -80,7 +83,7 @@ class Engine:
                     if not self._ring.has_room(state.piece.nbytes):
                         # Everything that fills the ring is in use: this one is used where it lives.
                         self.counters.elsewhere += 1
-                        return
+                        return False
                     self._fetch(state)
                     self.counters.demanded += 1
                 if state.wait is not None:
@@ -91,6 +94,7 @@ class Engine:
                     state.version = state.piece.version()
             state.pins += 1
             self._prefetch()
+            return True
 
     def release(self, name: str) -> None:
         """Ends a use that `acquire` began."""
@@ -109,11 +113,12 @@ class Engine:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        self.acquire(name)
+        pinned = self.acquire(name)
         try:
             yield
         finally:
-            self.release(name)
+            if pinned:
+                self.release(name)
 
     def add(self, name: str, piece: Piece) -> None:
         with self._lock:
@@ -175,7 +180,7 @@ class Engine:
         """Sends a piece home, whatever it is doing. Where writing it fails it stays here."""
         if state.wait is not None:
             wait, state.wait = state.wait, None
-            with suppress(OSError, RuntimeError):  # nobody asked for it yet; who does will be told
+            with suppress(RuntimeError):  # nobody asked for it yet; who does will be told
                 wait()
         if state.bound:
             self._finish_saving(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,11 @@ class Hooks:
         self._handles.clear()
 
     @property
-    def _running(self) -> list[tuple[str, int]]:
-        """Uses of the calling thread that have not ended: the unit, and the number that its first node would have."""
+    def _running(self) -> list[_Use]:
+        """The calling thread's uses that have not ended."""
         if not hasattr(self._local, "running"):
             self._local.running = []
-        running: list[tuple[str, int]] = self._local.running
+        running: list[_Use] = self._local.running
         return running
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -58,32 +58,48 @@ class Hooks:
         if torch._C._current_graph_task_id() == -1:
             # What an interrupt cut off has not ended by itself.
             while self._running:
-                self._engine.release(self._running.pop()[0])
+                self._end(self._running.pop())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, name: str) -> None:
-        self._engine.acquire(name)
-        self._running.append((name, _next_node()))
+        self._hold(name, _next_node())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, name: str, output: Any) -> None:
-        if not self._running or self._running[-1][0] != name:
+        if not self._running or self._running[-1].name != name:
             return  # it was not entered: fetching it failed
-        _, first = self._running.pop()
+        use = self._running.pop()
         if torch.is_grad_enabled():
-            for node in _nodes(output, first):
-                node.register_prehook(lambda gradients: self._hold(name))
+            for node in _nodes(output, use.first):
+                node.register_prehook(lambda gradients: self._hold(name, _BACKWARD))
                 node.register_hook(lambda *gradients: self._let_go(name))
-        self._engine.release(name)
+        self._end(use)
 
-    def _hold(self, name: str) -> None:
-        self._engine.acquire(name)
-        self._running.append((name, 0))
+    def _hold(self, name: str, first: int) -> None:
+        self._running.append(_Use(name, first, self._engine.acquire(name)))
 
     def _let_go(self, name: str) -> None:
-        if (name, 0) in self._running:
-            self._running.remove((name, 0))
-            self._engine.release(name)
+        """Ends a backward node's use."""
+        for index, use in reversed(list(enumerate(self._running))):
+            if use.name == name and use.first == _BACKWARD:
+                self._end(self._running.pop(index))
+                return
+
+    def _end(self, use: _Use) -> None:
+        if use.pinned:
+            self._engine.release(use.name)
+
+
+#: The `first` of a use by a backward node.
+_BACKWARD = -1
+
+
+class _Use(NamedTuple):
+    """A unit in use: the number that its first backward node would have, and whether the engine is to be told."""
+
+    name: str
+    first: int
+    pinned: bool
 
 
 def _next_node() -> int:

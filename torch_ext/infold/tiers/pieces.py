@@ -172,6 +172,12 @@ class DiskPiece(_HomePiece):
 
     def restore(self) -> None:
         memory = host_memory(self.nbytes)
-        self._store.wait(self._store.read(self._offset, memory))
-        self._layout.restore(memory)
-        self._store.free(self._offset, self.nbytes)
+        try:
+            self._store.wait(self._store.read(self._offset, memory))
+        except RuntimeError:
+            # Lost. Not-a-number is seen; whatever else is there might not be.
+            memory.fill_(0xFF)
+            raise
+        finally:
+            self._layout.restore(memory)
+            self._store.free(self._offset, self.nbytes)
