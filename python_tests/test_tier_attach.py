@@ -454,3 +454,21 @@ def test_a_model_that_was_made_in_inference_mode(materialize: bool, tokens: Tens
         with attach(model, spread(model, [DISK, RAM], 5), materialize=materialize):
             assert torch.equal(model(tokens), reference(tokens))
         assert torch.equal(model(tokens), reference(tokens))
+
+
+def test_only_what_trains_is_written_back() -> None:
+    model, reference = make(width=96).requires_grad_(False), make(width=96).requires_grad_(False)
+    for m in (model, reference):
+        for name, p in m.named_parameters():
+            p.requires_grad_(name.endswith("bias"))
+    optimizer, other = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, reference))
+    with attach(model, spread(model, [DISK], 3)) as handle:
+        begun = handle.store_stats()["bytes_written"]
+        losses = train(model, optimizer, lambda: handle.step(optimizer), 2)
+        handle.refresh()
+        written = handle.store_stats()["bytes_written"] - begun
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Each bias takes a page or two.
+        assert 2 * 4096 * len(trained) / 2 <= written <= 2 * 2 * 4096 * len(trained)
+    assert torch.stack(losses).equal(torch.stack(train(reference, other, other.step, 2)))
+    assert_same_state(model, reference)

@@ -32,8 +32,8 @@ class Counters:
     fetches: int = 0
     demanded: int = 0
     elsewhere: int = 0
+    saves: int = 0
     bytes_fetched: int = 0
-    bytes_written: int = 0
     waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
@@ -165,7 +165,7 @@ class Engine:
         self._finish_saving(state)
         state.version = state.piece.version()
         state.saving = state.piece.save(_present(state))
-        self.counters.bytes_written += state.piece.nbytes
+        self.counters.saves += 1
 
     def _finish_saving(self, state: _State) -> None:
         wait, state.saving = state.saving, None

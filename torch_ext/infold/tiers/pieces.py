@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from infold._library import ops
 from infold.tiers.ring import Ring, host_memory
 from infold.tiers.store import Store
-from infold.tiers.units import aligned, room, storage_key
+from infold.tiers.units import PAGE, aligned, pages, room, storage_key
 
 #: Returns when a transfer is done, and raises what it ended with.
 Wait = Callable[[], None]
@@ -51,6 +51,17 @@ class Layout:
         """Leaves the storages without memory."""
         for tensor, _, _ in self._spans:
             ops.tier_bind(tensor, None)
+
+    def page_ranges(self, storages: Collection[int]) -> list[tuple[int, int]]:
+        """The whole pages that hold these storages, by `storage_key`."""
+        ranges: list[tuple[int, int]] = []
+        for tensor, start, size in self._spans:
+            if storage_key(tensor) in storages:
+                first, last = start // PAGE * PAGE, pages(start + size)
+                if ranges and first <= ranges[-1][1]:
+                    first = ranges.pop()[0]
+                ranges.append((first, last))
+        return ranges
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -104,25 +115,52 @@ class Piece(Protocol):
 
 
 class _HomePiece:
-    """Has a home that can be read as memory: whoever reads or writes a parameter outside its module does so there."""
+    """Has a home that can be read as memory: whoever reads or writes a parameter outside its module does so there.
+
+    Only what has changed is written back: of a frozen weight's trained bias, the bias.
+    """
 
     def __init__(self, tensors: Iterable[Tensor], home: Callable[[int], Tensor]) -> None:
         self._tensors = list(tensors)
         self._layout = Layout(self._tensors)
         self.nbytes = self._layout.nbytes
         self._home = home(self.nbytes)
+        self._versions = self._versions_now()
+        self._unsaved: set[int] = set()
 
     def arrive(self, memory: Tensor) -> None:
         self._layout.bind(memory)
+        self._versions = self._versions_now()
 
     def leave(self) -> None:
         self._layout.bind(self._home)
 
     def version(self) -> int:
-        return sum(map(version_of, self._tensors))
+        return sum(self._versions_now())
+
+    def save(self, memory: Tensor) -> Wait:
+        now = self._versions_now()
+        for tensor, before, after in zip(self._tensors, self._versions, now, strict=True):
+            if before != after:
+                self._unsaved.add(storage_key(tensor))
+        self._versions = now
+        waits = [self._write(memory, start, end) for start, end in self._layout.page_ranges(self._unsaved)]
+
+        def wait() -> None:
+            for begun in waits:
+                begun()
+            self._unsaved.clear()
+
+        return wait
 
     def restore(self) -> None:
         self._layout.restore(self._home)
+
+    def _versions_now(self) -> list[int]:
+        return [version_of(tensor) for tensor in self._tensors]
+
+    def _write(self, memory: Tensor, start: int, end: int) -> Wait:
+        raise NotImplementedError
 
 
 class RamPiece(_HomePiece):
@@ -136,10 +174,15 @@ class RamPiece(_HomePiece):
 
     def load(self, ring: Ring) -> tuple[Tensor, Wait]:
         memory = ring.take(self.nbytes)
-        return memory, self._executor.submit(memory.copy_, self._home).result  # type: ignore[return-value]
+        copied = self._executor.submit(memory.copy_, self._home)
 
-    def save(self, memory: Tensor) -> Wait:
-        self._home.copy_(memory)
+        def wait() -> None:
+            copied.result()
+
+        return memory, wait
+
+    def _write(self, memory: Tensor, start: int, end: int) -> Wait:
+        self._home[start:end].copy_(memory[start:end])
         return _nothing
 
 
@@ -166,10 +209,6 @@ class DiskPiece(_HomePiece):
         ticket = self._store.read(self._offset, memory)
         return memory, lambda: self._store.wait(ticket)
 
-    def save(self, memory: Tensor) -> Wait:
-        ticket = self._store.write(self._offset, memory)
-        return lambda: self._store.wait(ticket)
-
     def restore(self) -> None:
         memory = host_memory(self.nbytes)
         try:
@@ -181,3 +220,7 @@ class DiskPiece(_HomePiece):
         finally:
             self._layout.restore(memory)
             self._store.free(self._offset, self.nbytes)
+
+    def _write(self, memory: Tensor, start: int, end: int) -> Wait:
+        ticket = self._store.write(self._offset + start, memory[start:end])
+        return lambda: self._store.wait(ticket)
