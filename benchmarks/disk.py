@@ -31,10 +31,11 @@ def pages(nbytes: int) -> Tensor:
     return whole[start : start + nbytes].fill_(1)
 
 
-def plain(store: int, nbytes: int, buffer: Tensor) -> None:
-    memory = memoryview(buffer.numpy())
-    for offset in range(0, nbytes, PLAIN):
-        if os.preadv(store, [memory], offset) != PLAIN:
+def plain(store: int, nbytes: int, buffers: list[Tensor]) -> None:
+    """Into the same memory as the engine: a small buffer that stays in the processor's cache is faster to fill."""
+    parts = [memoryview(part.numpy()) for buffer in buffers for part in buffer.split(PLAIN)]
+    for index, offset in enumerate(range(0, nbytes, PLAIN)):
+        if os.preadv(store, [parts[index % len(parts)]], offset) != PLAIN:
             raise RuntimeError("short read")
 
 
@@ -60,13 +61,12 @@ def main() -> None:
     nbytes = args.mib << 20
     store = ops.tier_open(args.folder, nbytes, args.depth, args.backend)
     buffers = [pages(REQUEST) for _ in range(AHEAD + 1)]
-    small = pages(PLAIN)
     for offset in range(0, nbytes, REQUEST):
         ops.tier_wait(store, ops.tier_write(store, offset, buffers[0]))
     rates: dict[str, list[float]] = {"preadv": [], "engine": []}
     for _ in range(args.rounds):
         for name, run in (
-            ("preadv", lambda: plain(store, nbytes, small)),
+            ("preadv", lambda: plain(store, nbytes, buffers)),
             ("engine", lambda: engine(store, nbytes, buffers)),
         ):
             start = time.perf_counter()
