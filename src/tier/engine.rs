@@ -41,7 +41,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { depth: 32, chunk: 1 << 20, backend: Backend::Auto }
+        Self { depth: 32, chunk: 2 << 20, backend: Backend::Auto }
     }
 }
 
