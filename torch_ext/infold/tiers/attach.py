@@ -30,6 +30,9 @@ from infold.tiers.unpacking import PackedPiece, can_pack
 
 Mode = Literal["real", "emulated"]
 
+#: Weights that are freed before the system is given back their memory.
+_TRIM_BYTES = 4 << 20
+
 
 @torch.inference_mode(False)
 def attach(
@@ -120,9 +123,14 @@ class Handle:
         if self.mode == "real" and on_disk:
             self._store = self._open_store(on_disk)
         fill_buffers(self.model, weights)
+        freed = 0
         for name, unit in self._units.items():
             self._units[name] = filled(unit, weights)
             self._place(self._units[name], self.plan.tier_of(name))
+            freed += unit.nbytes
+            if freed > _TRIM_BYTES:
+                _trim()
+                freed = 0
         _trim()
 
     def _place(self, unit: Unit, spec: TierSpec) -> None:

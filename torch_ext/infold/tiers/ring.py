@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable
 
@@ -10,11 +11,21 @@ from torch import Tensor
 
 from infold.tiers.units import PAGE, pages
 
+#: Below it, the system has no huge page to give.
+_HUGE_PAGE = 2 << 20
+
 
 @torch.inference_mode(False)
 def host_memory(nbytes: int) -> Tensor:
-    """A page-aligned uint8 tensor of whole pages, whose memory returns to the system with it."""
-    return torch.frombuffer(mmap.mmap(-1, max(pages(nbytes), PAGE)), dtype=torch.uint8)
+    """A page-aligned uint8 tensor of whole pages, in huge ones where there are any: a direct transfer then pins few.
+
+    Its memory returns to the system with it.
+    """
+    memory = mmap.mmap(-1, max(pages(nbytes), PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if len(memory) >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Ring:
