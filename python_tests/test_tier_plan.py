@@ -266,7 +266,7 @@ MODEL = pages(1, 2)
         ({"budgets": {"HBM": -1}}, "budgets: HBM"),
         ({"buffers": 0}, "buffers"),
         ({"specs": []}, "specs"),
-        ({"specs": [HBM, HBM]}, "tiers: .*different names"),
+        ({"specs": [HBM, HBM]}, "specs: .*different names"),
         ({"objective": "fractions", "fractions": (0.5, 0.6)}, "scores|fractions"),
         ({"objective": "fractions", "scores": {"layers.0": 1.0, "layers.1": 2.0}}, "fractions: expected 2 shares"),
         ({"budgets": {"HBM": PAGE}}, r"HBM: .*8192 bytes.*\(layers.1\), got 4096: 4096 are missing"),
