@@ -150,7 +150,7 @@ def plan(
     budgets: bytes by tier name; without one, or with None, a tier holds its ``capacity_bytes``.
     objective: ``"traffic"`` minimises the exposed time that `simulate` predicts for two passes, exactly where there are
         few assignments to try, else by local search. The others rank the units, and each goes to the fastest tier with
-        room for it: ``"importance"`` the highest score first, ``"inverse"`` the lowest (a control), ``"size"`` the
+        room for it, with room kept for a ring of what that leaves to fetch: ``"importance"`` the highest score first, ``"inverse"`` the lowest (a control), ``"size"`` the
         smallest (of all ways to fill a byte budget, the fewest transfers; what sizes alone can tell), ``"layer-order"``
         the order of modules, ``"random"`` by ``seed``. ``"fractions"`` cuts the ranking by score where the documents
         do, at shares of all *bytes*: a unit goes to the tier in whose share its middle lies.
