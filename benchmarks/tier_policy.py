@@ -88,10 +88,16 @@ def main() -> None:
             made = make()
             return cost(made), time.perf_counter() - start
 
-        static = timed(lambda: plan(model, tiers, budgets, "traffic", compute_seconds=uses))  # noqa: B023
-        rows = {"traffic": [static], "size": [timed(lambda: plan(model, tiers, budgets, "size"))]}  # noqa: B023
-        rows["layer-order"] = [timed(lambda: plan(model, tiers, budgets, "layer-order"))]  # noqa: B023
-        rows["random"] = [timed(lambda s=s: plan(model, tiers, budgets, "random", seed=s)) for s in range(SEEDS)]  # noqa: B023
+        rows = {"traffic": [timed(lambda: plan(model, tiers, budgets, "traffic", compute_seconds=uses))]}  # noqa: B023
+        for kept, label in ((0, ""), (1, ", largest kept")):
+            for objective in ("size", "layer-order"):
+                rows[objective + label] = [
+                    timed(lambda o=objective, k=kept: plan(model, tiers, budgets, o, keep_largest=k))  # noqa: B023
+                ]
+            rows["random" + label] = [
+                timed(lambda s=seed, k=kept: plan(model, tiers, budgets, "random", seed=s, keep_largest=k))  # noqa: B023
+                for seed in range(SEEDS)
+            ]
         computing = 2e3 * sum(seconds for _, seconds in uses)
         for name, values in rows.items():
             mean = statistics.fmean(value for value, _ in values)

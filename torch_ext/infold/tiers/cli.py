@@ -56,6 +56,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--scores", type=Path, metavar="FILE", help="JSON: a score for each unit")
     made.add_argument("--fractions", type=float, nargs="+", default=[0.3, 0.5, 0.2], help="of bytes, one a tier")
     made.add_argument("--buffers", type=int, default=2, help="weights that the ring holds (default: %(default)s)")
+    made.add_argument("--keep-largest", type=int, default=0, metavar="COUNT", help="largest weights to rank first")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("tier_hints.json"), metavar="FILE")
 
@@ -170,6 +171,7 @@ def _plan(options: argparse.Namespace) -> None:
         scores=_scores(options.scores),
         compute_seconds=compute,
         buffers=options.buffers,
+        keep_largest=options.keep_largest,
         fractions=options.fractions,
         seed=options.seed,
     )

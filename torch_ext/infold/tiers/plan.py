@@ -140,6 +140,7 @@ def plan(
     codecs: Mapping[str, str] | None = None,
     compute_seconds: Mapping[str, float] | Uses | None = None,
     buffers: int = 2,
+    keep_largest: int = 0,
     fractions: Sequence[float] = (0.3, 0.5, 0.2),
     seed: int = 0,
 ) -> Plan:
@@ -150,20 +151,24 @@ def plan(
     budgets: bytes by tier name; without one, or with None, a tier holds its ``capacity_bytes``.
     objective: ``"traffic"`` minimises the exposed time that `simulate` predicts for two passes, exactly where there are
         few assignments to try, else by local search. The others rank the units, and each goes to the fastest tier with
-        room for it, with room kept for a ring of what that leaves to fetch: ``"importance"`` the highest score first, ``"inverse"`` the lowest (a control), ``"size"`` the
-        smallest (of all ways to fill a byte budget, the fewest transfers; what sizes alone can tell), ``"layer-order"``
-        the order of modules, ``"random"`` by ``seed``. ``"fractions"`` cuts the ranking by score where the documents
-        do, at shares of all *bytes*: a unit goes to the tier in whose share its middle lies.
+        room for it beside the ring: ``"importance"`` the highest score first, ``"inverse"`` the lowest (a control),
+        ``"size"`` the smallest (of all ways to fill a byte budget, the fewest transfers; what sizes alone can tell),
+        ``"layer-order"`` the order of modules, ``"random"`` by ``seed``. ``"fractions"`` cuts the ranking by score
+        where the documents do, at shares of all *bytes*: a unit goes to the tier in whose share its middle lies.
     scores: by unit name, for ``"importance"``, ``"inverse"`` and ``"fractions"``; recorded in any plan.
     nbytes: stored bytes of units that are packed on their tier; others are stored as they are. codecs: their names.
     compute_seconds: of each unit, or of each use in order of execution (`measure_compute`); without it, nothing
         computes and all that counts is traffic.
     buffers: the ring holds so many of the largest weights to fetch where the first tier's budget allows, at least one.
+    keep_largest: so many of the largest weights come first in a ranking. One that is fetched needs a buffer, so that
+        fetching a language model's embedding, say, frees next to nothing.
 
     Raises ValueError for a wrong argument and where the weights do not fit, with the bytes that are missing.
     """
     if objective not in get_args(Objective):
         raise ValueError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}")
+    if keep_largest < 0:
+        raise ValueError(f"keep_largest: expected zero or more, got {keep_largest}")
     problem = problem_of(model, specs, budgets, nbytes=nbytes, compute_seconds=compute_seconds, buffers=buffers)
     if objective == "traffic":
         assignment = least_exposed(problem.packing, problem.tiers, problem.numbered_uses, seed)
@@ -173,7 +178,7 @@ def plan(
             assignment = _cut(problem.sizes, ranked, fractions, len(problem.tiers))
         else:
             place = {name: number for number, name in enumerate(problem.sizes)}
-            assignment = problem.packing.first_fit([place[name] for name in ranked])
+            assignment = problem.packing.first_fit([place[name] for name in ranked], keep_largest)
     return settle(problem, assignment, objective, scores=scores, codecs=codecs)
 
 
