@@ -13,11 +13,13 @@ from torch import nn
 
 from infold.report import format_bytes
 from infold.tiers.packing import Assignment
-from infold.tiers.problem import Problem, Uses, check_names, problem_of
+from infold.tiers.problem import Problem, Uses, check_names, fingerprint, problem_of
 from infold.tiers.schedule import Access
 from infold.tiers.search import least_exposed
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import pages
+
+__all__ = ["Objective", "Placement", "Plan", "Uses", "fingerprint", "plan", "settle"]
 
 Objective = Literal["traffic", "importance", "inverse", "size", "layer-order", "random", "fractions"]
 

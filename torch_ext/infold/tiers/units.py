@@ -41,9 +41,14 @@ def pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
+def aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up to where the next storage may begin."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def room(sizes: Iterable[int]) -> int:
     """What storages of such sizes take in a buffer, side by side."""
-    return pages(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+    return pages(sum(map(aligned, sizes)))
 
 
 def units(model: nn.Module, atomic: Collection[type[nn.Module]] = ATOMIC) -> list[Unit]:
