@@ -134,6 +134,10 @@ def test_calibrate_feeds_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path
     out = tmp_path / "hints.json"
     run(capsys, "plan", "--model", "lenet5", "--specs", specs, "--budget", "RAM=300KB", "--out", out)
     assert tiers.load(out).tiers == tuple(measured.values())
+    some = ("plan", "--model", "lenet5", "--specs", specs, "--out", out)
+    run(capsys, *some, "--tiers", "RAM")
+    assert tiers.load(out).tiers == (measured["RAM"],)
+    assert "tiers: expected some of RAM, SSD, got H100" in refusal(capsys, *some, "--tiers", "H100")
 
 
 @pytest.fixture
@@ -142,8 +146,8 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
     @contextlib.contextmanager
-    def attach(model: Any, plan: tiers.Plan, *, mode: str) -> Iterator[None]:
-        calls.append((type(model).__name__, plan.objective, mode))
+    def attach(model: Any, plan: tiers.Plan, *, mode: str, folder: Path | None) -> Iterator[None]:
+        calls.append((type(model).__name__, plan.objective, mode, folder))
         yield
         calls.append(("removed",))
 
@@ -155,8 +159,8 @@ def test_bench_prints_as_the_document_does(
     capsys: pytest.CaptureFixture[str], hints: Path, attached: list[tuple[Any, ...]]
 ) -> None:
     common = ("bench", "--model", "lenet5", "--tier-hints", hints, "--num-iterations", 3, "--batch-size", 2)
-    text = run(capsys, *common, "--baseline", "--mode", "real")
-    assert attached == [("Sequential", "size", "real"), ("removed",)]
+    text = run(capsys, *common, "--baseline", "--mode", "real", "--folder", hints.parent)
+    assert attached == [("Sequential", "size", "real", hints.parent), ("removed",)]
     lines = [line.split(":")[0].strip() for line in text.splitlines() if line]
     results = ["Mean latency", "Median latency", "Throughput"]
     impact = ["Latency overhead", "Throughput degradation"]

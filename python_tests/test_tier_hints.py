@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import gguf
 import pytest
 import torch
 import transformers
@@ -273,7 +272,27 @@ def test_device_map_of_a_language_model() -> None:
     assert device_map["model.rotary_emb"] == 0
 
 
-def test_names_are_those_of_gguf() -> None:
+def test_names_are_those_of_the_gguf_specification() -> None:
+    # As its section on standardized tensor names lists them.
+    expected = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+        "model.layers.0.input_layernorm.weight": "blk.0.attn_norm.weight",
+        "model.layers.1.self_attn.q_proj.bias": "blk.1.attn_q.bias",
+        "model.layers.12.self_attn.k_proj.weight": "blk.12.attn_k.weight",
+        "model.layers.2.self_attn.v_proj.weight": "blk.2.attn_v.weight",
+        "model.layers.2.self_attn.o_proj.weight": "blk.2.attn_output.weight",
+        "model.layers.2.post_attention_layernorm.weight": "blk.2.ffn_norm.weight",
+        "model.layers.2.mlp.gate_proj.weight": "blk.2.ffn_gate.weight",
+        "model.layers.2.mlp.up_proj.weight": "blk.2.ffn_up.weight",
+        "model.layers.2.mlp.down_proj.weight": "blk.2.ffn_down.weight",
+    }
+    assert {name: gguf_name(name) for name in expected} == expected
+
+
+def test_names_are_those_of_llama_cpps_converter() -> None:
+    gguf = pytest.importorskip("gguf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     for name, _ in llama().named_parameters():
         expected = names.get_name(name, try_suffixes=(".weight", ".bias"))

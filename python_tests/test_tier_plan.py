@@ -167,6 +167,16 @@ def test_size_fetches_the_fewest_weights() -> None:
     assert tiers_of(made) == ["CPU", "HBM", "HBM", "CPU"]
 
 
+def test_the_largest_may_stay_for_its_buffers_sake() -> None:
+    model = pages(1, 9, 1, 1, 1, 1)
+    budgets = {"HBM": 11 * PAGE}
+    ranked = plan(model, [HBM, CPU], budgets, "layer-order", buffers=1)
+    assert tiers_of(ranked) == ["HBM", "CPU", "HBM", "CPU", "CPU", "CPU"]
+    kept = plan(model, [HBM, CPU], budgets, "layer-order", buffers=1, keep_largest=1)
+    assert tiers_of(kept) == ["HBM", "HBM", "CPU", "CPU", "CPU", "CPU"]
+    assert (ranked.buffer_bytes, kept.buffer_bytes) == (9 * PAGE, PAGE)
+
+
 def test_layer_order_and_random() -> None:
     model = pages(*[1] * 12)
     budgets = {"HBM": 6 * PAGE}
@@ -265,8 +275,9 @@ MODEL = pages(1, 2)
         ({"budgets": {"tape": 1}}, "budgets: expected one of the tiers HBM, CPU, got 'tape'"),
         ({"budgets": {"HBM": -1}}, "budgets: HBM"),
         ({"buffers": 0}, "buffers"),
+        ({"keep_largest": -1}, "keep_largest"),
         ({"specs": []}, "specs"),
-        ({"specs": [HBM, HBM]}, "tiers: .*different names"),
+        ({"specs": [HBM, HBM]}, "specs: .*different names"),
         ({"objective": "fractions", "fractions": (0.5, 0.6)}, "scores|fractions"),
         ({"objective": "fractions", "scores": {"layers.0": 1.0, "layers.1": 2.0}}, "fractions: expected 2 shares"),
         ({"budgets": {"HBM": PAGE}}, r"HBM: .*8192 bytes.*\(layers.1\), got 4096: 4096 are missing"),

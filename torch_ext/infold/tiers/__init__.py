@@ -3,9 +3,11 @@
 from infold.tiers.attach import Handle, attach
 from infold.tiers.calibrate import calibrate
 from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
-from infold.tiers.plan import Placement, Plan, fingerprint, plan
+from infold.tiers.plan import Placement, Plan, plan
+from infold.tiers.policy import LearnedPolicy
 from infold.tiers.predict import Prediction, Stream, measure_compute, predict, stream
 from infold.tiers.presets import PRESETS
+from infold.tiers.problem import fingerprint
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import Unit, units
@@ -15,6 +17,7 @@ __all__ = [
     "Access",
     "Event",
     "Handle",
+    "LearnedPolicy",
     "Placement",
     "Plan",
     "Prediction",

@@ -21,6 +21,8 @@ from infold.tiers.spec import TierSpec
 
 #: What one read asks for at most; larger transfers are as many reads, `depth` of them under way.
 READ_BYTES = 2**20
+#: More than caches hold.
+_COLD_BYTES = 2**28
 
 
 def calibrate(
@@ -34,9 +36,10 @@ def calibrate(
 ) -> dict[str, TierSpec]:
     """Measures the tiers of this machine and fits setup time and bandwidth to transfers of several sizes.
 
-    ``"RAM"``: copies within memory, resident where there is no GPU. ``"SSD"``: reads of a file in ``folder`` that the
-    page cache does not hold, at the queue depth that is fastest. With CUDA: ``"HBM"``, copies on the device, resident;
-    ``"CPU"``, from pinned host memory; ``"CPU unpinned"``. A transfer is of each of ``sizes`` bytes, ``repeats`` times.
+    ``"RAM"``: copies within memory by one thread, for the others compute; resident where there is no GPU. ``"SSD"``:
+    reads of a file in ``folder`` past the page cache, at the queue depth that is fastest. With CUDA: ``"HBM"``, copies
+    on the device, resident; ``"CPU"``, from pinned host memory; ``"CPU unpinned"``. A transfer is of each of ``sizes``
+    bytes, ``repeats`` times or more.
     progress: called with each line of what was measured.
 
     Raises ValueError for sizes that make no fit, and where the folder's file system refuses O_DIRECT.
@@ -59,10 +62,10 @@ def calibrate(
 
     if cuda:
         device = torch.device("cuda")
-        add("HBM", _copies(sizes, repeats, lambda n: (_memory(n, device), _memory(n, device))), resident=True)
-        add("CPU", _copies(sizes, repeats, lambda n: (_memory(n, device), _memory(n).pin_memory())))
-        add("CPU unpinned", _copies(sizes, repeats, lambda n: (_memory(n, device), _memory(n))))
-    add("RAM", _copies(sizes, repeats, lambda n: (_memory(n), _memory(n))), resident=not cuda)
+        add("HBM", _copies(sizes, repeats, device, Tensor.cuda), resident=True)
+        add("CPU", _copies(sizes, repeats, device, Tensor.pin_memory))
+        add("CPU unpinned", _copies(sizes, repeats, device))
+    add("RAM", _copies(sizes, repeats), resident=not cuda)
 
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".infold-calibrate-") as file:
         # What does not compress, so that no file system or drive makes it less.
@@ -77,7 +80,9 @@ def calibrate(
             whole[depth] = file_bytes / seconds[0]
             say(f"SSD, {depth} reads of {format_bytes(READ_BYTES)} under way: {whole[depth] / 1e9:.2f} GB/s")
         best = max(whole, key=lambda depth: whole[depth])
-        samples = [(n, statistics.median(read_seconds(file.name, n, repeats, best))) for n in sizes]
+        # Small reads are noisy, and cheap to repeat.
+        turns = {n: repeats * max(1, 2**24 // n) for n in sizes}
+        samples = [(n, statistics.median(read_seconds(file.name, n, turns[n], best))) for n in sizes]
         add("SSD", samples, on_disk=True)
     return specs
 
@@ -118,6 +123,8 @@ def read_seconds(path: str | Path, nbytes: int, repeats: int, depth: int) -> lis
                 if got != end - start:
                     raise OSError(f"{path}: expected {end - start} bytes at {base + start}, got {got}")
 
+            # Pages that are there: else the first read of each waits for the kernel to make it.
+            np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
             times = []
             for turn in range(repeats):
                 base = turn * nbytes % max(length - nbytes + 1, 1) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -135,18 +142,28 @@ def _memory(nbytes: int, device: torch.device | None = None) -> Tensor:
 
 
 def _copies(
-    sizes: Sequence[int], repeats: int, ends: Callable[[int], tuple[Tensor, Tensor]]
+    sizes: Sequence[int],
+    repeats: int,
+    target_at: torch.device | None = None,
+    source: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> list[tuple[int, float]]:
-    """(bytes, seconds) of copies from the second tensor to the first: the least disturbed of each size."""
-    samples = []
-    for nbytes in sizes:
-        target, source = ends(nbytes)
-        seconds = []
-        for _ in range(repeats + 1):
+    """(bytes, seconds) of copies out of memory that no cache holds: the least disturbed of each size.
+
+    source: puts a host tensor where the copies come from.
+    """
+    data = source(_memory(max(_COLD_BYTES, 2 * sizes[-1])))
+    targets = {nbytes: _memory(nbytes, target_at) for nbytes in sizes}
+    seconds: dict[int, list[float]] = {nbytes: [] for nbytes in sizes}
+    place = 0
+    # The first round warms up: threads start, targets get their pages.
+    for _ in range(repeats + 1):
+        for nbytes, target in targets.items():
+            place = place + nbytes if place + 2 * nbytes <= data.numel() else 0
             start = time.perf_counter()
-            target.copy_(source, non_blocking=True)
             if target.is_cuda:
+                target.copy_(data[place : place + nbytes], non_blocking=True)
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        samples.append((nbytes, min(seconds[1:])))
-    return samples
+            else:
+                np.copyto(target.numpy(), data[place : place + nbytes].numpy())
+            seconds[nbytes].append(time.perf_counter() - start)
+    return [(nbytes, min(each[1:])) for nbytes, each in seconds.items()]

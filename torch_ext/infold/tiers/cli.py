@@ -23,6 +23,7 @@ from infold.tiers.plan import Objective, Plan
 from infold.tiers.presets import PRESETS
 from infold.tiers.spec import TierSpec
 
+_TIERS = "H100,PCIe4,NVMe4"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -45,10 +46,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     _add_model(made)
     made.add_argument(
         "--tiers",
-        default="H100,PCIe4,NVMe4",
-        help=f"presets, fastest first: {', '.join(PRESETS)} (default: %(default)s)",
+        metavar="NAMES",
+        help=f"fastest first, with commas: of {', '.join(PRESETS)} (default: {_TIERS}); or of --specs (default: all)",
     )
-    made.add_argument("--specs", type=Path, metavar="FILE", help="tiers from a file of calibrate --out, instead")
+    made.add_argument("--specs", type=Path, metavar="FILE", help="tiers of a file of calibrate --out")
     made.add_argument(
         "--budget", action="append", default=[], metavar="TIER=SIZE", help="bytes of a tier: HBM=6GB; may be repeated"
     )
@@ -56,6 +57,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--scores", type=Path, metavar="FILE", help="JSON: a score for each unit")
     made.add_argument("--fractions", type=float, nargs="+", default=[0.3, 0.5, 0.2], help="of bytes, one a tier")
     made.add_argument("--buffers", type=int, default=2, help="weights that the ring holds (default: %(default)s)")
+    made.add_argument("--keep-largest", type=int, default=0, metavar="COUNT", help="largest weights to rank first")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("tier_hints.json"), metavar="FILE")
 
@@ -78,6 +80,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--mode", choices=("emulated", "real"), default="emulated")
     made.add_argument("--baseline", action="store_true", help="time the resident model too")
     made.add_argument("--num-iterations", type=int, default=100)
+    made.add_argument("--folder", type=Path, help="where a tier on disk keeps its file in real mode")
 
 
 def parse_bytes(text: str) -> int:
@@ -124,16 +127,18 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _specs(options: argparse.Namespace) -> list[TierSpec]:
+    known: Mapping[str, TierSpec] = PRESETS
+    names = (options.tiers or _TIERS).split(",")
     if options.specs is not None:
         content = _json(options.specs)
         try:
-            return [TierSpec(**entry) for entry in content["tiers"]]
+            known = {str(entry["name"]): TierSpec(**entry) for entry in content["tiers"]}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{options.specs}: expected a file of calibrate --out: {error!r}") from None
-    names = options.tiers.split(",")
-    if unknown := [name for name in names if name not in PRESETS]:
-        raise ValueError(f"tiers: expected some of {', '.join(PRESETS)}, got {', '.join(unknown)}")
-    return [PRESETS[name] for name in names]
+        names = options.tiers.split(",") if options.tiers else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"tiers: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return [known[name] for name in names]
 
 
 def _scores(path: Path | None) -> dict[str, float] | None:
@@ -170,6 +175,7 @@ def _plan(options: argparse.Namespace) -> None:
         scores=_scores(options.scores),
         compute_seconds=compute,
         buffers=options.buffers,
+        keep_largest=options.keep_largest,
         fractions=options.fractions,
         seed=options.seed,
     )
@@ -240,7 +246,7 @@ def _bench(options: argparse.Namespace) -> None:
     results: dict[str, dict[str, float]] = {}
     if options.baseline:
         results["baseline"] = _timed(loaded, options, "baseline")
-    with tiers.attach(loaded.model, made, mode=options.mode):  # type: ignore[attr-defined]
+    with tiers.attach(loaded.model, made, mode=options.mode, folder=options.folder):  # type: ignore[attr-defined]
         results["tiered"] = _timed(loaded, options, options.mode)
     rows = []
     for title, name in (("Baseline Results", "baseline"), ("Tiered Results", "tiered")):
@@ -269,7 +275,7 @@ def _bench(options: argparse.Namespace) -> None:
 def _timed(loaded: Loaded, options: argparse.Namespace, label: str) -> dict[str, float]:
     """Latencies of a forward, after two that warm up: the first teaches the order of the layers."""
     seconds = []
-    for turn in tqdm(range(options.num_iterations + 2), desc=label, disable=options.json, leave=False):
+    for turn in tqdm(range(options.num_iterations + 2), desc=label, disable=options.json or None, leave=False):
         start = time.perf_counter()
         with torch.inference_mode():
             loaded.forward()

@@ -13,7 +13,8 @@ from torch import nn
 
 from infold.files import replacing
 from infold.tiers.gguf import gguf_name
-from infold.tiers.plan import Placement, Plan, check_names, fingerprint
+from infold.tiers.plan import Placement, Plan
+from infold.tiers.problem import check_names, fingerprint
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import units
 

@@ -63,41 +63,61 @@ class Packing:
             ring = min(ring, (self.limits[0] - held[0]) // PAGE * PAGE)
         return ring if ring >= self.wanted(assignment, 1) else None
 
-    def first_fit(self, order: Sequence[int]) -> list[int] | None:
+    def first_fit(self, order: Sequence[int], kept: int = 0) -> list[int] | None:
         """Each unit, in this order, in the fastest tier with room for it.
 
         Where that leaves a unit over, the largest come first; where that does too, any assignment that fits is taken
-        if all can be tried. None if none is found.
+        if all can be tried. None if none is found. kept: so many of the largest come first, and the ring is sized for
+        the others: a weight that is fetched needs a buffer, so that fetching the largest saves little memory.
         """
         largest_first = sorted(range(len(self.sizes)), key=lambda index: -self.sizes[index])
-        found = self._in_order(order) or self._in_order(largest_first)
+        ring = sum(nlargest(self.buffers, (self.rooms[index] for index in largest_first[kept:]))) if kept else None
+        ahead = largest_first[:kept]
+        order = [*ahead, *(index for index in order if index not in ahead)]
+        found = self._in_order(order, ring=ring) or self._in_order(largest_first)
         if found is None and self.exhaustible:
             found = next((list(each) for each in self.all() if self.ring(each) is not None), None)
         return found
 
-    def _in_order(self, order: Sequence[int]) -> list[int] | None:
-        """The ring's place is kept free first: that of ``buffers`` weights, else of fewer. What it no longer needs once
-        the resident ones are known is given to weights.
+    def nearest(self, preferences: Sequence[Sequence[float]]) -> list[int] | None:
+        """An assignment that fits, close to what is preferred.
+
+        preferences: of each unit, for each tier; larger is better. Units choose in the order of their strongest
+        preference, and get the best that is left. None as for `first_fit`.
         """
-        everything = self._fill(order, 0)
+        surest = sorted(range(len(self.sizes)), key=lambda unit: -max(preferences[unit]))
+        choices = [sorted(range(len(self.limits)), key=lambda tier: -row[tier]) for row in preferences]
+        ring = self.wanted([choice[0] for choice in choices], self.buffers)
+        return self._in_order(surest, choices, ring) or self.first_fit(surest)
+
+    def _in_order(
+        self, order: Sequence[int], choices: Sequence[Assignment] | None = None, ring: int | None = None
+    ) -> list[int] | None:
+        """The ring's place is kept free first: that of ``buffers`` weights, else of fewer. What it no longer needs once
+        the resident ones are known is given to weights. choices: the tiers that each unit tries, in order; else fastest
+        first. ring: a size to try before those that are sure to do.
+        """
+        everything = self._fill(order, 0, choices)
         if everything is not None and self.wanted(everything, 1) == 0:
             return everything
         largest = nlargest(self.buffers, self.rooms)
         rings = [(count, sum(largest[:count])) for count in range(len(largest), 0, -1)]
         rings += [(1, room) for room in sorted(set(self.rooms), reverse=True)]
+        if ring is not None:
+            rings.insert(0, (self.buffers, ring))
         for buffers, ring in rings:
-            found = self._fill(order, ring)
+            found = self._fill(order, ring, choices)
             if found is None or self.wanted(found, buffers) > ring:
                 continue
             while (smaller := self.wanted(found, buffers)) < ring:
-                better = self._fill(order, smaller)
+                better = self._fill(order, smaller, choices)
                 if better is None or self.wanted(better, buffers) > smaller:
                     break
                 found, ring = better, smaller
             return found
         return None
 
-    def _fill(self, order: Sequence[int], ring: int) -> list[int] | None:
+    def _fill(self, order: Sequence[int], ring: int, choices: Sequence[Assignment] | None) -> list[int] | None:
         room = list(self.limits)
         if room[0] is not None:
             room[0] -= ring
@@ -106,7 +126,8 @@ class Packing:
         assignment = [-1] * len(self.sizes)
         for index in order:
             size = self.sizes[index]
-            for tier, left in enumerate(room):
+            for tier in range(len(room)) if choices is None else choices[index]:
+                left = room[tier]
                 if left is None or size <= left:
                     assignment[index] = tier
                     room[tier] = None if left is None else left - size

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
 from infold.report import format_bytes
-from infold.tiers.packing import Packing
+from infold.tiers.packing import Assignment
+from infold.tiers.problem import Problem, Uses, check_names, fingerprint, problem_of
 from infold.tiers.schedule import Access
 from infold.tiers.search import least_exposed
 from infold.tiers.spec import TierSpec
-from infold.tiers.units import pages, units
+from infold.tiers.units import pages
+
+__all__ = ["Objective", "Placement", "Plan", "Uses", "fingerprint", "plan", "settle"]
 
 Objective = Literal["traffic", "importance", "inverse", "size", "layer-order", "random", "fractions"]
-
-#: How a pass uses the units: each use's unit and the seconds that its layer computes, in the order of execution.
-Uses = Sequence[tuple[str, float]]
 
 
 class Placement(NamedTuple):
@@ -143,6 +142,7 @@ def plan(
     codecs: Mapping[str, str] | None = None,
     compute_seconds: Mapping[str, float] | Uses | None = None,
     buffers: int = 2,
+    keep_largest: int = 0,
     fractions: Sequence[float] = (0.3, 0.5, 0.2),
     seed: int = 0,
 ) -> Plan:
@@ -153,101 +153,54 @@ def plan(
     budgets: bytes by tier name; without one, or with None, a tier holds its ``capacity_bytes``.
     objective: ``"traffic"`` minimises the exposed time that `simulate` predicts for two passes, exactly where there are
         few assignments to try, else by local search. The others rank the units, and each goes to the fastest tier with
-        room for it: ``"importance"`` the highest score first, ``"inverse"`` the lowest (a control), ``"size"`` the
-        smallest (of all ways to fill a byte budget, the fewest transfers; what sizes alone can tell), ``"layer-order"``
-        the order of modules, ``"random"`` by ``seed``. ``"fractions"`` cuts the ranking by score where the documents
-        do, at shares of all *bytes*: a unit goes to the tier in whose share its middle lies.
+        room for it beside the ring: ``"importance"`` the highest score first, ``"inverse"`` the lowest (a control),
+        ``"size"`` the smallest (of all ways to fill a byte budget, the fewest transfers; what sizes alone can tell),
+        ``"layer-order"`` the order of modules, ``"random"`` by ``seed``. ``"fractions"`` cuts the ranking by score
+        where the documents do, at shares of all *bytes*: a unit goes to the tier in whose share its middle lies.
     scores: by unit name, for ``"importance"``, ``"inverse"`` and ``"fractions"``; recorded in any plan.
     nbytes: stored bytes of units that are packed on their tier; others are stored as they are. codecs: their names.
     compute_seconds: of each unit, or of each use in order of execution (`measure_compute`); without it, nothing
         computes and all that counts is traffic.
     buffers: the ring holds so many of the largest weights to fetch where the first tier's budget allows, at least one.
+    keep_largest: so many of the largest weights come first in a ranking. One that is fetched needs a buffer, so that
+        fetching a language model's embedding, say, frees next to nothing.
 
     Raises ValueError for a wrong argument and where the weights do not fit, with the bytes that are missing.
     """
-    found = units(model)
-    sizes = {unit.name: unit.nbytes for unit in found}
     if objective not in get_args(Objective):
         raise ValueError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}")
-    if buffers < 1:
-        raise ValueError(f"buffers: expected one or more, got {buffers}")
-    if not specs:
-        raise ValueError("specs: expected one tier or more, got none")
-    for label, names in (("nbytes", nbytes), ("scores", scores), ("codecs", codecs)):
-        check_names(label, names or (), sizes)
-    for name, count in (nbytes or {}).items():
-        if count < 0:
-            raise ValueError(f"nbytes: {name}: expected zero or more bytes, got {count}")
-    sizes.update(nbytes or {})
-    tiers = (replace(specs[0], resident=True), *specs[1:])
-    limits = _limits(tiers, budgets or {})
-    uses = _uses(compute_seconds, sizes)
-    rooms = [pages(sizes[unit.name]) if unit.name in (nbytes or {}) else unit.room for unit in found]
-    packing = Packing(
-        tuple(sizes.values()), tuple(rooms), tuple(limits.values()), tuple(tier.resident for tier in tiers), buffers
-    )
-    names_in_order = list(sizes)
+    if keep_largest < 0:
+        raise ValueError(f"keep_largest: expected zero or more, got {keep_largest}")
+    problem = problem_of(model, specs, budgets, nbytes=nbytes, compute_seconds=compute_seconds, buffers=buffers)
     if objective == "traffic":
-        assignment = least_exposed(packing, tiers, [(names_in_order.index(name), s) for name, s in uses], seed)
-    elif objective == "fractions":
-        assignment = _cut(sizes, _ranked(sizes, objective, scores, seed), fractions, len(tiers))
+        assignment = least_exposed(problem.packing, problem.tiers, problem.numbered_uses, seed)
     else:
-        order = _ranked(sizes, objective, scores, seed)
-        assignment = packing.first_fit([names_in_order.index(name) for name in order])
-    buffer_bytes = packing.ring(assignment) if assignment is not None else None
-    if assignment is None or buffer_bytes is None:
-        raise ValueError(packing.refusal(list(sizes), [tier.name for tier in tiers], assignment))
+        ranked = _ranked(problem.sizes, objective, scores, seed)
+        if objective == "fractions":
+            assignment = _cut(problem.sizes, ranked, fractions, len(problem.tiers))
+        else:
+            place = {name: number for number, name in enumerate(problem.sizes)}
+            assignment = problem.packing.first_fit([place[name] for name in ranked], keep_largest)
+    return settle(problem, assignment, objective, scores=scores, codecs=codecs)
+
+
+def settle(
+    problem: Problem,
+    assignment: Assignment | None,
+    objective: str,
+    *,
+    scores: Mapping[str, float] | None = None,
+    codecs: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan of an assignment; raises ValueError as `plan` does."""
+    check_names("scores", scores or (), problem.sizes)
+    check_names("codecs", codecs or (), problem.sizes)
+    ring = problem.ring(assignment)
     placements = {
-        name: Placement(tiers[tier].name, size, (codecs or {}).get(name, "raw"), (scores or {}).get(name))
-        for (name, size), tier in zip(sizes.items(), assignment, strict=True)
+        name: Placement(problem.tiers[tier].name, size, (codecs or {}).get(name, "raw"), (scores or {}).get(name))
+        for (name, size), tier in zip(problem.sizes.items(), assignment or (), strict=True)
     }
-    return Plan(tiers, placements, buffer_bytes, fingerprint(model), objective, limits)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """What tells models apart that plans are made for: names of units and parameters, shapes, dtypes; not values."""
-    digest = hashlib.sha256()
-    for unit in units(model):
-        for name, parameter in unit.parameters.items():
-            shape = "x".join(map(str, parameter.shape))
-            digest.update(f"{unit.name}\0{name}\0{shape}\0{parameter.dtype}\n".encode())
-    return digest.hexdigest()
-
-
-def check_names(label: str, given: Iterable[str], known: Iterable[str], missing: bool = False) -> None:
-    """Raises ValueError where a name is of no unit or, if asked, a unit is not named."""
-    given, known = list(given), list(known)
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{label}: expected names of the model's units, got {_some(unknown)}")
-    if missing and (absent := sorted(set(known) - set(given))):
-        raise ValueError(f"{label}: expected all of the model's units, {_some(absent)} missing")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _limits(tiers: Sequence[TierSpec], budgets: Mapping[str, int | None]) -> dict[str, int | None]:
-    names = [tier.name for tier in tiers]
-    for name, limit in budgets.items():
-        if name not in names:
-            raise ValueError(f"budgets: expected one of the tiers {', '.join(names)}, got {name!r}")
-        if limit is not None and limit < 0:
-            raise ValueError(f"budgets: {name}: expected zero or more bytes, got {limit}")
-    given = {name: limit for name, limit in budgets.items() if limit is not None}
-    return {tier.name: given.get(tier.name, tier.capacity_bytes) for tier in tiers}
-
-
-def _uses(compute_seconds: Mapping[str, float] | Uses | None, sizes: Mapping[str, int]) -> Uses:
-    if compute_seconds is None:
-        return [(name, 0.0) for name in sizes]
-    if isinstance(compute_seconds, Mapping):
-        compute_seconds = [(name, compute_seconds.get(name, 0.0)) for name in {**sizes, **compute_seconds}]
-    check_names("compute_seconds", (name for name, _ in compute_seconds), sizes)
-    for name, seconds in compute_seconds:
-        if not 0 <= seconds < float("inf"):
-            raise ValueError(f"compute_seconds: {name}: expected zero or more, got {seconds}")
-    return compute_seconds
+    return Plan(problem.tiers, placements, ring, problem.fingerprint, objective, problem.limits)
 
 
 def _ranked(sizes: Mapping[str, int], objective: Objective, scores: Mapping[str, float] | None, seed: int) -> list[str]:
@@ -261,7 +214,7 @@ def _ranked(sizes: Mapping[str, int], objective: Objective, scores: Mapping[str,
     check_names("scores", scores or (), names, missing=True)
     given = scores or {}
     if wrong := [name for name in names if given[name] != given[name]]:
-        raise ValueError(f"scores: expected numbers, got NaN for {_some(wrong)}")
+        raise ValueError(f"scores: expected numbers, got NaN for {wrong[0]!r}")
     return sorted(names, key=lambda name: given[name] if objective == "inverse" else -given[name])
 
 

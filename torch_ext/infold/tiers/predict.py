@@ -15,7 +15,8 @@ from torch import nn
 
 from infold.activations import call
 from infold.report import format_bytes
-from infold.tiers.plan import Plan, Uses
+from infold.tiers.plan import Plan
+from infold.tiers.problem import Uses
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import pages, units

@@ -9,10 +9,16 @@ from infold.tiers.packing import Assignment, Packing
 from infold.tiers.schedule import fetch, schedule
 from infold.tiers.spec import TierSpec
 
-#: Accesses that the local search simulates in all: a second or two.
-_EFFORT = 1_500_000
+#: Accesses that the local search simulates in all: a few seconds.
+_EFFORT = 4_000_000
 #: It ends after so many tries in a row that bettered nothing.
-_PATIENCE = 800
+_PATIENCE = 3000
+#: Of the largest weights, as many less one are tried as resident from the start.
+_KEPT = 4
+#: One search accepts nothing worse, then another at first what is worse by this share.
+_WORSE = (0.0, 0.01)
+
+Cost = tuple[float, float]
 
 
 class Exposure:
@@ -29,7 +35,7 @@ class Exposure:
         self._computes = [seconds for _, seconds in uses] * 2
         self._rows = [[fetch(tier, number, size) for number, tier in enumerate(tiers)] for size in packing.sizes]
 
-    def cost(self, assignment: Assignment) -> tuple[float, float] | None:
+    def cost(self, assignment: Assignment) -> Cost | None:
         """Seconds of two passes, and of their transfers; None for an assignment that does not fit."""
         ring = self.packing.ring(assignment)
         if ring is None:
@@ -48,19 +54,22 @@ def least_exposed(
     """The assignment whose two passes take the least time, and then transfer the least; None if none fits.
 
     Exact where all assignments can be tried (`EXHAUSTIVE`). Else the best of several orders of filling, bettered by
-    moving and exchanging units.
+    moving and exchanging units (threshold accepting: Dueck & Scheuer 1990).
     """
     exposure = Exposure(packing, tiers, uses)
     if packing.exhaustible:
         costs = ((exposure.cost(each), each) for each in packing.all())
-        best = min(((cost, each) for cost, each in costs if cost is not None), default=None)
-        return None if best is None else list(best[1])
-    starts = (packing.first_fit(order) for order in _orders(packing, tiers, uses))
+        least = min(((cost, each) for cost, each in costs if cost is not None), default=None)
+        return None if least is None else list(least[1])
+    starts = (packing.first_fit(order, kept) for order in _orders(packing, tiers, uses) for kept in range(_KEPT))
     known = [(cost, start) for start in starts if start is not None and (cost := exposure.cost(start)) is not None]
     if not known:
         return None
-    cost, assignment = min(known)
-    return _climb(exposure, assignment, cost, max(200, _EFFORT // max(1, 2 * len(uses))), random.Random(seed))
+    best = min(known)
+    for worse in _WORSE:
+        tries = max(200, _EFFORT // (len(_WORSE) * 2 * max(1, len(uses))))
+        best = _wander(exposure, best, worse, tries, random.Random(seed))
+    return best[1]
 
 
 def _orders(packing: Packing, tiers: Sequence[TierSpec], uses: Sequence[tuple[int, float]]) -> list[list[int]]:
@@ -85,27 +94,30 @@ def _orders(packing: Packing, tiers: Sequence[TierSpec], uses: Sequence[tuple[in
     ]
 
 
-def _climb(
-    exposure: Exposure, assignment: list[int], cost: tuple[float, float], tries: int, generator: random.Random
-) -> list[int]:
-    """Moves a unit, or exchanges two, wherever that is better."""
+def _wander(
+    exposure: Exposure, best: tuple[Cost, list[int]], worse: float, tries: int, generator: random.Random
+) -> tuple[Cost, list[int]]:
+    """Moves a unit, or exchanges a few, wherever that is better or, by a share that shrinks to 0, worse."""
     tiers = len(exposure.packing.limits)
-    idle = 0
+    cost, assignment = best
+    total, idle = tries, 0
     # Those that do not fit cost a tenth of a simulation or less.
     for _ in range(10 * tries):
         other = list(assignment)
-        unit = generator.randrange(len(other))
-        if generator.random() < 0.5:
-            other[unit] = generator.randrange(tiers)
+        chosen = [generator.randrange(len(other)) for _ in range(generator.choice((1, 2, 2, 3)))]
+        if len(chosen) == 1:
+            other[chosen[0]] = generator.randrange(tiers)
         else:
-            second = generator.randrange(len(other))
-            other[unit], other[second] = other[second], other[unit]
+            for to, source in zip(chosen, [*chosen[1:], chosen[0]], strict=True):
+                other[to] = assignment[source]
         if other == assignment or (new := exposure.cost(other)) is None:
             continue
         tries -= 1
         idle += 1
-        if new < cost:
-            assignment, cost, idle = other, new, 0
+        if new[0] <= cost[0] * (1 + worse * tries / total):
+            cost, assignment = new, other
+        if new < best[0]:
+            best, idle = (new, other), 0
         if idle >= _PATIENCE or tries <= 0:
             break
-    return assignment
+    return best
