@@ -97,7 +97,8 @@ class FisherAnalyzer:
         dims = (None, *(0 for _ in leaves))
         gradients = vmap(grad(loss), in_dims=dims)(parameters, *leaves)
         return {
-            name: _squares(gradients[f"model.{name}"]).to(_wide(parameter)).sum(0) for name, parameter in names.items()
+            name: _squares(gradients[f"model.{name}"]).sum(0, dtype=_wide(parameter))
+            for name, parameter in names.items()
         }
 
     def _looped(
