@@ -32,17 +32,18 @@ from torch import Tensor, nn
 
 
 class Tied(nn.Module):
-    """An embedding whose table is also the head's weight, and a layer between that is used twice."""
+    """An embedding whose table is also the head's weight, and a layer between that has two names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(11, 6)
         self.layer, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.again = self.layer
         self.head = nn.Linear(6, 11, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, indices: Tensor) -> Tensor:
-        x = self.layer(torch.tanh(self.layer(self.table(indices))))
+        x = self.again(torch.tanh(self.layer(self.table(indices))))
         return self.head(self.norm(x))
 
 
@@ -170,6 +171,7 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_examples(make, method
     for name, parameter in model.named_parameters():
         np.testing.assert_allclose(diagonal[parameter].numpy(), squares[name], rtol=1e-4, atol=1e-9)
     assert model.training
+    assert all(type(p) is nn.Parameter for m in model.modules() for p in m._parameters.values() if p is not None)
     assert all(p.grad is None for p in model.parameters())
 
 

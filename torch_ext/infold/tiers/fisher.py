@@ -88,18 +88,18 @@ class FisherAnalyzer:
     ) -> dict[str, Tensor]:
         """Squared gradients summed over the examples, all at once."""
         task = _Task(model, self.loss_fn)
+        places = _places(task, names)
 
         def loss(parameters: dict[str, Tensor], *example: Tensor) -> Tensor:
             batch = tree_unflatten([leaf.unsqueeze(0) for leaf in example], structure)
-            return _scalar(functional_call(task, parameters, (batch,)))
+            replaced = {place: parameters[name] for place, name in places.items()}
+            # Ties are in `places`: where a module has two names, functional_call would not put its weights back.
+            return _scalar(functional_call(task, replaced, (batch,), tie_weights=False))
 
-        parameters = {f"model.{name}": parameter.detach() for name, parameter in names.items()}
+        parameters = {name: parameter.detach() for name, parameter in names.items()}
         dims = (None, *(0 for _ in leaves))
         gradients = vmap(grad(loss), in_dims=dims)(parameters, *leaves)
-        return {
-            name: _squares(gradients[f"model.{name}"]).sum(0, dtype=_wide(parameter))
-            for name, parameter in names.items()
-        }
+        return {name: _squares(gradients[name]).sum(0, dtype=_wide(parameter)) for name, parameter in names.items()}
 
     def _looped(
         self, model: nn.Module, names: dict[str, nn.Parameter], leaves: list[Tensor], structure: Any
@@ -126,6 +126,17 @@ class _Task(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.loss_fn(self.model, batch)
+
+
+def _places(task: nn.Module, names: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Every place of a parameter, each once, and the parameter's name."""
+    name_of = {parameter: name for name, parameter in names.items()}
+    return {
+        f"{path}.{attribute}": name_of[parameter]
+        for path, module in task.named_modules()
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter in name_of
+    }
 
 
 @contextmanager
