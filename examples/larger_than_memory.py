@@ -1,9 +1,9 @@
 """Trains and serves a language model that is 45 times as large as the memory for its weights; the rest lies on disk.
 
 The model is never whole in memory: it is made on the meta device, and its random weights are drawn a layer at a time
-on their way to disk. Biases, norms and the adapters train, on the bytes of this project's README; all else is frozen, as
-in a fine-tune. Blocks are checkpointed. At last comes the most memory that all of it took, by the system's count, beside
-the budget and what training takes anyway: a checkpoint a block, one block's activations, and gradients.
+on their way to disk. Biases, norms and the adapters train, on the bytes of the README; all else is frozen, as in a
+fine-tune. Blocks are checkpointed. At last comes the most memory that all of it took, by the system's count, beside the
+budget and what training takes anyway: a checkpoint a block, one block's activations, and gradients.
 
 Run: python examples/larger_than_memory.py [--budget MB] [--times N] [--steps N] [--text FILE] [--folder DISK]
 """

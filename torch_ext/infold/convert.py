@@ -84,7 +84,7 @@ def convert(
         skipped = any(fnmatchcase(name, pattern) for name in all_names for pattern in skip)
         if layer_config is None or skipped or (filter_fn and not filter_fn(module, all_names[0])):
             continue
-        reason = _refusal(module, layer_config)
+        reason = refusal(module, layer_config)
         if reason:
             report.refused[all_names[0]] = reason
         else:
@@ -175,8 +175,8 @@ def _lay_out(
             report.layers[index] = replace(layer, layout=module.layout, resident_bytes=module.packed.nbytes)
 
 
-def _refusal(module: nn.Module, config: Config) -> str | None:
-    """Why a layer cannot be converted."""
+def refusal(module: nn.Module, config: Config) -> str | None:
+    """Why a layer cannot be converted; None where it can."""
     if isinstance(config, FrequencyConfig) and dense_kind(module) != "linear":
         return "a frequency layer takes the place of linear layers only"
     if is_subclass(module):

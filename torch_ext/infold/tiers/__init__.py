@@ -1,41 +1,78 @@
-"""A model's weights over several memories, by byte budget."""
+"""A model's weights over several memories, by byte budget; how much each matters, and at which precision."""
 
+from infold.tiers.agreement import AgreementReport, PairAgreement, agreement
 from infold.tiers.attach import Handle, attach
 from infold.tiers.calibrate import calibrate
+from infold.tiers.fisher import FisherAnalyzer
 from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
+from infold.tiers.importance import AdamStateAnalyzer, GradientEma, ImportanceSource
+from infold.tiers.llama_cpp import tensor_types
 from infold.tiers.plan import Placement, Plan, plan
 from infold.tiers.policy import LearnedPolicy
+from infold.tiers.precision import (
+    LayerCurve,
+    LayerPrecision,
+    PrecisionPlan,
+    allocate_precision,
+    measure_precision,
+    plan_precision,
+)
 from infold.tiers.predict import Prediction, Stream, measure_compute, predict, stream
 from infold.tiers.presets import PRESETS
 from infold.tiers.problem import fingerprint
+from infold.tiers.pruning import bitter7_scores, prune_
+from infold.tiers.ranking import combine, ranks, spearman, tiers_by_rank
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import Unit, units
+from infold.tiers.water_filling import Option, water_fill
 
 __all__ = [
     "PRESETS",
     "Access",
+    "AdamStateAnalyzer",
+    "AgreementReport",
     "Event",
+    "FisherAnalyzer",
+    "GradientEma",
     "Handle",
+    "ImportanceSource",
+    "LayerCurve",
+    "LayerPrecision",
     "LearnedPolicy",
+    "Option",
+    "PairAgreement",
     "Placement",
     "Plan",
+    "PrecisionPlan",
     "Prediction",
     "Stream",
     "TierSpec",
     "Timeline",
     "Unit",
+    "agreement",
+    "allocate_precision",
     "attach",
+    "bitter7_scores",
     "calibrate",
+    "combine",
     "fingerprint",
     "load",
     "measure_compute",
+    "measure_precision",
     "plan",
+    "plan_precision",
     "predict",
+    "prune_",
+    "ranks",
     "save",
     "simulate",
+    "spearman",
     "stream",
+    "tensor_types",
+    "tiers_by_rank",
     "to_device_map",
     "to_llama_cpp",
     "units",
+    "water_fill",
 ]

@@ -246,7 +246,7 @@ def _bench(options: argparse.Namespace) -> None:
     results: dict[str, dict[str, float]] = {}
     if options.baseline:
         results["baseline"] = _timed(loaded, options, "baseline")
-    with tiers.attach(loaded.model, made, mode=options.mode, folder=options.folder):  # type: ignore[attr-defined]
+    with tiers.attach(loaded.model, made, mode=options.mode, folder=options.folder):
         results["tiered"] = _timed(loaded, options, options.mode)
     rows = []
     for title, name in (("Baseline Results", "baseline"), ("Tiered Results", "tiered")):

@@ -3,7 +3,7 @@
 Each bandwidth is what arrives at an accelerator, in the narrowest place on the way. Four of the source documents' are
 replaced: HBM 800 GB/s by the data sheets'; CPU 150 GB/s, which no PCIe 4.0 link carries; SSD 10 GB/s, more than the
 link of a PCIe 4.0 drive; CXL 400 GB/s, twelve times that of an expander of 8 lanes. Setup times are the documents',
-but that of the fabric.
+but those of the fabric and of persistent memory.
 """
 
 from __future__ import annotations
