@@ -1,5 +1,6 @@
 """A model's weights over several memories, by byte budget."""
 
+from infold.tiers.activations import ActivationOffload, offload_activations
 from infold.tiers.attach import Handle, attach
 from infold.tiers.calibrate import calibrate
 from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
@@ -8,11 +9,14 @@ from infold.tiers.predict import Prediction, Stream, measure_compute, predict, s
 from infold.tiers.presets import PRESETS
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
+from infold.tiers.stash import ActivationCounters
 from infold.tiers.units import Unit, units
 
 __all__ = [
     "PRESETS",
     "Access",
+    "ActivationCounters",
+    "ActivationOffload",
     "Event",
     "Handle",
     "Placement",
@@ -27,6 +31,7 @@ __all__ = [
     "fingerprint",
     "load",
     "measure_compute",
+    "offload_activations",
     "plan",
     "predict",
     "save",
