@@ -34,8 +34,8 @@ def offload_activations(
     depth: int = 32,
     backend: str = "auto",
 ) -> ActivationOffload:
-    """A context manager: tensors that autograd saves inside it wait for their backward on disk, those on a GPU in pinned
-    memory of the host. The backward may come after it.
+    """A context manager: what autograd saves inside it waits for its backward on disk; what is on a GPU, in pinned memory
+    of the host. The backward may come after it.
 
     model: whose parameters and buffers, and views of them, stay where they are; or just those tensors.
     folder: where the file lies; the default is the folder for temporary files.
@@ -43,12 +43,12 @@ def offload_activations(
     limit_bytes: of the file, or of the pinned memory of a GPU; a tensor that would exceed it stays where it is.
     buffer_bytes: memory for what is being written or read ahead; a storage that is larger has it to itself.
     pack: ``"lossless"`` packs float32, float16 and bfloat16 tensors before they are written: gradients keep their bits.
-        ``"int8"`` rounds them to one of 255 levels a row (of the dimension that is contiguous), each value by up to half
-        a level, the row's largest magnitude / 127: that changes gradients. Neither on a GPU.
+        ``"int8"`` rounds them to 255 levels a row (of the dimension that is contiguous), each value by up to half of a
+        level, the row's largest magnitude / 127: that changes gradients. Neither on a GPU.
     depth, backend: of `infold.tiers.Store`.
 
     What a forward writes in place after it was saved does not change what was saved. Raises ValueError for a wrong
-    argument, OSError where the disk has no room or fails.
+    argument; a forward or backward in it, RuntimeError with the file's name where the disk has no room or fails.
     """
     for name, value in (("min_bytes", min_bytes), ("buffer_bytes", buffer_bytes), ("limit_bytes", limit_bytes or 0)):
         if value < 0:
@@ -162,7 +162,7 @@ class ActivationOffload:
             stash = self._stash(tensor.device)
             entry = self._find(tensor)
             if entry is None:
-                source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+                source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
                 entry = stash.put(source, tensor, _rows(tensor) if self._packing else None)
                 if entry is None:
                     self.counters.kept += 1
@@ -170,7 +170,7 @@ class ActivationOffload:
                 self.counters.offloaded += 1
                 self.counters.bytes_offloaded += entry.nbytes
                 key = _key(tensor)
-                self._known[key] = StorageWeakRef(storage), entry
+                self._known[key] = StorageWeakRef(storage), entry  # type: ignore[no-untyped-call]
                 self._keys[entry] = [key]
             else:
                 self.counters.shared += 1
@@ -181,7 +181,7 @@ class ActivationOffload:
         """The entry that has a tensor's storage as it is."""
         # The weak reference keeps the storage's address from being another's.
         found = self._known.get(_key(tensor))
-        if found is not None and not found[0].expired():
+        if found is not None and not found[0].expired():  # type: ignore[no-untyped-call]
             return found[1]
         # Or it is what backward was given, and saves again for a derivative of higher order.
         entry, version = self._given.get(storage_key(tensor), (None, 0))
@@ -274,7 +274,7 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.device.type in ("cpu", "cuda")
         and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or tensor._is_zerotensor())
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._is_functional_tensor(tensor)  # type: ignore[no-untyped-call]
+        and not torch._is_functional_tensor(tensor)
     )
 
 

@@ -26,7 +26,7 @@ class Extents:
     def reserve(self, nbytes: int) -> int | None:
         """The offset of ``nbytes``, rounded up to pages; None where the limit leaves no such range.
 
-        Raises OSError where the disk has no room.
+        Raises RuntimeError where the disk has no room.
         """
         size = pages(nbytes)
         with self._lock:

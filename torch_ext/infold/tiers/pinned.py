@@ -18,7 +18,7 @@ class _PinnedEntry(Entry):
 
     def look(self) -> None:
         """Lets the source go once it is copied. Whoever wrote to it meanwhile may have overtaken the copy."""
-        if self.source is not None and self.copied.query():
+        if self.source is not None and self.copied.query():  # type: ignore[no-untyped-call]
             saved, version = self.source
             self.spoilt = saved._version != version
             self.source = None

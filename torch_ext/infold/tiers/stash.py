@@ -235,8 +235,8 @@ class DiskStash:
         self._ring.give(memory, keep=alone)
 
     def _make_room(self, nbytes: int, number: int, *, at_once: bool) -> bool:
-        """Lets copies go that the file has, until ``nbytes`` for the entry of that number fit or nothing is left; whether
-        they fit. Those first that come after it, for they were used, then those that are wanted last.
+        """Lets copies go that the file has, until ``nbytes`` for the entry of that number fit or nothing is left, and
+        says whether they do. Those first that come after it, for they were used, then those that are wanted last.
 
         at_once: waits for nothing, and leaves what comes before.
         """
