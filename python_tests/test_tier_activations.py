@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def test_writes_in_place_change_nothing_that_was_saved() -> None:
     assert torch.equal(a.grad, expected)
     with offload_activations([], min_bytes=1 << 30):
         c = (b := a * 1).exp().mul_(2).sum() + (b * b).sum()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation.*version 1; expected version 0"):
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*version 1; expected version 0"):
             c.backward()
     weight = torch.randn(64, 64, requires_grad=True)
     with offload_activations([weight], min_bytes=1):
@@ -384,7 +385,7 @@ def test_no_grad_and_strange_tensors_stay() -> None:
 def test_a_failing_disk_is_an_error_that_names_it(x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     with (
-        pytest.raises(RuntimeError, match="nowhere.*No such file"),
+        pytest.raises(RuntimeError, match=r"nowhere.*No such file"),
         offload_activations(model, min_bytes=1, folder=tmp_path / "nowhere"),
     ):
         model(x)
@@ -506,7 +507,7 @@ def test_extents_never_overlap_and_join_again(tmp_path: Path) -> None:
             held[offset] = -(-size // 4096) * 4096
         assert extents.taken == sum(held.values())
         ranges = sorted((start, start + size) for start, size in held.items())
-        assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(ranges))
         assert not ranges or ranges[-1][1] <= 64 * 4096
     assert refused > 0
     for offset, size in held.items():
