@@ -48,7 +48,7 @@ def attach(
         safetensors file, a folder of them, or a mapping from qualified names to tensors.
     depth, backend: of `infold.tiers.Store`.
 
-    Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, OSError
+    Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, RuntimeError
     where the disk has no room; the model is as it was then.
     """
     if mode not in ("real", "emulated"):
