@@ -3,6 +3,7 @@
 from infold.tiers.activations import ActivationOffload, offload_activations
 from infold.tiers.attach import Handle, attach
 from infold.tiers.calibrate import calibrate
+from infold.tiers.dynamic import DynamicTiering, Move, Replan
 from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
 from infold.tiers.plan import Placement, Plan, fingerprint, plan
 from infold.tiers.predict import Prediction, Stream, measure_compute, predict, stream
@@ -17,11 +18,14 @@ __all__ = [
     "Access",
     "ActivationCounters",
     "ActivationOffload",
+    "DynamicTiering",
     "Event",
     "Handle",
+    "Move",
     "Placement",
     "Plan",
     "Prediction",
+    "Replan",
     "Stream",
     "TierSpec",
     "Timeline",

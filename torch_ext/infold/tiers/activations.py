@@ -34,8 +34,8 @@ def offload_activations(
     depth: int = 32,
     backend: str = "auto",
 ) -> ActivationOffload:
-    """A context manager: what autograd saves inside it waits for its backward on disk, or from a GPU in pinned memory of
-    the host. The backward may come after it.
+    """A context manager: what autograd saves inside it waits for its backward on disk, or for a GPU's in pinned memory
+    of the host. The backward may come after it.
 
     model: whose parameters and buffers, and views of them, stay where they are; or just those tensors.
     folder: where the file lies; the default is the folder for temporary files.
