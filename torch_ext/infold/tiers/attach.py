@@ -143,12 +143,14 @@ class Handle:
     def move(self, name: str, tier: str) -> int:
         """Puts a unit into another tier of the plan's; the bytes that moved. Not while the model runs.
 
-        Raises ValueError for a unit or a tier that is not there.
+        Raises ValueError for a unit or a tier that is not there, RuntimeError where the disk has no room: the unit is in
+        the first tier then.
         """
         unit, spec = self._unit(name), self._tier(tier)
         if self._tier_of[name] == tier:
             return 0
         self._bring_back(unit)
+        self._tier_of[name] = self.plan.tiers[0].name
         self._place(unit, spec)
         return unit.nbytes
 
