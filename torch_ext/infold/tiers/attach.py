@@ -143,8 +143,8 @@ class Handle:
     def move(self, name: str, tier: str) -> int:
         """Puts a unit into another tier of the plan's; the bytes that moved. Not while the model runs.
 
-        Raises ValueError for a unit or a tier that is not there, RuntimeError where the disk has no room: the unit is in
-        the first tier then.
+        Raises ValueError for a unit or a tier that is not there, RuntimeError where the disk has no room: the unit
+        is in the first tier then.
         """
         unit, spec = self._unit(name), self._tier(tier)
         if self._tier_of[name] == tier:
