@@ -1,10 +1,10 @@
 """Tiers that follow importance or use during training, against those of the plan, and against random ones.
 
 `dense` is a small transformer, whose every weight is read at each step: importance (a moving average of each unit's
-mean squared gradient) cannot tell what is used. `experts` calls two of twelve layers a step, and which two changes every
-20 steps: here a moving average of uses can. A share of the weights fits in the fast tier, the rest is on disk. The ways
-run in turn, for each seed; all have the same losses, bit for bit. A row compares a way's mean step, moves included, with
-the static plan's; the first ten steps are left out.
+mean squared gradient) cannot tell what is used. `experts` calls two of twelve layers a step, and which two changes
+every 20 steps: here a moving average of uses can. A share of the weights fits in the fast tier, the rest is on disk.
+The ways run in turn, for each seed; all have the same losses, bit for bit. A row compares a way's mean step, moves
+included, with the static plan's; the first ten steps are left out.
 
 Run: python benchmarks/tier_dynamic.py [--quick] [--threads N] [--folder F] [--seeds N] [--json FILE]
 """
