@@ -47,8 +47,9 @@ def offload_activations(
         level, the row's largest magnitude / 127: that changes gradients. Neither on a GPU.
     depth, backend: of `infold.tiers.Store`.
 
-    What a forward writes in place after it was saved does not change what was saved. Raises ValueError for a wrong
-    argument; a forward or backward in it, RuntimeError with the file's name where the disk has no room or fails.
+    What is offloaded to disk does not change if the tensor is written to afterwards; on a GPU, that is the error that
+    it is without offloading. Raises ValueError for a wrong argument; a forward or backward in it, RuntimeError with the
+    file's name where the disk has no room or fails.
     """
     for name, value in (("min_bytes", min_bytes), ("buffer_bytes", buffer_bytes), ("limit_bytes", limit_bytes or 0)):
         if value < 0:

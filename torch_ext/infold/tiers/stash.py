@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -149,6 +150,7 @@ class DiskStash:
         self._entries: dict[int, _DiskEntry] = {}
         self._leaving: list[_DiskEntry] = []
         self._count = 0
+        self._counting = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -294,7 +296,8 @@ class DiskStash:
             self._extents.free(entry.offset + memory.nbytes, entry.stored - memory.nbytes)
             entry.stored = memory.nbytes
         self._store.wait(self._store.write(entry.offset, memory))
-        self._counters.bytes_stored += memory.nbytes
+        with self._counting:
+            self._counters.bytes_stored += memory.nbytes
 
     def _pack(self, data: Tensor, rows: Rows) -> Packed:
         matrix = data.view(rows.dtype).view(-1, rows.columns)
