@@ -2,9 +2,11 @@
 
 Each way runs in processes of its own, the ways in turn: a step's median time, and the process's peak memory above what
 it held when the model, its gradients and the data were there. A row compares a way with keeping everything. bfloat16 is
-by autocast.
+by autocast. All have MALLOC_MMAP_THRESHOLD_=1000000, with which the C library returns what is freed, unless
+--default-malloc is given.
 
-Run: python benchmarks/tier_activations.py [--quick] [--threads N] [--folder F] [--rounds N] [--json FILE]
+Run: python benchmarks/tier_activations.py [--quick] [--threads N] [--folder F] [--rounds N] [--default-malloc]
+    [--json FILE]
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 WAYS = ("everything in memory", "checkpoint", "disk", "disk, lossless", "disk, int8")
 #: blocks, width, batch, tokens
 SHAPE, QUICK = (6, 512, 4, 512), (3, 256, 4, 256)
-STEPS = 3
+STEPS = 2
 BUFFER = 64 << 20
 
 
@@ -97,6 +99,7 @@ def measure(way: str, shape: tuple[int, ...], folder: str) -> dict[str, Any]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the file of the disk tier lies")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each way")
+    parser.add_argument("--default-malloc", action="store_true", help="leave freed memory to the C library")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
@@ -106,6 +109,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child, shape, arguments.folder)))
         return
+    environment = {**os.environ, **({} if arguments.default_malloc else {"MALLOC_MMAP_THRESHOLD_": "1000000"})}
     figures: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     differences = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -113,7 +117,7 @@ def main() -> None:
             for way in WAYS:
                 command = [sys.executable, __file__, "--child", way, "--folder", folder]
                 command += ["--threads", str(arguments.threads), *(["--quick"] if arguments.quick else [])]
-                output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+                output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
                 figures[way].append(json.loads(output.splitlines()[-1]))
         expected = torch.load(Path(folder) / f"gradients of {WAYS[0]}")
         for way in WAYS:
@@ -143,7 +147,7 @@ def main() -> None:
             stored_mb=megabytes["stored"],
             relative_gradient_difference=differences[way],
         )
-    results.write(buffer_bytes=BUFFER, steps=STEPS)
+    results.write(buffer_bytes=BUFFER, steps=STEPS, default_malloc=arguments.default_malloc)
 
 
 if __name__ == "__main__":

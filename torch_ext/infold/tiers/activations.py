@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 from collections import deque
@@ -164,7 +165,7 @@ class ActivationOffload:
             entry = self._find(tensor)
             if entry is None:
                 source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-                entry = stash.put(source, tensor, _rows(tensor) if self._packing else None)
+                entry = stash.put(source, tensor, _rows(tensor, self._packing) if self._packing else None)
                 if entry is None:
                     self.counters.kept += 1
                     return _Kept(tensor)
@@ -284,7 +285,7 @@ def _key(tensor: Tensor) -> _Key:
     return storage._cdata, tensor._version, tensor.dtype, storage.data_ptr(), storage.nbytes()
 
 
-def _rows(tensor: Tensor) -> Rows | None:
+def _rows(tensor: Tensor, packing: ActivationPacking) -> Rows | None:
     """How to pack a tensor's storage; None for what is not packed."""
     storage = tensor.untyped_storage()
     if tensor.dtype not in WEIGHT_DTYPES or storage.nbytes() % tensor.element_size():
@@ -292,5 +293,8 @@ def _rows(tensor: Tensor) -> Rows | None:
     count = storage.nbytes() // tensor.element_size()
     order = sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
     dense = tensor.numel() == count and tensor.permute(order).is_contiguous()
-    innermost = tensor.size(order[-1]) if order else 1
-    return Rows(tensor.dtype, innermost if dense else count, dense)
+    if packing == "int8" and dense and order:
+        return Rows(tensor.dtype, tensor.size(order[-1]), True)
+    # Rows do not matter to what keeps every bit, but one that is very long takes ten times as long to pack.
+    columns = math.gcd(count, 1024)
+    return Rows(tensor.dtype, columns if columns >= 16 else count, False)

@@ -45,11 +45,11 @@ class ActivationCounters:
 
 
 class Rows(NamedTuple):
-    """How a storage is a matrix of floats; ``dense``: one saved tensor is all of it, and no number in it is idle."""
+    """How a storage is a matrix of floats, and whether its numbers may be rounded: all of them are in use then."""
 
     dtype: torch.dtype
     columns: int
-    dense: bool
+    rounded: bool
 
 
 class Entry:
@@ -285,7 +285,7 @@ class DiskStash:
         packed = self._pack(memory[: entry.nbytes], rows) if self._packing and rows else None
         if packed is not None and pages(packed.nbytes) < pages(entry.nbytes):
             entry.parts = [(tensor.nbytes, tensor.dtype, tensor.shape) for tensor in packed]
-            if self._packing == "int8":
+            if rows and rows.rounded:
                 # Gradients do not depend on whether the disk was in time.
                 memory[: entry.nbytes].copy_(_as_bytes(_unpack(packed)))
             memory = host_memory(packed.nbytes)
@@ -301,7 +301,7 @@ class DiskStash:
 
     def _pack(self, data: Tensor, rows: Rows) -> Packed:
         matrix = data.view(rows.dtype).view(-1, rows.columns)
-        if self._packing == "int8" and rows.dense:
+        if rows.rounded:
             try:
                 return pack(matrix, FusedConfig("int8"))
             except ValueError:
