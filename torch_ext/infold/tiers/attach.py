@@ -24,7 +24,7 @@ from infold.tiers.ring import Ring, host_memory
 from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
 from infold.tiers.training import state_name, step_by_units
-from infold.tiers.units import ATOMIC, Unit, pages, units
+from infold.tiers.units import ATOMIC, Unit, units
 
 Mode = Literal["real", "emulated"]
 
@@ -48,8 +48,8 @@ def attach(
         safetensors file, a folder of them, or a mapping from qualified names to tensors.
     depth, backend: of `infold.tiers.Store`.
 
-    Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units,
-    RuntimeError where the disk has no room; the model is as it was then.
+    Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, OSError
+    where the disk has no room; the model is as it was then.
     """
     if mode not in ("real", "emulated"):
         raise ValueError(f"mode: expected 'real' or 'emulated', got {mode!r}")
@@ -157,12 +157,6 @@ class Handle:
     def tiers(self) -> dict[str, str]:
         """The tier that each unit is in."""
         return dict(self._tier_of)
-
-    def rooms(self) -> dict[str, int]:
-        """The bytes that each unit takes in the ring while it is fetched."""
-        if self.mode == "emulated":
-            return {name: pages(self.plan.placements[name].nbytes) for name in self._units}
-        return {name: unit.room for name, unit in self._units.items()}
 
     # --- training ---
 

@@ -11,6 +11,7 @@ from infold.tiers.attach import Handle
 from infold.tiers.packing import Assignment, Packing
 from infold.tiers.plan import Uses, check_names
 from infold.tiers.search import Exposure, least_exposed
+from infold.tiers.units import pages
 
 Scores = Mapping[str, float]
 #: Chooses the tier of every unit from the scores and the tiers that they are in.
@@ -276,7 +277,9 @@ def _packing(handle: Handle) -> _FixedRing:
     plan = handle.plan
     limits = [plan.budgets.get(tier.name, tier.capacity_bytes) for tier in plan.tiers]
     limits[0] = None if limits[0] is None else limits[0] - plan.buffer_bytes
-    rooms = handle.rooms()
+    # In emulated mode the ring holds stored bytes.
+    stored, real = plan.placements, handle.mode == "real"
+    rooms = {name: unit.room if real else pages(stored[name].nbytes) for name, unit in handle._units.items()}
     return _FixedRing(
         tuple(placement.nbytes for placement in plan.placements.values()),
         tuple(rooms[name] for name in plan.placements),

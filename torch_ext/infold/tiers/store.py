@@ -15,7 +15,7 @@ from infold.tiers.units import pages
 class Store:
     """A preallocated file without a name: it is gone with the process, however that ends.
 
-    folder: where it lies; the file system has to have room for all that is ever reserved, else RuntimeError is raised.
+    folder: where it lies; the file system has to have room for all that is ever reserved, else OSError is raised.
     depth: how many pieces of a transfer the disk is given at a time. backend: ``"uring"``, ``"threads"`` or ``"auto"``.
     """
 
