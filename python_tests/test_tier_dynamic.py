@@ -236,6 +236,13 @@ def test_traffic_moves_to_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tiering.replan().moves == ()
 
 
+def test_units_without_a_score_have_the_lowest() -> None:
+    model = make(3)
+    with attach(model, placed(model, "FDD", fast=2)) as handle:
+        DynamicTiering(handle, lambda: {"1": 2.0, "2": 5.0}, **options()).replan()
+        assert letters(handle) == "DFF"
+
+
 def test_a_policy_chooses_and_is_held_to_the_budgets() -> None:
     model = make(3)
 
@@ -284,9 +291,8 @@ def test_wrong_arguments_and_scores_are_refused() -> None:
         with pytest.raises(ValueError, match="scores: expected a function"):
             DynamicTiering(handle, **options())
         for scores, what in (
-            (given(1), "scores: expected all of the model's units, '1' missing"),
             (given(1, 2, 3), "scores: expected names of the model's units, got '2'"),
-            (given(1, float("nan")), "scores: expected numbers, got NaN for 1"),
+            (given(1, float("nan")), "scores: 1: expected a finite number, got nan"),
         ):
             with pytest.raises(ValueError, match=what):
                 DynamicTiering(handle, scores, **options()).replan()

@@ -51,7 +51,8 @@ class DynamicTiering:
             handle.step(optimizer)
             tiering.step()
 
-    scores: called at a re-plan; a number for every unit, higher for what is to be in a faster tier.
+    scores: called at a re-plan; a number by unit, higher for what is to be in a faster tier. Units that it leaves out
+        have the lowest of them.
     every: steps from one re-plan to the next.
     max_bytes: of weights that one moves at most, the highest scores first. What an optimizer keeps for a unit goes with
         it and is not counted.
@@ -64,8 +65,8 @@ class DynamicTiering:
 
     Results do not depend on where weights lie. While a unit moves it is in plain memory, beside the budgets.
 
-    Raises ValueError for a wrong argument; at a re-plan, for scores that are not of all units or not numbers, and for a
-    policy's tiers that exceed the budgets.
+    Raises ValueError for a wrong argument; at a re-plan, for scores of no unit or that are not finite, and for a policy's
+    tiers that exceed the budgets.
     """
 
     def __init__(
@@ -115,9 +116,11 @@ class DynamicTiering:
         """Re-plans now."""
         scores = dict(self._scores()) if self._scores else {}
         if self._scores:
-            check_names("scores", scores, self._names, missing=True)
-            if wrong := [name for name, score in scores.items() if score != score]:
-                raise ValueError(f"scores: expected numbers, got NaN for {', '.join(wrong[:5])}")
+            check_names("scores", scores, self._names)
+            for name, score in scores.items():
+                if not math.isfinite(score):
+                    raise ValueError(f"scores: {name}: expected a finite number, got {score}")
+            scores = {**dict.fromkeys(self._names, min(scores.values(), default=0.0)), **scores}
         index = {tier.name: number for number, tier in enumerate(self._tiers)}
         current = [index[self._handle.tiers()[name]] for name in self._names]
         target: Assignment | None
