@@ -237,10 +237,10 @@ def test_traffic_moves_to_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_units_without_a_score_have_the_lowest() -> None:
-    model = make(3)
-    with attach(model, placed(model, "FDD", fast=2)) as handle:
-        DynamicTiering(handle, lambda: {"1": 2.0, "2": 5.0}, **options()).replan()
-        assert letters(handle) == "DFF"
+    model = make(4)
+    with attach(model, placed(model, "FFDD", fast=2)) as handle:
+        DynamicTiering(handle, lambda: {"1": 2.0, "2": 5.0, "3": 1.0}, **options()).replan()
+        assert letters(handle) == "DFFD"
 
 
 def test_a_policy_chooses_and_is_held_to_the_budgets() -> None:

@@ -65,8 +65,8 @@ class DynamicTiering:
 
     Results do not depend on where weights lie. While a unit moves it is in plain memory, beside the budgets.
 
-    Raises ValueError for a wrong argument; at a re-plan, for scores of no unit or that are not finite, and for a policy's
-    tiers that exceed the budgets.
+    Raises ValueError for a wrong argument; at a re-plan, for scores of no unit or that are not finite, and for a
+    policy's tiers that exceed the budgets.
     """
 
     def __init__(
