@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
 from infold.tiers.codecs import RAW, config_of
+from infold.tiers.cuda import CudaPiece, Lane, device_memory
 from infold.tiers.emulate import EmulatedPiece, link_for, no_memory
 from infold.tiers.engine import Counters, Engine
 from infold.tiers.hooks import Hooks
@@ -108,10 +109,12 @@ class Handle:
         self._depth, self._backend = depth, backend
         self._store: Store | None = None
         self._executor = ThreadPoolExecutor(1, "infold-tiers")
-        self._ring = Ring(plan.buffer_bytes, host_memory if mode == "real" else no_memory)
+        self._device = _device(model)
+        self._ring = Ring(plan.buffer_bytes, self._allocator())
         self._engine = Engine({}, self._ring)
         self._hooks = Hooks(self._engine, model)
-        self._links = {spec.name: link_for(spec, _devices(model)) for spec in plan.tiers if not spec.resident}
+        self._links = {spec.name: link_for(spec, self._device) for spec in plan.tiers if not spec.resident}
+        self._lane = Lane(self._device, self._executor) if mode == "real" and self._device.type == "cuda" else None
         self._tier_of: dict[str, str] = {}
         self._removed = False
 
@@ -151,10 +154,17 @@ class Handle:
         if self.mode == "emulated":
             placed = self.plan.placements.get(name)
             return EmulatedPiece(placed.nbytes if placed else nbytes, self._links[spec.name])
-        if not spec.on_disk:
-            return RamPiece(tensors, self._executor)
-        self._store = self._store or self._open_store(0)
-        return DiskPiece(tensors, self._store)
+        if spec.on_disk:
+            self._store = self._store or self._open_store(0)
+        store = self._store if spec.on_disk else None
+        if self._lane:
+            return CudaPiece(tensors, self._lane, store)
+        return DiskPiece(tensors, store) if store else RamPiece(tensors, self._executor)
+
+    def _allocator(self) -> Callable[[int], Tensor]:
+        if self.mode == "emulated":
+            return no_memory
+        return device_memory(self._device) if self._device.type == "cuda" else host_memory
 
     def _packed_piece(self, unit: Unit, spec: TierSpec) -> Piece:
         codec = self.plan.placements[unit.name].codec
@@ -170,12 +180,14 @@ class Handle:
     def move(self, name: str, tier: str) -> int:
         """Puts a unit into another tier of the plan's; the bytes that moved. Not while the model runs.
 
-        Raises ValueError for a unit or a tier that is not there.
+        Raises ValueError for a unit or a tier that is not there, RuntimeError where the disk has no room: the unit
+        is in the first tier then.
         """
         unit, spec = self._unit(name), self._tier(tier)
         if self._tier_of[name] == tier:
             return 0
         self._bring_back(unit)
+        self._tier_of[name] = self.plan.tiers[0].name
         self._place(unit, spec)
         return unit.nbytes
 
@@ -264,8 +276,13 @@ class Handle:
         return self.plan.specs[name]
 
 
-def _devices(model: nn.Module) -> set[torch.device]:
-    return {parameter.device for parameter in model.parameters()}
+def _device(model: nn.Module) -> torch.device:
+    """Where a model computes; what has no memory yet will on the CPU."""
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"model: expected one device, got {names}; see infold.tiers.to_device_map for several")
+    return devices.pop() if devices else torch.device("cpu")
 
 
 def _trim() -> None:

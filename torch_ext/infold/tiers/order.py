@@ -12,8 +12,8 @@ class AccessOrder:
     that are called twice and branches are all sequences that come again.
     """
 
-    #: So many uses tell a place in the sequence; where they are new, fewer do. Long ones tell a block's forward from its
-    #: recomputation in the backward, which is followed by others.
+    #: So many uses tell a place in the sequence; where they are new, fewer do. Long ones tell a block's forward from
+    #: its recomputation in the backward, which is followed by others.
     CONTEXTS = (16, 8, 4, 2, 1)
 
     def __init__(self, capacity: int = 100_000) -> None:
