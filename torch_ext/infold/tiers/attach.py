@@ -45,7 +45,6 @@ def attach(
     weights: Weights | str | Path | None = None,
     materialize: bool = False,
     atomic: Collection[type[nn.Module]] = ATOMIC,
-    depth: int = 32,
     backend: str = "auto",
 ) -> Handle:
     """Moves a model's weights to the tiers of ``plan``, and fetches them while the model runs.
@@ -57,7 +56,7 @@ def attach(
     materialize: stores weights packed and decodes each layer into a buffer just before it runs: by the codec that the
         plan gives it, else losslessly. What is stored so is frozen. Without it a plan's codecs only say how layers were
         converted (`infold.convert`), which compute on the packed weight.
-    depth, backend: of `infold.tiers.Store`.
+    backend: of `infold.tiers.Store`.
 
     Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, and
     RuntimeError where the disk has no room; the model is as it was then.
@@ -73,7 +72,7 @@ def attach(
             raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
     if plan.fingerprint != fingerprint(model):
         raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
-    handle = Handle(model, plan, found, mode, materialize, folder, depth, backend)
+    handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:
         handle._place_all(open_weights(weights))
     except BaseException:
@@ -97,7 +96,6 @@ class Handle:
         mode: Mode,
         materialize: bool,
         folder: str | Path | None,
-        depth: int,
         backend: str,
     ) -> None:
         self.model = model
@@ -106,7 +104,7 @@ class Handle:
         self._materialize = materialize
         self._units = dict(found)
         self._folder = Path(folder or tempfile.gettempdir())
-        self._depth, self._backend = depth, backend
+        self._backend = backend
         self._store: Store | None = None
         self._executor = ThreadPoolExecutor(1, "infold-tiers")
         self._device = _device(model)
@@ -175,7 +173,8 @@ class Handle:
         return PackedPiece(unit.parameters.values(), config, self._executor, store)
 
     def _open_store(self, nbytes: int) -> Store:
-        return Store(self._folder, nbytes, depth=self._depth, backend=self._backend)
+        depth = next(spec.depth for spec in self.plan.tiers if spec.on_disk)
+        return Store(self._folder, nbytes, depth=depth, backend=self._backend)
 
     def move(self, name: str, tier: str) -> int:
         """Puts a unit into another tier of the plan's; the bytes that moved. Not while the model runs.
