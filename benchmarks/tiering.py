@@ -2,8 +2,8 @@
 
 Twelve 4096 x 4096 bfloat16 layers, batch 1, without gradients. A cold forward finds nothing of the model in memory: the
 page cache of accelerate's files is dropped before it, and so is Infold's ring. A steady one follows another, and finds
-in the ring what the last one left. `read` is a plain sequential O_DIRECT read of as many bytes, by one thread with two
-buffers' worth of requests outstanding in none: what the disk gives to a simple loop.
+in the ring what the last one left. A plain read is a sequential O_DIRECT read of as many bytes, 8 MiB after 8 MiB: what
+the disk gives to a simple loop. The engine alone, reading the same file, is measured by `disk.py`.
 
 Run: python benchmarks/tiering.py [--quick] [--folder DISK] [--rounds N] [--threads N] [--json FILE]
 """
@@ -32,6 +32,8 @@ from torch import Tensor, nn
 RESIDENT = TierSpec("RAM", 0, 1000, resident=True)
 DISK = TierSpec("DISK", 100, 1, on_disk=True)
 COPIED = TierSpec("COPIED", 10, 10)
+#: Seconds in which a ring fills.
+_SETTLE = 0.25
 
 
 class Contender(NamedTuple):
@@ -138,10 +140,13 @@ def _interleaved(contenders: dict[str, Contender], rounds: int, cold: bool) -> d
                 contender.cool()
             else:
                 contender.forward()
+            time.sleep(_SETTLE)
             begun = time.perf_counter()
             contender.forward()
             if turn:
                 times[name].append(1e3 * (time.perf_counter() - begun))
+            # What it prefetches for a next forward is over before another's begins.
+            time.sleep(_SETTLE)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -58,13 +58,15 @@ def test_the_embedded_kernels_are_fatbins() -> None:
 #: What makes an example short.
 ARGUMENTS = {
     "adapter": ["--steps", "3", "--seeds", "1", "--rounds", "1", "--json", "OUT/adapter.json"],
+    "larger_than_memory": ["--budget", "8", "--times", "20", "--steps", "2"],
     "mnist_frequency": ["--epochs", "1", "--seeds", "1", "--out", "OUT"],
     "phase_relations": ["--steps", "5", "--seeds", "1", "--out", "OUT"],
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter", "embed", "load_library", "mnist_frequency", "phase_relations", "train_on_packed"]
+    "name",
+    ["adapter", "embed", "larger_than_memory", "load_library", "mnist_frequency", "phase_relations", "train_on_packed"],
 )
 def test_example(name: str, tmp_path: Path) -> None:
     arguments = [argument.replace("OUT", str(tmp_path)) for argument in ARGUMENTS.get(name, [])]
@@ -79,12 +81,16 @@ def test_example(name: str, tmp_path: Path) -> None:
     expected = {
         "adapter": "circulant           165,888",
         "embed": "bits a weight",
+        "larger_than_memory": "20 times the budget",
         "load_library": "gradients: x (4, 256)",
         "mnist_frequency": "circulant 8       243,722   7.6x",
         "phase_relations": "8,448 parameters in every model",
         "train_on_packed": "epoch 4",
     }
     assert expected[name] in result.stdout
+    if name == "larger_than_memory":
+        # The weights take their budget: all of them would be more than twice of what is allowed.
+        assert float(result.stdout.split()[-3]) < 1.25
     written = {
         "adapter": {"adapter.json"},
         "mnist_frequency": {"runs.csv", "accuracy.png"},
