@@ -89,8 +89,8 @@ def test_example(name: str, tmp_path: Path) -> None:
     }
     assert expected[name] in result.stdout
     if name == "larger_than_memory":
-        # The weights take their budget: all of them would be more than twice of what is allowed.
-        assert float(result.stdout.split()[-3]) < 1.25
+        # Of the memory that is allowed; with all weights in it there would be three times as much.
+        assert float(result.stdout.split()[-3]) < 2
     written = {
         "adapter": {"adapter.json"},
         "mnist_frequency": {"runs.csv", "accuracy.png"},
