@@ -10,7 +10,9 @@ import pytest
 import torch
 from infold.tiers import (
     Access,
+    AdamStateAnalyzer,
     DynamicTiering,
+    GradientEma,
     Handle,
     Placement,
     Plan,
@@ -297,3 +299,26 @@ def test_wrong_arguments_and_scores_are_refused() -> None:
             with pytest.raises(ValueError, match=what):
                 DynamicTiering(handle, scores, **options()).replan()
         assert letters(handle) == "FD"
+
+
+@pytest.mark.parametrize("source", ["GradientEma", "AdamStateAnalyzer"])
+def test_live_importance_drives_it_and_the_bits_stay(source: str) -> None:
+    model, reference = make(), make()
+    optimizer, other = (torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, reference))
+    x = torch.randn(4, 32)
+    # The first layers' gradients are the largest here, and they begin on disk.
+    with attach(model, placed(model, "DDDDFF", fast=2)) as handle, GradientEma(model) as average:
+        scores = average.scores if source == "GradientEma" else lambda: AdamStateAnalyzer()(model, optimizer)
+        tiering = DynamicTiering(handle, scores, every=4, max_bytes=10 * LAYER, hysteresis=0.0)
+        for m, o, step in ((model, optimizer, lambda: handle.step(optimizer)), (reference, other, other.step)):
+            for _ in range(8):
+                o.zero_grad()
+                m(x).square().sum().backward()
+                step()
+                if m is model:
+                    tiering.step()
+        best = sorted(scores(), key=lambda name: -scores()[name])[:2]
+        assert {name for name, tier in handle.tiers().items() if tier == "FAST"} == set(best)
+        assert sum(len(record.moves) for record in tiering.records) > 0
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
