@@ -313,12 +313,6 @@ FAULTS = (
     ("circulant: what is alone of many rows", MANY_ROWS, "slot == 0 ? imaginary[i] : mixed[i]", "mixed[i]"),
     ("circulant: conjugates of many rows", MANY_ROWS, "p.conjugate && slot != 0", "p.conjugate"),
     (
-        "circulant: lanes that have read a region",
-        MANY_ROWS,
-        "      sync_warp();\n      for (int start",
-        "      for (int start",
-    ),
-    (
         "circulant: the barrier before regions are used again",
         MANY_ROWS,
         "finish(first_row, first, count);\n      // Before the regions are used again.\n      __syncthreads();",
