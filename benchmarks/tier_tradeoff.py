@@ -12,8 +12,8 @@ that 30% is the documents' 30/50/20. The preset itself cuts a ranking at these s
 This machine: RAM that is computed on, and the disk. Of some plans the forward is measured in real mode, and in emulated
 mode with the GPU's links under this machine's computing; beside each is the prediction with computing as measured.
 
-A ranking that fetches SmolLM2's embedding, a fifth of all bytes, needs a ring as large; "kept" has the largest weight in
-the first tier.
+A ranking that fetches SmolLM2's embedding, a fifth of all bytes, needs a ring as large; "kept" has the largest weight
+in the first tier.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/tier_tradeoff.py --data FOLDER --mnist FOLDER --threads 1
     [--only smollm2|lenet5] [--quick] [--folder DISK] [--json FILE] [--plot docs/figures/tier_tradeoff.png]
@@ -63,7 +63,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SEEDS = 3
 GPU = (PRESETS["A100"], PRESETS["PCIe4"], PRESETS["NVMe4"])
 #: What is measured.
-MEASURED = (0.3, 0.5, 0.7)
+MEASURED = (0.3, 0.5, 0.7, 0.9)
 
 
 class Subject(NamedTuple):
@@ -215,6 +215,9 @@ def sweep(results: Results, subject: Subject, specs: Sequence[TierSpec], uses: U
             )
         curves[strategy.name] = points
         print(f"{strategy.name:<20}" + "".join(f"{'-' if p is None else f'{p[0]:.3f}':>9}" for p in points), flush=True)
+    fewest = [min((p[i][3] for p in curves.values() if p[i]), default=None) for i in range(len(SHARES))]
+    total = sum(unit.nbytes for unit in units(subject.model))
+    print(f"{'saved, at least':<20}" + "".join(f"{'-' if n is None else f'{100 * n / total:.1f}%':>9}" for n in fewest))
     return curves
 
 
@@ -295,7 +298,6 @@ def draw(curves: Mapping[str, Mapping[str, Any]], totals: Mapping[str, int], pat
         axes.set_title(title, fontsize=9)
     panels[0].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.tight_layout()
     drawing.savefig(path, dpi=120)
 
 
