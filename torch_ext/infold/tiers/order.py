@@ -20,6 +20,7 @@ class AccessOrder:
         self._capacity = capacity
         # A use is the unit and how often it was used just before: else a run of uses would look alike everywhere.
         self._history: list[_Use] = []
+        self._names: list[str] = []  # the same without the numbers
         self._places: dict[tuple[_Use, ...], int] = {}
         self._place = -1
 
@@ -27,7 +28,7 @@ class AccessOrder:
         """Notes a use."""
         if len(self._history) >= self._capacity:
             kept = self._history[self._capacity // 2 :]
-            self._history, self._places = [], {}
+            self._history, self._names, self._places = [], [], {}
             for earlier in kept:
                 self._append(earlier)
         last, repeats = self._history[-1] if self._history else ("", -1)
@@ -37,10 +38,11 @@ class AccessOrder:
         """The next uses that are expected, the first first; empty where nothing like the present was seen before."""
         if self._place < 0:
             return []
-        return [name for name, _ in self._history[self._place + 1 : self._place + 1 + limit]]
+        return self._names[self._place + 1 : self._place + 1 + limit]
 
     def _append(self, use: _Use) -> None:
         self._history.append(use)
+        self._names.append(use[0])
         contexts = [tuple(self._history[-length:]) for length in range(self.CONTEXT, 0, -1)]
         self._place = next((self._places[context] for context in contexts if context in self._places), -1)
         self._places.update(dict.fromkeys(contexts, len(self._history) - 1))
