@@ -189,14 +189,18 @@ def saved(made: Plan) -> int:
     return sum(held.values()) - held[made.tiers[0].name] - made.buffer_bytes
 
 
+def shares(arguments: argparse.Namespace) -> tuple[float, ...]:
+    return MEASURED if arguments.quick else SHARES
+
+
 def sweep(results: Results, subject: Subject, specs: Sequence[TierSpec], uses: Uses, title: str) -> dict[str, Any]:
     """Predicted milliseconds by strategy and share."""
     print(f"\n{subject.name}, {title}: predicted milliseconds by the first tier's share of all bytes")
-    print(f"{'':<20}" + "".join(f"{f'{100 * share:.0f}%':>9}" for share in SHARES), flush=True)
+    print(f"{'':<20}" + "".join(f"{f'{100 * share:.0f}%':>9}" for share in shares(results.arguments)), flush=True)
     curves: dict[str, Any] = {}
     for strategy in STRATEGIES:
         points = []
-        for share in SHARES:
+        for share in shares(results.arguments):
             made = [make(subject, strategy, specs, share, uses, seed) for seed in range(strategy.seeds)]
             values = [1e3 * predict(subject.model, p, compute_seconds=uses).seconds for p in made if p is not None]
             if len(values) < len(made):
@@ -215,7 +219,9 @@ def sweep(results: Results, subject: Subject, specs: Sequence[TierSpec], uses: U
             )
         curves[strategy.name] = points
         print(f"{strategy.name:<20}" + "".join(f"{'-' if p is None else f'{p[0]:.3f}':>9}" for p in points), flush=True)
-    fewest = [min((p[i][3] for p in curves.values() if p[i]), default=None) for i in range(len(SHARES))]
+    fewest = [
+        min((p[i][3] for p in curves.values() if p[i]), default=None) for i in range(len(shares(results.arguments)))
+    ]
     total = sum(unit.nbytes for unit in units(subject.model))
     print(f"{'saved, at least':<20}" + "".join(f"{'-' if n is None else f'{100 * n / total:.1f}%':>9}" for n in fewest))
     return curves
@@ -227,13 +233,13 @@ def presets(results: Results, subject: Subject, uses: Uses) -> None:
     for name in ("importance", "inverse", "size", "layer order", "random"):
         made = [preset(subject, name, seed) for seed in range(SEEDS if name == "random" else 1)]
         values = [1e3 * predict(subject.model, each, compute_seconds=uses).seconds for each in made]
-        shares = [saved(each) / total for each in made]
-        row = {"case": f"{subject.name}, 30/50/20", "strategy": name, "predicted_ms": values, "saved": shares}
+        spared = [saved(each) / total for each in made]
+        row = {"case": f"{subject.name}, 30/50/20", "strategy": name, "predicted_ms": values, "saved": spared}
         results.rows.append(row)
         spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
         ring = statistics.fmean(each.buffer_bytes for each in made) / total
         print(
-            f"  {name:<12} {statistics.fmean(values):.3f} ms{spread}, saves {100 * statistics.fmean(shares):.0f}%, "
+            f"  {name:<12} {statistics.fmean(values):.3f} ms{spread}, saves {100 * statistics.fmean(spared):.0f}%, "
             f"ring {100 * ring:.0f}%"
         )
 
