@@ -2,7 +2,8 @@
 
 The tiers are RAM that is computed on where it lies, RAM that is copied by a thread, and a file that is read past the
 page cache. The last two are measured first, by the engine's own reads and copies of the sizes that the model has, and
-setup time and bandwidth are fitted to them. Sixteen linear layers in groups of four: 8, 8, 25 and 25 MB of float32.
+setup time and bandwidth are fitted to them, the next one under way while one is waited for. Sixteen linear layers: 8,
+8, 25 and 25 MB of float32, four times.
 
 Each plan has two copies of the model, one attached in real mode and one in emulated mode. They take turns; a turn is a
 forward that is not timed, so that the ring is as a running model leaves it, and several that are. The prediction is the
@@ -65,23 +66,29 @@ def build(quick: bool) -> nn.Sequential:
 
 
 def measured(name: str, pieces: Iterable[Piece], turns: int, on_disk: bool = False) -> TierSpec:
-    """A tier from how long it takes the engine's pieces to come, one after the other."""
-    seconds: dict[int, list[float]] = {}
+    """A tier from how long it takes the engine's pieces to come, the next one begun before the last is here."""
     pieces = list(pieces)
-    ring = Ring(max(piece.nbytes for piece in pieces))
-    for turn in range(turns + 1):
-        for piece in pieces:
-            begun = time.perf_counter()
-            memory, wait = piece.load(ring)
-            wait()
-            # The first turn gives memory its pages.
-            if turn:
-                seconds.setdefault(piece.nbytes, []).append(time.perf_counter() - begun)
-            ring.give(memory)
+    ring = Ring(sum(piece.nbytes for piece in pieces))
+    seconds: dict[int, list[float]] = {piece.nbytes: [] for piece in pieces}
+    waiting = [(pieces[0].nbytes, *pieces[0].load(ring))]
+    before = 0.0
+    for index in range(len(pieces) * (turns + 1)):
+        # Not the same again: caches would hold it.
+        following = pieces[(index + 1) % len(pieces)]
+        waiting.append((following.nbytes, *following.load(ring)))
+        nbytes, memory, wait = waiting.pop(0)
+        wait()
+        now = time.perf_counter()
+        # The first turn gives memory its pages.
+        if index >= len(pieces):
+            seconds[nbytes].append(now - before)
+        before = now
+        ring.give(memory)
+    waiting.pop()[2]()
     samples = [(nbytes, statistics.median(times)) for nbytes, times in seconds.items()]
-    setup, bandwidth = fit(samples)
     for nbytes, each in samples:
         print(f"  {name}, {format_bytes(nbytes)}: {1e3 * each:.2f} ms, {nbytes / each / 1e9:.2f} GB/s")
+    setup, bandwidth = fit(samples)
     return TierSpec(name, setup * 1e6, bandwidth / 1e9, on_disk=on_disk)
 
 
