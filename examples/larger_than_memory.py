@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -138,25 +139,27 @@ def make(budget: int, times: float) -> Model:
     return model
 
 
-def needed_anyway(model: Model) -> int:
-    """Bytes of a training step beside the weights: the checkpoints, what autograd saves in a block, and gradients."""
-    width = model.embedding.embedding_dim
-    block = Block(width)
-    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    saved: dict[int, int] = {}
+def needed_anyway(arguments: argparse.Namespace) -> int:
+    """Bytes that a step of training takes beside the weights, seen in a process of its own: there all blocks have one
+    block's frozen weights, so that they cost next to nothing and all else is the same.
+    """
+    command = [sys.executable, __file__, "--without-weights", "--budget", str(arguments.budget)]
+    command += ["--times", str(arguments.times), "--text", str(arguments.text)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    x = torch.randn(BATCH, CONTEXT, width)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = block(x)
-    del y
-    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return len(model.blocks) * x.nbytes + sum(saved.values()) + gradients
+def share_frozen(model: Model) -> None:
+    """Gives all blocks the first one's frozen weights, and the model memory."""
+    first = dict(model.blocks[0].named_parameters())
+    for block in model.blocks[1:]:
+        for name, module in block.named_modules():
+            for local, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.requires_grad:
+                    setattr(module, local, first[f"{name}.{local}"])
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
 
 
 def batches(text: Path, generator: torch.Generator) -> Iterator[Tensor]:
@@ -199,6 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
     parser.add_argument("--folder", help="where the file of weights lies (default: that for temporary files)")
+    parser.add_argument("--without-weights", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     budget = int(arguments.budget * 1e6)
     # The C library keeps what is freed in smaller pieces; that would be counted as ours.
@@ -211,9 +215,16 @@ def main() -> None:
     del small
 
     model = make(budget, arguments.times)
-    anyway = needed_anyway(model)
+    if arguments.without_weights:
+        share_frozen(model)
+        watch = Watch()
+        watch.start()
+        train(model, None, arguments.text, 2)
+        print(watch.stop())
+        return
+    anyway = needed_anyway(arguments)
     nbytes = sum(p.nbytes for p in model.parameters())
-    plan = tiers.plan(model, [RAM, DISK], {"RAM": budget}, "layer-order", buffers=4)
+    plan = tiers.plan(model, [RAM, DISK], {"RAM": budget}, "size", buffers=4)
     print(plan)
     watch = Watch()
     watch.start()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from infold.tiers import Handle, Placement, Plan, TierSpec, attach, fingerprint, units
+from infold.tiers.store import Store
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -350,6 +351,25 @@ def test_units_move_between_tiers_while_attached(tokens: Tensor) -> None:
             handle.move("blocks.1.down", "TAPE")
         with pytest.raises(ValueError, match="expected a unit"):
             handle.move("blocks.9", "RAM")
+    assert_same_state(model, reference)
+
+
+def test_a_move_that_fails_leaves_the_unit_in_the_first_tier(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = make().eval(), make().eval()
+    with attach(model, spread(model, [RAM, DISK])) as handle:
+        name = next(name for name, tier in handle.tiers().items() if tier == "RAM")
+
+        def fail(self: Store, offset: int, data: Tensor) -> int:
+            raise RuntimeError("scratch: no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "write", fail)
+            with pytest.raises(RuntimeError, match="no space left"):
+                handle.move(name, "DISK")
+        assert handle.tiers()[name] == "FAST"
+        assert torch.equal(model(tokens), reference(tokens))
+        assert handle.move(name, "RAM") > 0
+        assert torch.equal(model(tokens), reference(tokens))
     assert_same_state(model, reference)
 
 

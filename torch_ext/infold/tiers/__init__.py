@@ -1,8 +1,10 @@
 """A model's weights over several memories, by byte budget; how much each matters, and at which precision."""
 
+from infold.tiers.activations import ActivationOffload, offload_activations
 from infold.tiers.agreement import AgreementReport, PairAgreement, agreement
 from infold.tiers.attach import Handle, attach
 from infold.tiers.calibrate import calibrate
+from infold.tiers.dynamic import DynamicTiering, Move, Replan
 from infold.tiers.fisher import FisherAnalyzer
 from infold.tiers.hints import load, save, to_device_map, to_llama_cpp
 from infold.tiers.importance import AdamStateAnalyzer, GradientEma, ImportanceSource
@@ -24,14 +26,18 @@ from infold.tiers.pruning import bitter7_scores, prune_
 from infold.tiers.ranking import combine, ranks, spearman, tiers_by_rank
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
+from infold.tiers.stash import ActivationCounters
 from infold.tiers.units import Unit, units
 from infold.tiers.water_filling import Option, water_fill
 
 __all__ = [
     "PRESETS",
     "Access",
+    "ActivationCounters",
+    "ActivationOffload",
     "AdamStateAnalyzer",
     "AgreementReport",
+    "DynamicTiering",
     "Event",
     "FisherAnalyzer",
     "GradientEma",
@@ -40,12 +46,14 @@ __all__ = [
     "LayerCurve",
     "LayerPrecision",
     "LearnedPolicy",
+    "Move",
     "Option",
     "PairAgreement",
     "Placement",
     "Plan",
     "PrecisionPlan",
     "Prediction",
+    "Replan",
     "Stream",
     "TierSpec",
     "Timeline",
@@ -60,6 +68,7 @@ __all__ = [
     "load",
     "measure_compute",
     "measure_precision",
+    "offload_activations",
     "plan",
     "plan_precision",
     "predict",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
 from infold.tiers.codecs import RAW, config_of
+from infold.tiers.cuda import CudaPiece, Lane, device_memory
 from infold.tiers.emulate import EmulatedPiece, link_for, no_memory
 from infold.tiers.engine import Counters, Engine
 from infold.tiers.hooks import Hooks
@@ -44,7 +45,6 @@ def attach(
     weights: Weights | str | Path | None = None,
     materialize: bool = False,
     atomic: Collection[type[nn.Module]] = ATOMIC,
-    depth: int = 32,
     backend: str = "auto",
 ) -> Handle:
     """Moves a model's weights to the tiers of ``plan``, and fetches them while the model runs.
@@ -56,7 +56,7 @@ def attach(
     materialize: stores weights packed and decodes each layer into a buffer just before it runs: by the codec that the
         plan gives it, else losslessly. What is stored so is frozen. Without it a plan's codecs only say how layers were
         converted (`infold.convert`), which compute on the packed weight.
-    depth, backend: of `infold.tiers.Store`.
+    backend: of `infold.tiers.Store`.
 
     Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, and
     RuntimeError where the disk has no room; the model is as it was then.
@@ -72,7 +72,7 @@ def attach(
             raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
     if plan.fingerprint != fingerprint(model):
         raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
-    handle = Handle(model, plan, found, mode, materialize, folder, depth, backend)
+    handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:
         handle._place_all(open_weights(weights))
     except BaseException:
@@ -96,7 +96,6 @@ class Handle:
         mode: Mode,
         materialize: bool,
         folder: str | Path | None,
-        depth: int,
         backend: str,
     ) -> None:
         self.model = model
@@ -105,13 +104,15 @@ class Handle:
         self._materialize = materialize
         self._units = dict(found)
         self._folder = Path(folder or tempfile.gettempdir())
-        self._depth, self._backend = depth, backend
+        self._backend = backend
         self._store: Store | None = None
         self._executor = ThreadPoolExecutor(1, "infold-tiers")
-        self._ring = Ring(plan.buffer_bytes, host_memory if mode == "real" else no_memory)
+        self._device = _device(model)
+        self._ring = Ring(plan.buffer_bytes, self._allocator())
         self._engine = Engine({}, self._ring)
         self._hooks = Hooks(self._engine, model)
-        self._links = {spec.name: link_for(spec, _devices(model)) for spec in plan.tiers if not spec.resident}
+        self._links = {spec.name: link_for(spec, self._device) for spec in plan.tiers if not spec.resident}
+        self._lane = Lane(self._device, self._executor) if mode == "real" and self._device.type == "cuda" else None
         self._tier_of: dict[str, str] = {}
         self._removed = False
 
@@ -151,10 +152,17 @@ class Handle:
         if self.mode == "emulated":
             placed = self.plan.placements.get(name)
             return EmulatedPiece(placed.nbytes if placed else nbytes, self._links[spec.name])
-        if not spec.on_disk:
-            return RamPiece(tensors, self._executor)
-        self._store = self._store or self._open_store(0)
-        return DiskPiece(tensors, self._store)
+        if spec.on_disk:
+            self._store = self._store or self._open_store(0)
+        store = self._store if spec.on_disk else None
+        if self._lane:
+            return CudaPiece(tensors, self._lane, store)
+        return DiskPiece(tensors, store) if store else RamPiece(tensors, self._executor)
+
+    def _allocator(self) -> Callable[[int], Tensor]:
+        if self.mode == "emulated":
+            return no_memory
+        return device_memory(self._device) if self._device.type == "cuda" else host_memory
 
     def _packed_piece(self, unit: Unit, spec: TierSpec) -> Piece:
         codec = self.plan.placements[unit.name].codec
@@ -165,17 +173,20 @@ class Handle:
         return PackedPiece(unit.parameters.values(), config, self._executor, store)
 
     def _open_store(self, nbytes: int) -> Store:
-        return Store(self._folder, nbytes, depth=self._depth, backend=self._backend)
+        depth = next(spec.depth for spec in self.plan.tiers if spec.on_disk)
+        return Store(self._folder, nbytes, depth=depth, backend=self._backend)
 
     def move(self, name: str, tier: str) -> int:
         """Puts a unit into another tier of the plan's; the bytes that moved. Not while the model runs.
 
-        Raises ValueError for a unit or a tier that is not there.
+        Raises ValueError for a unit or a tier that is not there, RuntimeError where the disk has no room: the unit
+        is in the first tier then.
         """
         unit, spec = self._unit(name), self._tier(tier)
         if self._tier_of[name] == tier:
             return 0
         self._bring_back(unit)
+        self._tier_of[name] = self.plan.tiers[0].name
         self._place(unit, spec)
         return unit.nbytes
 
@@ -264,8 +275,13 @@ class Handle:
         return self.plan.specs[name]
 
 
-def _devices(model: nn.Module) -> set[torch.device]:
-    return {parameter.device for parameter in model.parameters()}
+def _device(model: nn.Module) -> torch.device:
+    """Where a model computes; what has no memory yet will on the CPU."""
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"model: expected one device, got {names}; see infold.tiers.to_device_map for several")
+    return devices.pop() if devices else torch.device("cpu")
 
 
 def _trim() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ _KNOWN = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride),
+    *(Tensor.storage_offset, Tensor.untyped_storage),
     *(Tensor.is_contiguous, Tensor.is_inference, Tensor.requires_grad_),
 }
 
 
-class AwayParameter(nn.Parameter):
-    """Stands where a parameter is, while its memory is not: operators get a copy, fetched anew each time.
+class AwayTensor(torch.Tensor):
+    """Stands where a tensor is, while its memory is not: operators get a copy, fetched anew each time.
 
     Raises RuntimeError where one would write: the copy would be lost.
     """
@@ -37,7 +38,7 @@ class AwayParameter(nn.Parameter):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         writes = "out" in kwargs or name == "__set__" or (name.endswith("_") and not name.endswith("__"))
-        if writes and any(isinstance(arg, AwayParameter) for arg in args):
+        if writes and any(isinstance(arg, AwayTensor) for arg in args):
             raise RuntimeError(
                 f"{name}: the parameter's weight is away, packed or in another tier; remove() brings it back"
             )
@@ -46,17 +47,23 @@ class AwayParameter(nn.Parameter):
             return func(*args, **kwargs)
 
 
-def send_away(parameter: nn.Parameter, fetch: Callable[[], Tensor]) -> None:
+class AwayParameter(AwayTensor, nn.Parameter):
+    """The same for a parameter, so that modules still know it for one."""
+
+
+def send_away(tensor: Tensor, fetch: Callable[[], Tensor]) -> None:
     """``fetch`` gives a copy of its value, with memory of its own."""
-    parameter.__class__ = AwayParameter
-    cast(AwayParameter, parameter)._infold_fetch = fetch
+    away: Any = tensor
+    away.__class__ = AwayParameter if isinstance(tensor, nn.Parameter) else AwayTensor
+    away._infold_fetch = fetch
 
 
-def call_back(parameter: nn.Parameter) -> None:
-    if isinstance(parameter, AwayParameter):
-        del parameter._infold_fetch
-        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+def call_back(tensor: Tensor) -> None:
+    if isinstance(tensor, AwayTensor):
+        here: Any = tensor
+        del here._infold_fetch
+        here.__class__ = nn.Parameter if type(tensor) is AwayParameter else Tensor
 
 
 def _fetched(value: Any) -> Any:
-    return value._infold_fetch() if type(value) is AwayParameter else value
+    return value._infold_fetch() if isinstance(value, AwayTensor) else value

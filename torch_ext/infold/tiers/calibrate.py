@@ -5,22 +5,22 @@ from __future__ import annotations
 import mmap
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infold.report import format_bytes
+from infold.tiers.ring import host_memory
 from infold.tiers.spec import TierSpec
+from infold.tiers.store import Store
+from infold.tiers.units import PAGE, pages
 
-#: What one read asks for at most; larger transfers are as many reads, `depth` of them under way.
-READ_BYTES = 2**20
+#: What the file to read is written by.
+_BLOCK_BYTES = 2**24
 #: More than caches hold.
 _COLD_BYTES = 2**28
 
@@ -30,19 +30,19 @@ def calibrate(
     *,
     sizes: Sequence[int] = (2**20, 2**22, 2**24, 2**26),
     file_bytes: int = 2**28,
-    depths: Sequence[int] = (1, 2, 4, 8, 16),
+    depths: Sequence[int] = (1, 2, 4, 8, 16, 32),
     repeats: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, TierSpec]:
     """Measures the tiers of this machine and fits setup time and bandwidth to transfers of several sizes.
 
     ``"RAM"``: copies within memory by one thread, for the others compute; resident where there is no GPU. ``"SSD"``:
-    reads of a file in ``folder`` past the page cache, at the queue depth that is fastest. With CUDA: ``"HBM"``, copies
-    on the device, resident; ``"CPU"``, from pinned host memory; ``"CPU unpinned"``. A transfer is of each of ``sizes``
-    bytes, ``repeats`` times or more.
+    reads of a `Store` in ``folder``, at the queue depth that is fastest, which the tier then has. With CUDA: ``"HBM"``,
+    copies on the device, resident; ``"CPU"``, from pinned host memory; ``"CPU unpinned"``. A transfer is of each of
+    ``sizes`` bytes, ``repeats`` times or more.
     progress: called with each line of what was measured.
 
-    Raises ValueError for sizes that make no fit, and where the folder's file system refuses O_DIRECT.
+    Raises ValueError for sizes that make no fit, and RuntimeError where the folder has no room for the file.
     """
     sizes = sorted(set(sizes))
     if len(sizes) < 2 or sizes[0] < mmap.PAGESIZE or any(size % mmap.PAGESIZE for size in sizes):
@@ -55,9 +55,9 @@ def calibrate(
     cuda = torch.cuda.is_available()
     specs: dict[str, TierSpec] = {}
 
-    def add(name: str, samples: list[tuple[int, float]], resident: bool = False, on_disk: bool = False) -> None:
+    def add(name: str, samples: list[tuple[int, float]], **options: Any) -> None:
         setup, bandwidth = fit(samples)
-        specs[name] = TierSpec(name, setup * 1e6, bandwidth / 1e9, None, resident, on_disk)
+        specs[name] = TierSpec(name, setup * 1e6, bandwidth / 1e9, **options)
         say(f"{name}: {bandwidth / 1e9:.2f} GB/s, {setup * 1e6:.1f} us setup")
 
     if cuda:
@@ -67,24 +67,44 @@ def calibrate(
         add("CPU unpinned", _copies(sizes, repeats, device))
     add("RAM", _copies(sizes, repeats), resident=not cuda)
 
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".infold-calibrate-") as file:
-        # What does not compress, so that no file system or drive makes it less.
-        block = os.urandom(READ_BYTES)
-        for start in range(0, file_bytes, READ_BYTES):
-            file.write(block[: min(READ_BYTES, file_bytes - start)])
-        file.flush()
-        os.fsync(file.fileno())
-        whole = {}
-        for depth in dict.fromkeys(depths):
-            seconds = read_seconds(file.name, file_bytes // mmap.PAGESIZE * mmap.PAGESIZE, 1, depth)
-            whole[depth] = file_bytes / seconds[0]
-            say(f"SSD, {depth} reads of {format_bytes(READ_BYTES)} under way: {whole[depth] / 1e9:.2f} GB/s")
-        best = max(whole, key=lambda depth: whole[depth])
-        # Small reads are noisy, and cheap to repeat.
-        turns = {n: repeats * max(1, 2**24 // n) for n in sizes}
-        samples = [(n, statistics.median(read_seconds(file.name, n, turns[n], best))) for n in sizes]
-        add("SSD", samples, on_disk=True)
+    stores = {depth: _written(folder, file_bytes, depth) for depth in dict.fromkeys(depths)}
+    rates = {}
+    for depth, store in stores.items():
+        rates[depth] = file_bytes / read_seconds(store, file_bytes, file_bytes, 1)[0]
+        say(f"SSD, {depth} requests under way: {rates[depth] / 1e9:.2f} GB/s")
+    best = max(rates, key=lambda depth: rates[depth])
+    # Small reads are noisy, and cheap to repeat.
+    turns = {n: repeats * max(1, 2**24 // n) for n in sizes}
+    samples = [(n, statistics.median(read_seconds(stores[best], file_bytes, n, turns[n]))) for n in sizes]
+    for store in stores.values():
+        store.close()
+    add("SSD", samples, on_disk=True, depth=best)
     return specs
+
+
+def _written(folder: str | Path, nbytes: int, depth: int) -> Store:
+    """A store that is full of what does not compress, so that no file system or drive makes it less."""
+    store = Store(folder, nbytes, depth=depth)
+    block = host_memory(_BLOCK_BYTES)
+    block.copy_(torch.frombuffer(bytearray(os.urandom(len(block))), dtype=torch.uint8))
+    for start in range(0, pages(nbytes), len(block)):
+        store.wait(store.write(start, block[: min(len(block), pages(nbytes) - start)]))
+    return store
+
+
+def read_seconds(store: Store, file_bytes: int, nbytes: int, repeats: int) -> list[float]:
+    """Seconds of each of ``repeats`` reads of ``nbytes``, one after the other from the start of a store of
+    ``file_bytes``, again from its start where it ends.
+    """
+    memory = host_memory(nbytes)
+    memory.fill_(1)  # pages that are there: else the first read waits for the kernel to make them
+    times = []
+    for turn in range(repeats):
+        offset = turn * nbytes % max(file_bytes - nbytes + 1, 1) // PAGE * PAGE
+        start = time.perf_counter()
+        store.wait(store.read(offset, memory))
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -99,42 +119,6 @@ def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
         setup = 0.0
         slope = (nbytes / seconds).sum() / ((nbytes / seconds) ** 2).sum()
     return float(setup), float(1 / slope)
-
-
-def read_seconds(path: str | Path, nbytes: int, repeats: int, depth: int) -> list[float]:
-    """Seconds of each of ``repeats`` reads of ``nbytes``, one after the other from the start of a file, again from its
-    start where it ends: past the page cache, ``depth`` requests under way, into aligned memory.
-
-    Raises ValueError where the file system refuses O_DIRECT, and OSError for a read that fails or is short.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError as error:
-        raise ValueError(f"folder: expected a file system that reads past the page cache, {path}: {error}") from error
-    length = os.fstat(descriptor).st_size
-    cuts = [*range(0, nbytes, READ_BYTES), nbytes]
-    with mmap.mmap(-1, nbytes) as buffer, memoryview(buffer) as memory, ThreadPoolExecutor(depth) as threads:
-        try:
-
-            def read(piece: tuple[int, int], base: int) -> None:
-                start, end = piece
-                with memory[start:end] as part:
-                    got = os.preadv(descriptor, [part], base + start)
-                if got != end - start:
-                    raise OSError(f"{path}: expected {end - start} bytes at {base + start}, got {got}")
-
-            # Pages that are there: else the first read of each waits for the kernel to make it.
-            np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
-            times = []
-            for turn in range(repeats):
-                base = turn * nbytes % max(length - nbytes + 1, 1) // mmap.PAGESIZE * mmap.PAGESIZE
-                start = time.perf_counter()
-                list(threads.map(lambda piece, base=base: read(piece, base), pairwise(cuts)))
-                times.append(time.perf_counter() - start)
-            return times
-        finally:
-            threads.shutdown()
-            os.close(descriptor)
 
 
 def _memory(nbytes: int, device: torch.device | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -86,6 +85,5 @@ def no_memory(nbytes: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8)
 
 
-def link_for(spec: TierSpec, devices: Iterable[torch.device]) -> Link:
-    cuda = next((device for device in devices if device.type == "cuda"), None)
-    return CudaLink(spec, cuda) if cuda else Link(spec)
+def link_for(spec: TierSpec, device: torch.device) -> Link:
+    return CudaLink(spec, device) if device.type == "cuda" else Link(spec)

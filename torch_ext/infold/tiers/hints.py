@@ -23,7 +23,7 @@ FORMAT, VERSION = "infold-tiers", 1
 MAX_BYTES = 64 * 2**20
 
 _PLAN = {"format", "version", "objective", "fingerprint", "buffer_bytes", "tiers", "units"}
-_TIER = {"name", "setup_us", "bandwidth_gb_s", "capacity_bytes", "resident", "on_disk", "budget_bytes"}
+_TIER = {"name", "setup_us", "bandwidth_gb_s", "capacity_bytes", "resident", "on_disk", "depth", "budget_bytes"}
 _UNIT = {"tier", "nbytes", "codec", "score"}
 
 
@@ -40,6 +40,7 @@ def save(plan: Plan, path: str | Path) -> None:
             "capacity_bytes": tier.capacity_bytes,
             "resident": tier.resident,
             "on_disk": tier.on_disk,
+            "depth": tier.depth,
             "budget_bytes": plan.budgets.get(tier.name),
         }
         for tier in plan.tiers
@@ -110,6 +111,7 @@ def parse(text: bytes) -> Plan:
                 _optional_bytes(entry["capacity_bytes"], f"{where}.capacity_bytes"),
                 _boolean(entry["resident"], f"{where}.resident"),
                 _boolean(entry["on_disk"], f"{where}.on_disk"),
+                _bytes(entry["depth"], f"{where}.depth"),
             )
         )
         budgets[name] = _optional_bytes(entry["budget_bytes"], f"{where}.budget_bytes")

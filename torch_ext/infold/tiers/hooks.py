@@ -70,9 +70,16 @@ class Hooks:
             return  # it was not entered: fetching it failed
         use = self._running.pop()
         if torch.is_grad_enabled():
+            # The same two for all nodes: a large model has many.
+            def hold(gradients: Any) -> None:
+                self._hold(name, _BACKWARD)
+
+            def let_go(*gradients: Any) -> None:
+                self._let_go(name)
+
             for node in _nodes(output, use.first):
-                node.register_prehook(lambda gradients: self._hold(name, _BACKWARD))
-                node.register_hook(lambda *gradients: self._let_go(name))
+                node.register_prehook(hold)
+                node.register_hook(let_go)
         self._end(use)
 
     def _hold(self, name: str, first: int) -> None:

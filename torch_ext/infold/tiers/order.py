@@ -12,8 +12,9 @@ class AccessOrder:
     that are called twice and branches are all sequences that come again.
     """
 
-    #: So many uses tell a place in the sequence; where they are new, fewer do.
-    CONTEXT = 3
+    #: So many uses tell a place in the sequence; where they are new, fewer do. Long ones tell a block's forward from
+    #: its recomputation in the backward, which is followed by others.
+    CONTEXTS = (16, 8, 4, 2, 1)
 
     def __init__(self, capacity: int = 100_000) -> None:
         """``capacity``: uses that are remembered; at least two passes are needed."""
@@ -21,7 +22,8 @@ class AccessOrder:
         # A use is the unit and how often it was used just before: else a run of uses would look alike everywhere.
         self._history: list[_Use] = []
         self._names: list[str] = []  # the same without the numbers
-        self._places: dict[tuple[_Use, ...], int] = {}
+        self._known: dict[_Use, _Use] = {}  # each use once, for most come again and again
+        self._places: dict[int, int] = {}  # by the hash of a context: a clash costs a wrong guess
         self._place = -1
 
     def visit(self, name: str) -> None:
@@ -41,8 +43,8 @@ class AccessOrder:
         return self._names[self._place + 1 : self._place + 1 + limit]
 
     def _append(self, use: _Use) -> None:
-        self._history.append(use)
+        self._history.append(self._known.setdefault(use, use))
         self._names.append(use[0])
-        contexts = [tuple(self._history[-length:]) for length in range(self.CONTEXT, 0, -1)]
+        contexts = [hash((length, *self._history[-length:])) for length in self.CONTEXTS]
         self._place = next((self._places[context] for context in contexts if context in self._places), -1)
         self._places.update(dict.fromkeys(contexts, len(self._history) - 1))

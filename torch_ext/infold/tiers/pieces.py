@@ -63,6 +63,12 @@ class Layout:
                 ranges.append((first, last))
         return ranges
 
+    def view(self, tensor: Tensor, memory: Tensor) -> Tensor:
+        """A tensor of one of these storages as it lies in ``memory``, with any memory of its own left aside."""
+        [start] = [start for other, start, _ in self._spans if storage_key(other) == storage_key(tensor)]
+        # Where a piece ends is a whole page, and so whole items.
+        return memory[start:].view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Where each storage begins in the range, and its bytes."""

@@ -14,9 +14,10 @@ class TierSpec:
     bandwidth_gb_s: gigabytes (1e9 bytes) a second *to the compute device*: a tier behind a link has the link's.
     capacity_bytes: what it holds; None is unlimited.
     resident: weights in this tier are computed on where they lie: a forward transfers nothing.
-    on_disk: whether it is a file; else it is memory.
+    on_disk: whether it is a file; else it is memory. depth: how many requests a disk is given at a time.
 
-    Raises ValueError for a setup time or a capacity below zero, a bandwidth that is not positive, and an empty name.
+    Raises ValueError for a setup time or a capacity below zero, a bandwidth or a depth that is not positive, and an
+    empty name.
     """
 
     name: str
@@ -25,6 +26,7 @@ class TierSpec:
     capacity_bytes: int | None = None
     resident: bool = False
     on_disk: bool = False
+    depth: int = 32
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -35,6 +37,8 @@ class TierSpec:
             raise ValueError(f"{self.name}: bandwidth_gb_s: expected a positive number, got {self.bandwidth_gb_s}")
         if self.capacity_bytes is not None and self.capacity_bytes < 0:
             raise ValueError(f"{self.name}: capacity_bytes: expected zero or more, got {self.capacity_bytes}")
+        if self.depth < 1:
+            raise ValueError(f"{self.name}: depth: expected one request or more, got {self.depth}")
 
     def transfer_seconds(self, nbytes: int) -> float:
         """How long a transfer of ``nbytes`` takes alone (math.md §8); none for no bytes and in a resident tier."""
