@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,8 @@ from infold.tiers.calibrate import fit
 from infold.tiers.pieces import DiskPiece, Piece, RamPiece
 from infold.tiers.ring import Ring
 from infold.tiers.store import Store
-from torch import nn
+from infold.tiers.units import pages
+from torch import Tensor, nn
 
 #: Forwards of a turn that are timed, after one that is not.
 TIMED = 3
@@ -65,42 +67,42 @@ def build(quick: bool) -> nn.Sequential:
     return nn.Sequential(*layers).requires_grad_(False)
 
 
-def measured(name: str, pieces: Iterable[Piece], turns: int, on_disk: bool = False) -> TierSpec:
+def measured(
+    name: str, sizes: Iterable[int], make: Callable[[Tensor], Piece], turns: int, on_disk: bool = False
+) -> TierSpec:
     """A tier from how long it takes the engine's pieces to come, the next one begun before the last is here."""
-    pieces = list(pieces)
-    ring = Ring(sum(piece.nbytes for piece in pieces))
-    seconds: dict[int, list[float]] = {piece.nbytes: [] for piece in pieces}
-    waiting = [(pieces[0].nbytes, *pieces[0].load(ring))]
-    before = 0.0
-    for index in range(len(pieces) * (turns + 1)):
-        # Not the same again: caches would hold it.
-        following = pieces[(index + 1) % len(pieces)]
-        waiting.append((following.nbytes, *following.load(ring)))
-        nbytes, memory, wait = waiting.pop(0)
-        wait()
-        now = time.perf_counter()
-        # The first turn gives memory its pages.
-        if index >= len(pieces):
-            seconds[nbytes].append(now - before)
-        before = now
-        ring.give(memory)
-    waiting.pop()[2]()
-    samples = [(nbytes, statistics.median(times)) for nbytes, times in seconds.items()]
-    for nbytes, each in samples:
-        print(f"  {name}, {format_bytes(nbytes)}: {1e3 * each:.2f} ms, {nbytes / each / 1e9:.2f} GB/s")
+    samples = []
+    for size in sorted(sizes):
+        # More than caches hold.
+        count = min(32, max(3, 2**27 // size))
+        pieces = cycle([make(torch.randint(256, (size,), dtype=torch.uint8)) for _ in range(count)])
+        ring = Ring(3 * pages(size))
+        waiting = [next(pieces).load(ring) for _ in range(2)]
+        ends = []
+        # The first ones give memory its pages.
+        for _ in range(4 + max(turns, count)):
+            memory, wait = waiting.pop(0)
+            wait()
+            ends.append(time.perf_counter())
+            waiting.append(next(pieces).load(ring))
+            ring.give(memory)
+        for _, wait in waiting:
+            wait()
+        seconds = (ends[-1] - ends[3]) / (len(ends) - 4)
+        samples.append((size, seconds))
+        print(f"  {name}, {format_bytes(size)}: {1e3 * seconds:.2f} ms, {size / seconds / 1e9:.2f} GB/s")
     setup, bandwidth = fit(samples)
     return TierSpec(name, setup * 1e6, bandwidth / 1e9, on_disk=on_disk)
 
 
 def tiers(folder: str, sizes: Iterable[int], turns: int) -> tuple[TierSpec, TierSpec, TierSpec]:
     """Resident RAM, RAM that is copied, and the disk of ``folder``, as they are here."""
-    sizes = sorted({size // 2**step for size in sizes for step in range(2)})
-    tensors = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
+    sizes = {size // 2**step for size in sizes for step in range(2)}
     with ThreadPoolExecutor(1) as executor:
-        copied = measured("COPIED", [RamPiece([tensor.clone()], executor) for tensor in tensors], turns)
-    store = Store(folder, sum(sizes))
+        copied = measured("COPIED", sizes, lambda tensor: RamPiece([tensor], executor), turns)
+    store = Store(folder, 0, depth=TierSpec.depth)
     try:
-        disk = measured("DISK", [DiskPiece([tensor], store) for tensor in tensors], turns, on_disk=True)
+        disk = measured("DISK", sizes, lambda tensor: DiskPiece([tensor], store), turns, on_disk=True)
     finally:
         store.close()
     return RESIDENT, copied, disk
