@@ -3,9 +3,8 @@
 Fetches are issued in the order in which units are used. A fetch waits until the layer ``distance`` uses before it is
 reached and the ring of buffers has room, then for its tier's link, which carries one transfer at a time; it takes
 ``TierSpec.transfer_seconds``. A layer computes when the one before has ended and its own weight has come. A weight
-stays until another needs its room: of those that have computed then, the one goes whose next use is farthest, as in
-`Engine`, and what is still there when it is used again is not fetched. `predict`, the ``traffic`` objective of `plan`
-and `LearnedPolicy` all use this model.
+stays until another needs its room: those that have computed go in the order of use, and what is still there when it is
+used again is not fetched. `predict`, the ``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
 """
 
 from __future__ import annotations
@@ -68,8 +67,7 @@ class Timeline:
 def simulate(
     accesses: Sequence[Access], specs: Mapping[str, TierSpec], *, buffer_bytes: int, distance: int | None = None
 ) -> Timeline:
-    """Schedules the accesses in their order. A steady state is the accesses of a pass several times over; after the
-    last, the first is expected again.
+    """Schedules the accesses in their order. A steady state is the accesses of a pass several times over.
 
     specs: each tier by its name. buffer_bytes: the ring in which fetched weights lie, each in whole `PAGE`s.
     distance: a fetch is issued no sooner than the layer so many uses before it is reached; None
@@ -141,7 +139,6 @@ def schedule(
     free_at = [0.0] * link_count
     issued = ended = 0.0
     used = 0
-    following = next_uses(units)
     held: dict[int, int] = {}  # what is in the ring, in the order of its last use → that use
     for index, (unit, transfer, link, size, compute) in enumerate(
         zip(units, transfers, links, sizes, computes, strict=True)
@@ -151,14 +148,10 @@ def schedule(
             if distance is not None and index > distance:
                 issued = max(issued, times[index - distance - 1][3])
             while used + size > buffer_bytes:
-                victim = next(iter(held))
-                issued = max(issued, times[held[victim]][3])
-                for other, use in held.items():
-                    if times[use][3] > issued:
-                        break
-                    if following[use] > following[held[victim]]:
-                        victim = other
-                used -= sizes[held.pop(victim)]
+                # The engine lets go of what is not in use as soon as a fetch wants room: in the order of use.
+                use = held.pop(next(iter(held)))
+                used -= sizes[use]
+                issued = max(issued, times[use][3])
             used += size
             start = max(issued, free_at[link])
             arrived = free_at[link] = start + transfer
@@ -168,15 +161,3 @@ def schedule(
         ended = begin + compute
         times.append((start, arrived, begin, ended))
     return times
-
-
-def next_uses(units: Sequence[int]) -> list[int]:
-    """When the unit of each access is used next, were all accesses repeated."""
-    count = len(units)
-    following = [0] * count
-    nearest: dict[int, int] = {}
-    for index in range(2 * count - 1, -1, -1):
-        if index < count:
-            following[index] = nearest[units[index]]
-        nearest[units[index % count]] = index
-    return following
