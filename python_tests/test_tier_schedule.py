@@ -214,13 +214,15 @@ def passes_with_repeats(draw: st.DrawFn) -> list[Access]:
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(passes_with_repeats(), st.integers(3, 12))
 def test_agrees_with_the_engine(accesses: list[Access], room: int) -> None:
-    ends = engine_seconds(accesses, room * PAGE, 14)
-    timeline = simulate(accesses * 14, SPECS, buffer_bytes=room * PAGE)
-    steady = timeline.events[-1].compute_end - timeline.events[6 * len(accesses) - 1].compute_end
-    assert steady == pytest.approx(ends[-1] - ends[5], rel=1e-9)
+    # It takes the engine some passes to learn the order, and then to come into step.
+    passes, last = 60, 8
+    ends = engine_seconds(accesses, room * PAGE, passes)
+    timeline = simulate(accesses * passes, SPECS, buffer_bytes=room * PAGE)
+    before = timeline.events[(passes - last) * len(accesses) - 1].compute_end
+    assert timeline.seconds - before == pytest.approx(ends[-1] - ends[-1 - last], rel=1e-9)
 
 
 def test_what_is_used_twice_in_a_row_is_fetched_once() -> None:
