@@ -297,7 +297,7 @@ def draw(curves: Mapping[str, Mapping[str, Any]], totals: Mapping[str, int], pat
     for axes, (title, by_strategy) in zip(panels, curves.items(), strict=True):
         for name, points in by_strategy.items():
             some = [point for point in points if point is not None]
-            style = "-" if "kept" in name or name == "traffic" else ":"
+            style = "k-" if name == "traffic" else "-" if "kept" in name else ":"
             axes.plot([100 * p[3] / totals[title] for p in some], [p[0] for p in some], style, marker=".", label=name)
         axes.set_xlabel("% of bytes saved in the first tier")
         axes.set_ylabel("predicted milliseconds a forward")
