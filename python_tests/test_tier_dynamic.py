@@ -216,9 +216,10 @@ def test_random_scores_and_budgets_never_exceed_a_budget(monkeypatch: pytest.Mon
 
 
 def test_traffic_moves_to_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(4)
-    uses: list[tuple[str, float]] = [("3", 1e-5), ("0", 1e-5), ("3", 1e-5), ("1", 1e-5), ("3", 1e-5), ("2", 1e-5)]
-    with attach(model, placed(model, "FDDD", fast=1)) as handle:
+    model = make(6)
+    # Two others between its uses, so that the ring of two does not keep it.
+    uses: list[tuple[str, float]] = [(name, 1e-5) for name in "312345"]
+    with attach(model, placed(model, "FDDDDD", fast=1)) as handle:
         watch_budgets(handle, monkeypatch)
 
         def exposed() -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from infold.tiers import Access, TierSpec, simulate
+from infold.tiers.emulate import EmulatedPiece, Link, no_memory
+from infold.tiers.engine import Engine
+from infold.tiers.ring import Ring
 
 FAST = TierSpec("fast", 0, 1, resident=True)
 PAGE = 4096
@@ -161,6 +164,77 @@ def test_a_second_pass_finds_its_first_weight_fetched() -> None:
 
 def test_nothing_takes_no_time() -> None:
     assert simulate([], SPECS, buffer_bytes=0).seconds == 0.0
+
+
+class Clock:
+    """A clock that moves when something waits or computes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def engine_seconds(accesses: list[Access], room: int, passes: int) -> list[float]:
+    """When each pass ends, by the engine over emulated links; the first passes teach it the order."""
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infold.tiers.engine.time", clock)
+        patch.setattr("infold.tiers.emulate.time", clock)
+        patch.setattr("infold.tiers.emulate._SPIN_SECONDS", 0.0)
+        links = {spec.name: Link(spec) for spec in (NEAR, FAR)}
+        pieces = {a.unit: EmulatedPiece(a.nbytes, links[a.tier]) for a in accesses if a.tier != "fast"}
+        engine = Engine(pieces, Ring(room, no_memory))
+        ends = []
+        for _ in range(passes):
+            for access in accesses:
+                with engine.use(access.unit):
+                    clock.now += access.compute_seconds
+            ends.append(clock.now)
+    return ends
+
+
+@st.composite
+def passes_with_repeats(draw: st.DrawFn) -> list[Access]:
+    """A pass in which units come back; any three uses in a row are there once, so that the order can be learnt."""
+    kinds = st.tuples(st.sampled_from(["fast", "near", "far"]), st.integers(1, 3))
+    kind = draw(st.lists(kinds, min_size=3, max_size=8))
+    order = draw(st.permutations([*range(len(kind)), *draw(st.lists(st.sampled_from(range(len(kind))), max_size=4))]))
+    fetched = [unit for unit in order if kind[unit][0] != "fast"]
+    windows = [tuple((fetched * 2)[index : index + 3]) for index in range(len(fetched))]
+    assume(len(set(windows)) == len(windows))
+    ticks = draw(st.lists(st.integers(1, 40), min_size=len(order), max_size=len(order)))
+    return [
+        Access(str(unit), kind[unit][0], kind[unit][1] * PAGE, each * 1e-6)
+        for unit, each in zip(order, ticks, strict=True)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(passes_with_repeats(), st.integers(3, 12))
+def test_agrees_with_the_engine(accesses: list[Access], room: int) -> None:
+    # It takes the engine some passes to learn the order, and then to come into step.
+    passes, last = 60, 8
+    ends = engine_seconds(accesses, room * PAGE, passes)
+    timeline = simulate(accesses * passes, SPECS, buffer_bytes=room * PAGE)
+    before = timeline.events[(passes - last) * len(accesses) - 1].compute_end
+    assert timeline.seconds - before == pytest.approx(ends[-1] - ends[-1 - last], rel=1e-9)
+
+
+def test_what_is_used_twice_in_a_row_is_fetched_once() -> None:
+    # As a tied embedding: the last use of a pass and the first of the next.
+    accesses = [*layers(4, PAGE, 1e-6), Access("layer0", "near", PAGE, 1e-6)]
+    timeline = simulate(accesses * 3, SPECS, buffer_bytes=2 * PAGE)
+    assert timeline.bytes_by_tier["near"] == (1 + 3 * 4) * PAGE
+
+
+def test_what_the_ring_holds_is_fetched_once() -> None:
+    timeline = simulate(layers(4, PAGE, 1e-6) * 3, SPECS, buffer_bytes=4 * PAGE)
+    assert timeline.bytes_by_tier["near"] == 4 * PAGE
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from infold.tiers.units import PAGE, pages
 _BLOCK_BYTES = 2**24
 #: More than caches hold.
 _COLD_BYTES = 2**28
+#: The share of the fastest rate that counts as full.
+_FULL = 0.95
 
 
 def calibrate(
@@ -37,9 +39,9 @@ def calibrate(
     """Measures the tiers of this machine and fits setup time and bandwidth to transfers of several sizes.
 
     ``"RAM"``: copies within memory by one thread, for the others compute; resident where there is no GPU. ``"SSD"``:
-    reads of a `Store` in ``folder``, at the queue depth that is fastest, which the tier then has. With CUDA: ``"HBM"``,
-    copies on the device, resident; ``"CPU"``, from pinned host memory; ``"CPU unpinned"``. A transfer is of each of
-    ``sizes`` bytes, ``repeats`` times or more.
+    reads of a `Store` in ``folder``, at the least queue depth within 5% of the fastest, which the tier then has. With
+    CUDA: ``"HBM"``, copies on the device, resident; ``"CPU"``, from pinned host memory; ``"CPU unpinned"``. A transfer
+    is of each of ``sizes`` bytes, ``repeats`` times or more.
     progress: called with each line of what was measured.
 
     Raises ValueError for sizes that make no fit, and RuntimeError where the folder has no room for the file.
@@ -72,7 +74,8 @@ def calibrate(
     for depth, store in stores.items():
         rates[depth] = file_bytes / read_seconds(store, file_bytes, file_bytes, 1)[0]
         say(f"SSD, {depth} requests under way: {rates[depth] / 1e9:.2f} GB/s")
-    best = max(rates, key=lambda depth: rates[depth])
+    # The least that does: what is read ahead is in the way of what is waited for.
+    best = min(depth for depth, rate in rates.items() if rate >= _FULL * max(rates.values()))
     # Small reads are noisy, and cheap to repeat.
     turns = {n: repeats * max(1, 2**24 // n) for n in sizes}
     samples = [(n, statistics.median(read_seconds(stores[best], file_bytes, n, turns[n]))) for n in sizes]

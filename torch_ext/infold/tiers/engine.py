@@ -59,6 +59,7 @@ class Engine:
 
     def __init__(self, pieces: Mapping[str, Piece], ring: Ring) -> None:
         self._states = {name: _State(piece) for name, piece in pieces.items()}
+        self._here: dict[str, _State] = {}  # those that have memory: few, and looked through at every use
         self._ring = ring
         self._order = AccessOrder(max(10_000, 64 * len(pieces)))
         self._lock = threading.RLock()
@@ -77,14 +78,14 @@ class Engine:
             self._order.visit(name)
             if state.pins == 0:
                 if state.memory is not None and not state.bound and state.version != state.piece.version():
-                    self._let_go(state)  # somebody wrote to it at home since
+                    self._let_go(name, state)  # somebody wrote to it at home since
                 if state.memory is None:
                     self._make_room(state.piece.nbytes)
                     if not self._ring.has_room(state.piece.nbytes):
                         # Everything that fills the ring is in use: this one is used where it lives.
                         self.counters.elsewhere += 1
                         return False
-                    self._fetch(state)
+                    self._fetch(name, state)
                     self.counters.demanded += 1
                 if state.wait is not None:
                     self._await(name, state)
@@ -128,24 +129,25 @@ class Engine:
         """Forgets a piece, which is at home then."""
         with self._lock:
             state = self._states[name]
-            self._let_go(state)
+            self._let_go(name, state)
             del self._states[name]
             return state.piece
 
     def refresh(self) -> None:
         """Forgets everything that was fetched and is not in use: the next uses fetch it again."""
         with self._lock:
-            for state in self._states.values():
+            for name, state in self._states.items():
                 if state.pins == 0:
-                    self._let_go(state)
+                    self._let_go(name, state)
 
     @property
     def names(self) -> list[str]:
         return list(self._states)
 
-    def _fetch(self, state: _State) -> None:
+    def _fetch(self, name: str, state: _State) -> None:
         state.version = state.piece.version()
         state.memory, state.wait = state.piece.load(self._ring)
+        self._here[name] = state
         self.counters.fetches += 1
         self.counters.bytes_fetched += state.piece.nbytes
 
@@ -156,7 +158,7 @@ class Engine:
             if wait is not None:
                 wait()
         except BaseException:
-            self._give_back(state)
+            self._give_back(name, state)
             raise
         self.counters.waited[name] += time.perf_counter() - begun
 
@@ -176,7 +178,7 @@ class Engine:
                 state.version = -1  # it is here alone still
                 raise
 
-    def _let_go(self, state: _State) -> None:
+    def _let_go(self, name: str, state: _State) -> None:
         """Sends a piece home, whatever it is doing. Where writing it fails it stays here."""
         if state.wait is not None:
             wait, state.wait = state.wait, None
@@ -190,10 +192,11 @@ class Engine:
             state.piece.leave()
             state.bound = False
         if state.memory is not None:
-            self._give_back(state)
+            self._give_back(name, state)
 
-    def _give_back(self, state: _State) -> None:
+    def _give_back(self, name: str, state: _State) -> None:
         memory, state.memory = state.memory, None
+        self._here.pop(name, None)
         if memory is not None:
             self._ring.give(memory)
 
@@ -201,14 +204,15 @@ class Engine:
         """Lets pieces go whose next use comes at ``upto`` or later, the farthest first, until ``nbytes`` fit."""
         if self._ring.has_room(nbytes) or pages(nbytes) > self._ring.capacity:
             return
-        upcoming = self._order.upcoming(HORIZON) if upcoming is None else upcoming
-        next_use = {name: index for index, name in reversed(list(enumerate(upcoming)))}
-        idle = [name for name, state in self._states.items() if state.memory is not None and state.pins == 0]
-        demanded = upto > HORIZON
-        for name in sorted(idle, key=lambda name: -next_use.get(name, HORIZON)):
-            if not demanded and next_use.get(name, HORIZON) <= upto:
-                return
-            self._let_go(self._states[name])
+        if upcoming is None:
+            upcoming = self._order.upcoming(HORIZON)
+        soon = set(upcoming[: upto + 1]) if upto <= HORIZON else ()
+        idle = [name for name, state in self._here.items() if state.pins == 0 and name not in soon]
+        if len(idle) > 1:
+            next_use = dict(zip(reversed(upcoming), range(len(upcoming) - 1, -1, -1), strict=True))
+            idle.sort(key=lambda name: -next_use.get(name, HORIZON))
+        for name in idle:
+            self._let_go(name, self._here[name])
             if self._ring.has_room(nbytes):
                 return
 
@@ -222,7 +226,7 @@ class Engine:
             self._make_room(state.piece.nbytes, index, upcoming)
             if not self._ring.has_room(state.piece.nbytes):
                 return
-            self._fetch(state)
+            self._fetch(name, state)
 
 
 def _present(state: _State) -> Tensor:

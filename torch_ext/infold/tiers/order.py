@@ -21,6 +21,7 @@ class AccessOrder:
         self._capacity = capacity
         # A use is the unit and how often it was used just before: else a run of uses would look alike everywhere.
         self._history: list[_Use] = []
+        self._names: list[str] = []  # the same without the numbers
         self._known: dict[_Use, _Use] = {}  # each use once, for most come again and again
         self._places: dict[int, int] = {}  # by the hash of a context: a clash costs a wrong guess
         self._place = -1
@@ -29,7 +30,7 @@ class AccessOrder:
         """Notes a use."""
         if len(self._history) >= self._capacity:
             kept = self._history[self._capacity // 2 :]
-            self._history, self._places = [], {}
+            self._history, self._names, self._places = [], [], {}
             for earlier in kept:
                 self._append(earlier)
         last, repeats = self._history[-1] if self._history else ("", -1)
@@ -39,10 +40,11 @@ class AccessOrder:
         """The next uses that are expected, the first first; empty where nothing like the present was seen before."""
         if self._place < 0:
             return []
-        return [name for name, _ in self._history[self._place + 1 : self._place + 1 + limit]]
+        return self._names[self._place + 1 : self._place + 1 + limit]
 
     def _append(self, use: _Use) -> None:
         self._history.append(self._known.setdefault(use, use))
+        self._names.append(use[0])
         contexts = [hash((length, *self._history[-length:])) for length in self.CONTEXTS]
         self._place = next((self._places[context] for context in contexts if context in self._places), -1)
         self._places.update(dict.fromkeys(contexts, len(self._history) - 1))

@@ -63,21 +63,38 @@ class Prediction:
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
-        """What each link carries in a pass."""
-        return self.first.bytes_by_tier
+        """What each link carries in a steady pass: less than in the first where weights stay in the ring."""
+        carried = dict.fromkeys(self.plan.specs, 0)
+        for event in self.steady:
+            carried[event.tier] += event.nbytes if event.transfer_end > event.transfer_start else 0
+        return carried
+
+    @property
+    def transfer_seconds_by_tier(self) -> dict[str, float]:
+        """How long each link is busy in a steady pass."""
+        busy = dict.fromkeys(self.plan.specs, 0.0)
+        for event in self.steady:
+            busy[event.tier] += event.transfer_end - event.transfer_start
+        return busy
+
+    @property
+    def bound_seconds(self) -> float:
+        """No schedule of a steady pass that transfers as much is shorter."""
+        return max(self.resident_seconds, *self.transfer_seconds_by_tier.values())
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: times in seconds, per pass, tier and layer."""
+        busy = self.transfer_seconds_by_tier
         return {
             "seconds": self.seconds,
             "first_seconds": self.first_seconds,
             "resident_seconds": self.resident_seconds,
             "exposed_seconds": self.exposed_seconds,
-            "bound_seconds": self.first.bound_seconds,
+            "bound_seconds": self.bound_seconds,
             "tiers": {
                 name: {
                     "bytes": count,
-                    "transfer_seconds": self.first.transfer_seconds_by_tier[name],
+                    "transfer_seconds": busy[name],
                     "exposed_seconds": sum(event.wait for event in self.steady if event.tier == name),
                 }
                 for name, count in self.bytes_by_tier.items()
@@ -139,14 +156,15 @@ class Prediction:
             computing, moving = event.compute_end - event.compute_start, event.transfer_end - event.transfer_start
             lines.append(row(event.unit, event.tier, event.nbytes, computing, moving, event.wait))
         lines.append("-" * len(head))
+        busy = self.transfer_seconds_by_tier
         for name, count in self.bytes_by_tier.items():
             own = [event for event in self.steady if event.tier == name]
             computing = sum(event.compute_end - event.compute_start for event in own)
             waiting = sum(event.wait for event in own)
-            lines.append(row("in all", name, count, computing, self.first.transfer_seconds_by_tier[name], waiting))
+            lines.append(row("in all", name, count, computing, busy[name], waiting))
         lines.append(
             f"a steady pass {1e3 * self.seconds:.3f} ms, the first {1e3 * self.first_seconds:.3f} ms; all resident "
-            f"{1e3 * self.resident_seconds:.3f} ms; no schedule below {1e3 * self.first.bound_seconds:.3f} ms"
+            f"{1e3 * self.resident_seconds:.3f} ms; no schedule below {1e3 * self.bound_seconds:.3f} ms"
         )
         return "\n".join(lines)
 

@@ -2,8 +2,9 @@
 
 Fetches are issued in the order in which units are used. A fetch waits until the layer ``distance`` uses before it is
 reached and the ring of buffers has room, then for its tier's link, which carries one transfer at a time; it takes
-``TierSpec.transfer_seconds``. A layer computes when the one before has ended and its own weight has come; its buffer is
-free when it has computed. `predict`, the ``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
+``TierSpec.transfer_seconds``. A layer computes when the one before has ended and its own weight has come. A weight
+stays until another needs its room: those that have computed go in the order of use, and what is still there when it is
+used again is not fetched. `predict`, the ``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
 """
 
 from __future__ import annotations
@@ -93,14 +94,17 @@ def simulate(
         transfers.append(transfer)
         links.append(link)
         sizes.append(size)
-    times = schedule(transfers, links, sizes, [a.compute_seconds for a in accesses], len(specs), buffer_bytes, distance)
+    numbered: dict[tuple[str, str], int] = {}
+    units = [numbered.setdefault(access[:2], len(numbered)) for access in accesses]
+    computes = [access.compute_seconds for access in accesses]
+    times = schedule(units, transfers, links, sizes, computes, len(specs), buffer_bytes, distance)
     events = []
     carried = dict.fromkeys(specs, 0)
     busy = dict.fromkeys(specs, 0.0)
     before = 0.0
     for access, transfer, link, (start, end, begin, done) in zip(accesses, transfers, links, times, strict=True):
         events.append(Event(access.unit, access.tier, access.nbytes, start, end, begin, done, begin - before))
-        if link >= 0:
+        if link >= 0 and end > start:
             carried[access.tier] += access.nbytes
             busy[access.tier] += transfer
         before = done
@@ -117,6 +121,7 @@ def fetch(spec: TierSpec, link: int, nbytes: int) -> tuple[float, int, int]:
 
 
 def schedule(
+    units: Sequence[int],
     transfers: Sequence[float],
     links: Sequence[int],
     sizes: Sequence[int],
@@ -127,27 +132,31 @@ def schedule(
 ) -> list[tuple[float, float, float, float]]:
     """`simulate` on plain numbers, for searches that call it thousands of times: nothing is checked.
 
-    Of each access: its `fetch` (link -1: nothing is fetched) and the seconds that it computes.
-    Returns the start and end of each transfer and of each computation.
+    Of each access: the unit's number, its `fetch` (link -1: nothing is fetched) and the seconds that it computes.
+    Returns the start and end of each transfer, which are the same where there is none, and of each computation.
     """
     times: list[tuple[float, float, float, float]] = []
     free_at = [0.0] * link_count
     issued = ended = 0.0
-    used = oldest = 0
-    for index, (transfer, link, size, compute) in enumerate(zip(transfers, links, sizes, computes, strict=True)):
+    used = 0
+    held: dict[int, int] = {}  # what is in the ring, in the order of its last use → that use
+    for index, (unit, transfer, link, size, compute) in enumerate(
+        zip(units, transfers, links, sizes, computes, strict=True)
+    ):
         start = arrived = ended
-        if link >= 0:
+        if link >= 0 and held.pop(unit, None) is None:
             if distance is not None and index > distance:
                 issued = max(issued, times[index - distance - 1][3])
-            # Buffers come free in the order of use.
             while used + size > buffer_bytes:
-                if sizes[oldest]:
-                    used -= sizes[oldest]
-                    issued = max(issued, times[oldest][3])
-                oldest += 1
+                # The engine lets go of what is not in use as soon as a fetch wants room: in the order of use.
+                use = held.pop(next(iter(held)))
+                used -= sizes[use]
+                issued = max(issued, times[use][3])
             used += size
             start = max(issued, free_at[link])
             arrived = free_at[link] = start + transfer
+        if link >= 0:
+            held[unit] = index
         begin = max(ended, arrived)
         ended = begin + compute
         times.append((start, arrived, begin, ended))

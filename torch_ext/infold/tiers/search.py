@@ -42,9 +42,8 @@ class Exposure:
             return None
         rows = [self._rows[unit][assignment[unit]] for unit in self._order]
         transfers = [row[0] for row in rows]
-        times = schedule(
-            transfers, [row[1] for row in rows], [row[2] for row in rows], self._computes, self._count, ring
-        )
+        links, sizes = [row[1] for row in rows], [row[2] for row in rows]
+        times = schedule(self._order, transfers, links, sizes, self._computes, self._count, ring)
         return (times[-1][3] if times else 0.0), sum(transfers)
 
 

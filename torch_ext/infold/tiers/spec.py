@@ -14,7 +14,8 @@ class TierSpec:
     bandwidth_gb_s: gigabytes (1e9 bytes) a second *to the compute device*: a tier behind a link has the link's.
     capacity_bytes: what it holds; None is unlimited.
     resident: weights in this tier are computed on where they lie: a forward transfers nothing.
-    on_disk: whether it is a file; else it is memory. depth: how many requests a disk is given at a time.
+    on_disk: whether it is a file; else it is memory. depth: how many requests, of up to 2 MiB, a disk is given at a
+        time: where they are many, what is read ahead slows what is waited for.
 
     Raises ValueError for a setup time or a capacity below zero, a bandwidth or a depth that is not positive, and an
     empty name.
@@ -26,7 +27,7 @@ class TierSpec:
     capacity_bytes: int | None = None
     resident: bool = False
     on_disk: bool = False
-    depth: int = 32
+    depth: int = 8
 
     def __post_init__(self) -> None:
         if not self.name:

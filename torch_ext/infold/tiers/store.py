@@ -19,7 +19,7 @@ class Store:
     depth: how many pieces of a transfer the disk is given at a time. backend: ``"uring"``, ``"threads"`` or ``"auto"``.
     """
 
-    def __init__(self, folder: str | Path, nbytes: int = 0, *, depth: int = 32, backend: str = "auto") -> None:
+    def __init__(self, folder: str | Path, nbytes: int = 0, *, depth: int = 8, backend: str = "auto") -> None:
         self.folder = Path(folder)
         self._handle: int = ops.tier_open(str(folder), pages(nbytes), depth, backend)
         self._free: dict[int, list[int]] = {}
