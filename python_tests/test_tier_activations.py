@@ -489,7 +489,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_extents_never_overlap_and_join_again(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path, growth=0)
     extents = Extents(store, 64 * 4096)
     generator = torch.Generator().manual_seed(0)
     held: dict[int, int] = {}

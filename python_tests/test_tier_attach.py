@@ -507,10 +507,9 @@ def test_only_what_trains_is_written_back() -> None:
     with attach(model, spread(model, [DISK], 3)) as handle:
         begun = handle.store_stats()["bytes_written"]
         losses = train(model, optimizer, lambda: handle.step(optimizer), 2)
-        handle.refresh()
         written = handle.store_stats()["bytes_written"] - begun
         trained = [p for p in model.parameters() if p.requires_grad]
         # Each bias takes a page or two.
-        assert 2 * 4096 * len(trained) / 2 <= written <= 2 * 2 * 4096 * len(trained)
+        assert 4096 * len(trained) <= written <= 2 * 2 * 4096 * len(trained)
     assert torch.stack(losses).equal(torch.stack(train(reference, other, other.step, 2)))
     assert_same_state(model, reference)

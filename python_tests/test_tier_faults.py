@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from infold.tiers import Handle, Placement, Plan, TierSpec, attach, fingerprint, units
+from infold.tiers.training import _tensors
 from torch import Tensor, nn
 
 DISK = TierSpec("DISK", 50, 1, on_disk=True)
@@ -201,3 +204,181 @@ def test_several_threads_share_an_attached_model(tmp_path: Path) -> None:
         assert y.grad is not None
         for result in results[index]:
             assert torch.equal(result, y.grad)
+
+
+def test_a_handle_that_was_removed_touches_nothing(tmp_path: Path) -> None:
+    first, second, reference = make(), make(), make()
+    old = attach(first, on_disk(first), folder=tmp_path)
+    store = old._store
+    old.remove()
+    with attach(second, on_disk(second), folder=tmp_path) as handle:
+        for call in (lambda: old.move("0", "FAST"), old.refresh, lambda: old.step(torch.optim.SGD(first.parameters()))):
+            with pytest.raises(RuntimeError, match="brought it back"):
+                call()
+        assert store is not None
+        with pytest.raises(RuntimeError, match="closed"):
+            store.reserve(4096)
+        handle.refresh()
+    for p, q in zip(second.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_model_is_attached_once(tmp_path: Path) -> None:
+    model = make()
+    with (
+        attach(model, on_disk(model), folder=tmp_path),
+        pytest.raises(ValueError, match=r"'0\.weight' of one that is"),
+    ):
+        attach(model, on_disk(model), folder=tmp_path)
+    attach(model, on_disk(model), folder=tmp_path).remove()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_writes_by_data_are_seen_after_refresh(inside: bool, tmp_path: Path) -> None:
+    model, reference, x = make(), make(), torch.randn(3, 128)
+    optimizer, other = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, reference))
+    with attach(model, on_disk(model, 3), folder=tmp_path) as handle:
+
+        def clamp(module: nn.Module, args: object) -> None:
+            module.weight.data.clamp_(-0.05, 0.05)  # type: ignore[union-attr, operator]
+            if module is model[2]:
+                handle.refresh()
+
+        if inside:
+            for m in (model, reference):
+                m[2].register_forward_pre_hook(clamp)
+        for _ in range(3):
+            for m, step in ((model, lambda: handle.step(optimizer)), (reference, other.step)):
+                m.zero_grad()
+                m(x).square().sum().backward()
+                step()
+                if not inside:
+                    for p in m.parameters():
+                        p.data.clamp_(-0.05, 0.05)
+            if not inside:
+                handle.refresh()
+            assert torch.equal(model(x), reference(x))
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_use_at_home_is_not_moved_under_another_thread(tmp_path: Path) -> None:
+    model = make()
+    with attach(model, on_disk(model, 1), folder=tmp_path) as handle:
+        engine = handle._engine
+        with engine.use("0"):
+            at_home = engine.acquire("1")  # the ring holds one
+        address = model[1].weight.data_ptr()
+        with engine.use("1"):  # another thread's, now that there is room
+            assert model[1].weight.data_ptr() == address
+        engine.release("1", at_home)
+        with engine.use("1"):
+            assert model[1].weight.data_ptr() != address
+        assert handle.counters.elsewhere == 2
+
+
+def test_descriptors_do_not_grow_with_units(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(300)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = len(os.listdir("/proc/self/fd"))
+    with attach(model, on_disk(model, 2), folder=tmp_path) as handle:
+        model(torch.randn(2, 4)).sum().backward()
+        handle.step(optimizer)
+        assert len(os.listdir("/proc/self/fd")) - before < 12
+
+
+def test_a_copy_of_an_attached_model_is_plain(tmp_path: Path) -> None:
+    model, x = make(), torch.randn(3, 128)
+    for materialize in (False, True):
+        model.requires_grad_(not materialize)
+        with attach(model, on_disk(model, 4), folder=tmp_path, materialize=materialize):
+            copied = copy.deepcopy(model)
+            average = torch.optim.swa_utils.AveragedModel(model)
+            average.update_parameters(model)
+            loaded = pickle.loads(pickle.dumps(model.state_dict()))
+        for other in (copied, average):
+            assert torch.equal(other(x), model(x))
+        assert all(type(parameter) is nn.Parameter for parameter in copied.parameters())
+        assert torch.equal(loaded["3.weight"], model[3].weight)
+
+
+def test_packed_weights_refuse_every_write_and_answer_every_read(tmp_path: Path) -> None:
+    model, reference = make().requires_grad_(False), make().requires_grad_(False)
+    with attach(model, on_disk(model, 4), folder=tmp_path, materialize=True):
+        weight, expected = model[1].weight, reference[1].weight
+
+        def item() -> None:
+            weight[0] = 0
+
+        for write in (
+            lambda: weight.mul_(0),
+            item,
+            lambda: torch._foreach_mul_([weight], 0.0),
+            lambda: torch.mul(expected, 2, out=weight),
+        ):
+            with pytest.raises(RuntimeError, match="is away"):
+                write()
+        buffer = torch.zeros(128, 128)
+        assert torch.equal(buffer.copy_(weight), expected)
+        assert torch.equal(torch.mul(weight, 2, out=buffer), expected * 2)
+        assert torch.equal(weight.detach(), expected)
+    assert torch.equal(model[1].weight, expected)
+
+
+def test_a_packed_weight_that_a_module_returns_is_kept(tmp_path: Path) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(64, 128), requires_grad=False)
+
+        def forward(self, n: int) -> Tensor:
+            return self.table[:n]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.layer = Positions(), nn.Linear(128, 128).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = self.positions(len(x))
+            return self.layer(x) + p
+
+    model, x = Model(), torch.randn(3, 128)
+    expected = model(x)
+    found = units(model)
+    placements = {unit.name: Placement("DISK", unit.nbytes) for unit in found}
+    made = Plan((FAST, DISK), placements, 4 * max(u.room for u in found), fingerprint(model), "all on disk")
+    with attach(model, made, folder=tmp_path, materialize=True):
+        assert torch.equal(model(x), expected)
+
+
+def test_the_models_own_parameters_come_to_the_ring_too(tmp_path: Path) -> None:
+    model, x = nn.Linear(128, 128), torch.randn(3, 128)
+    expected = model(x)
+    inside: list[int] = []
+    with attach(model, on_disk(model), folder=tmp_path) as handle:
+        home = model.weight.data_ptr()
+        model.register_forward_pre_hook(lambda module, args: inside.append(module.weight.data_ptr()))
+        assert torch.equal(model(x), expected)
+        assert inside != [home]
+        assert handle._ring.taken
+
+
+def test_optimizer_state_that_is_loaded_later_moves_too(tmp_path: Path) -> None:
+    model, reference, x = make(), make(), torch.randn(3, 128)
+    optimizer, other = (torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, reference))
+    with attach(model, on_disk(model, 3), folder=tmp_path) as handle:
+        for turn in range(4):
+            for m, o, step in ((model, optimizer, lambda: handle.step(optimizer)), (reference, other, other.step)):
+                o.zero_grad()
+                m(x).square().sum().backward()
+                if turn == 0:
+                    m[0].bias.grad = None  # has a state only from the second step on
+                step()
+                if turn == 1:
+                    o.load_state_dict(copy.deepcopy(o.state_dict()))
+        state = optimizer.state[model[0].bias]["exp_avg"]
+        assert handle._engine.holds("0 (optimizer)", [*_tensors(optimizer, model[0].parameters())])
+        assert torch.equal(state, other.state[reference[0].bias]["exp_avg"])
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)

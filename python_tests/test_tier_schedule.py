@@ -187,7 +187,7 @@ def engine_seconds(accesses: list[Access], room: int, passes: int) -> list[float
         patch.setattr("infold.tiers.emulate.time", clock)
         patch.setattr("infold.tiers.emulate._SPIN_SECONDS", 0.0)
         links = {spec.name: Link(spec) for spec in (NEAR, FAR)}
-        pieces = {a.unit: EmulatedPiece(a.nbytes, links[a.tier]) for a in accesses if a.tier != "fast"}
+        pieces = {a.unit: EmulatedPiece((), a.nbytes, links[a.tier]) for a in accesses if a.tier != "fast"}
         engine = Engine(pieces, Ring(room, no_memory))
         ends = []
         for _ in range(passes):

@@ -64,10 +64,13 @@ def offload_activations(
 
 
 class _Kept:
-    """A saved tensor that stays. PyTorch itself does not look for writes to what hooks have packed."""
+    """A saved tensor that stays. PyTorch itself does not look for writes to what hooks have packed.
+
+    Detached, which shares the version: a result that its own node holds would never be freed.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, tensor._version
+        self._tensor, self._version = tensor.detach(), tensor._version
 
     def unpack(self) -> Tensor:
         if self._tensor._version != self._version:

@@ -26,11 +26,13 @@ from infold.tiers.ring import Ring, host_memory
 from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
 from infold.tiers.training import state_name, step_by_units
-from infold.tiers.units import ATOMIC, Unit, units
+from infold.tiers.units import ATOMIC, Unit, storage_key, units
 from infold.tiers.unpacking import PackedPiece, can_pack
 
 Mode = Literal["real", "emulated"]
 
+#: The storages of all models that are attached.
+_attached: set[int] = set()
 #: Weights that are freed before the system is given back their memory.
 _TRIM_BYTES = 4 << 20
 
@@ -72,6 +74,9 @@ def attach(
             raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
     if plan.fingerprint != fingerprint(model):
         raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
+    for name, parameter in model.named_parameters():
+        if storage_key(parameter) in _attached:
+            raise ValueError(f"model: expected one whose weights are not in tiers already, got {name!r} of one that is")
     handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:
         handle._place_all(open_weights(weights))
@@ -114,6 +119,7 @@ class Handle:
         self._links = {spec.name: link_for(spec, self._device) for spec in plan.tiers if not spec.resident}
         self._lane = Lane(self._device, self._executor) if mode == "real" and self._device.type == "cuda" else None
         self._tier_of: dict[str, str] = {}
+        self._keys: dict[str, set[int]] = {}
         self._removed = False
 
     # --- placing ---
@@ -146,12 +152,14 @@ class Handle:
                 raise ValueError(f"plan: {unit.name}: expected buffer_bytes of at least {needed}, got {got}")
             self._engine.add(unit.name, piece)
             self._hooks.add(unit)
+            self._keys[unit.name] = {storage_key(parameter) for parameter in parameters}
+            _attached.update(self._keys[unit.name])
         self._tier_of[unit.name] = spec.name
 
     def _piece(self, name: str, tensors: Sequence[Tensor], nbytes: int, spec: TierSpec) -> Piece:
         if self.mode == "emulated":
             placed = self.plan.placements.get(name)
-            return EmulatedPiece(placed.nbytes if placed else nbytes, self._links[spec.name])
+            return EmulatedPiece(tensors, placed.nbytes if placed else nbytes, self._links[spec.name])
         if spec.on_disk:
             self._store = self._store or self._open_store(0)
         store = self._store if spec.on_disk else None
@@ -182,6 +190,7 @@ class Handle:
         Raises ValueError for a unit or a tier that is not there, RuntimeError where the disk has no room: the unit
         is in the first tier then.
         """
+        self._require_attached()
         unit, spec = self._unit(name), self._tier(tier)
         if self._tier_of[name] == tier:
             return 0
@@ -203,19 +212,27 @@ class Handle:
         For optimizers that treat each parameter by itself, as Adam and SGD do. Hooks of the optimizer run once a unit.
         Raises ValueError for one that needs a closure (LBFGS).
         """
+        self._require_attached()
         step_by_units(optimizer, self._away(), self._engine, self._keep_state)
 
     def _away(self) -> list[Unit]:
         return [self._units[name] for name in self._engine.names if name in self._units]
 
     def _keep_state(self, unit: Unit, name: str, tensors: list[Tensor]) -> None:
+        if name in self._engine.names:
+            self._engine.send_home(name).restore()
+            self._engine.forget(name)
         nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         self._engine.add(name, self._piece(name, tensors, nbytes, self._tier(self._tier_of[unit.name])))
 
     # --- looking, ending ---
 
     def refresh(self) -> None:
-        """Has everything fetched anew: after writes by way of ``parameter.data``, which PyTorch does not note."""
+        """Has everything fetched anew: after writes by way of ``parameter.data``, which PyTorch does not note.
+
+        Writes inside a module's forward are in memory that is lost after it: call this before it ends.
+        """
+        self._require_attached()
         self._engine.refresh()
 
     @property
@@ -234,14 +251,17 @@ class Handle:
         """
         if self._removed:
             return
-        self._removed = True
         self._hooks.clear()
         errors: list[RuntimeError] = []
         for name in self._engine.names:
             try:
-                self._engine.remove(name).restore()
+                self._engine.send_home(name).restore()
             except RuntimeError as error:
                 errors.append(error)
+            # An interrupt before this leaves the rest to a second call.
+            self._engine.forget(name)
+            _attached.difference_update(self._keys.pop(name, ()))
+        self._removed = True
         self._ring.clear()
         self._executor.shutdown()
         if self._store:
@@ -261,8 +281,14 @@ class Handle:
     def _bring_back(self, unit: Unit) -> None:
         for name in (unit.name, state_name(unit.name)):
             if name in self._engine.names:
-                self._engine.remove(name).restore()
+                self._engine.send_home(name).restore()
+                self._engine.forget(name)
         self._hooks.remove(unit)
+        _attached.difference_update(self._keys.pop(unit.name, ()))
+
+    def _require_attached(self) -> None:
+        if self._removed:
+            raise RuntimeError("tiers: expected an attached model, but remove() has brought it back")
 
     def _unit(self, name: str) -> Unit:
         if name not in self._units:

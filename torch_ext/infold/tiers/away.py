@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 #: What a parameter knows without its memory.
 _ATTRIBUTES = ("shape", "dtype", "device", "layout", "requires_grad", "grad", "is_leaf", "grad_fn", "ndim", "_version")
@@ -19,14 +20,28 @@ _KNOWN = {
     *(Tensor.is_contiguous, Tensor.is_inference, Tensor.requires_grad_),
 }
 
+#: ``add_``, ``_foreach_add_``, ``__iadd__``.
+_IN_PLACE = re.compile(r"\w*[a-z0-9]_|__i[a-z]+__")
+
 
 class AwayTensor(torch.Tensor):
     """Stands where a tensor is, while its memory is not: operators get a copy, fetched anew each time.
 
-    Raises RuntimeError where one would write: the copy would be lost.
+    Raises RuntimeError where one would write: the copy would be lost (what `.data` or `.detach()` give is one, too). A
+    copy of it and what is pickled are plain.
     """
 
     _infold_fetch: Callable[[], Tensor]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        value = self._infold_fetch()
+        copied = nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain: Any = self.__deepcopy__({})
+        return plain.__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(
@@ -37,8 +52,9 @@ class AwayTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        writes = "out" in kwargs or name == "__set__" or (name.endswith("_") and not name.endswith("__"))
-        if writes and any(isinstance(arg, AwayTensor) for arg in args):
+        writes = name in ("__set__", "__setitem__") or _IN_PLACE.fullmatch(name) is not None
+        written = [*tree_leaves(args[:1] if writes else ()), *tree_leaves(kwargs.get("out"))]
+        if any(isinstance(target, AwayTensor) for target in written):
             raise RuntimeError(
                 f"{name}: the parameter's weight is away, packed or in another tier; remove() brings it back"
             )

@@ -50,6 +50,8 @@ class CudaPiece:
     While it is away its parameters have no memory on the GPU; whoever reaches for one outside its module gets a copy.
     """
 
+    readable = False
+
     def __init__(self, tensors: Iterable[Tensor], lane: Lane, store: Store | None = None) -> None:
         self._tensors = list(tensors)
         self._lane = lane
@@ -96,6 +98,12 @@ class CudaPiece:
 
     def version(self) -> int:
         return sum(map(version_of, self._tensors))
+
+    def keys(self) -> set[int]:
+        return self._layout.keys()
+
+    def touch(self) -> bool:
+        return True  # all of it is written back in any case
 
     def restore(self) -> None:
         self._layout.restore(self._read(host_memory(self.nbytes)).to(self._lane.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from infold.tiers.pieces import Wait
 from infold.tiers.ring import Ring
 from infold.tiers.spec import TierSpec
-from infold.tiers.units import pages
+from infold.tiers.units import pages, storage_key
 
 #: The last part of a wait is spent looking at the clock, for sleeping is not that precise.
 _SPIN_SECONDS = 3e-4
@@ -56,7 +57,10 @@ class CudaLink(Link):
 class EmulatedPiece:
     """A unit of ``nbytes`` *stored* bytes behind a link."""
 
-    def __init__(self, nbytes: int, link: Link) -> None:
+    readable = True
+
+    def __init__(self, tensors: Iterable[Tensor], nbytes: int, link: Link) -> None:
+        self._keys = set(map(storage_key, tensors))
         self.nbytes = pages(nbytes)
         self._stored = nbytes
         self._link = link
@@ -75,6 +79,12 @@ class EmulatedPiece:
 
     def version(self) -> int:
         return 0
+
+    def keys(self) -> set[int]:
+        return self._keys
+
+    def touch(self) -> bool:
+        return False
 
     def restore(self) -> None:
         pass

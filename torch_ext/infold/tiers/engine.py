@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from torch import Tensor
 
 from infold.tiers.order import AccessOrder
 from infold.tiers.pieces import Piece, Wait
 from infold.tiers.ring import Ring
-from infold.tiers.units import pages
+from infold.tiers.units import pages, storage_key
 
 #: How many uses ahead are looked at.
 HORIZON = 256
@@ -37,8 +39,16 @@ class Counters:
     waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
+class Use(Enum):
+    """How a piece is used: in the ring, where it lives for want of room, or not at all, for it was restored."""
+
+    HERE = auto()
+    HOME = auto()
+    NONE = auto()
+
+
 class _State:
-    """A piece on its way: at home (no memory), coming (wait), here (memory), in use (pins)."""
+    """A piece on its way: at home (no memory), coming (wait), here (memory), in use (pins; home_uses at home)."""
 
     def __init__(self, piece: Piece) -> None:
         self.piece = piece
@@ -48,13 +58,17 @@ class _State:
         self.version = piece.version()
         self.bound = False
         self.pins = 0
+        self.home_uses = 0
 
 
 class Engine:
     """Brings pieces into the ring's memory before they are used, and lets them go when others need it.
 
     Among those that are not in use the one goes first whose next use is farthest (Belady's rule, by the order learnt).
-    Safe to call from several threads; a caller waits for its own piece alone.
+    Where all that fills the ring is in use, a piece is used where it lives; one that cannot be takes more memory than
+    the ring may have, for a wrong result would be worse.
+
+    Safe to call from several threads, one of which does something at a time, waiting included.
     """
 
     def __init__(self, pieces: Mapping[str, Piece], ring: Ring) -> None:
@@ -63,28 +77,31 @@ class Engine:
         self._ring = ring
         self._order = AccessOrder(max(10_000, 64 * len(pieces)))
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self.counters = Counters()
 
-    def acquire(self, name: str) -> bool:
-        """Has a piece here, and keeps it until `release`. Raises what fetching it ended with; it is at home then.
+    def acquire(self, name: str) -> Use:
+        """Has a piece here, and keeps it until `release`, which is to be told what this returns.
 
-        False where it is used at home and not to be released.
+        Raises what fetching it ended with; it is at home then. RuntimeError in a process that was forked since.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError("tiers: expected the process that attached the model, for its threads are not in a fork")
         with self._lock:
             state = self._states.get(name)
             if state is None:
-                return False  # restored meanwhile: a graph of before may still ask
+                return Use.NONE  # restored meanwhile: a graph of before may still ask
             self.counters.uses += 1
             self._order.visit(name)
             if state.pins == 0:
                 if state.memory is not None and not state.bound and state.version != state.piece.version():
                     self._let_go(name, state)  # somebody wrote to it at home since
+                if state.home_uses:
+                    return self._use_at_home(state)  # by another thread, which has its address
                 if state.memory is None:
                     self._make_room(state.piece.nbytes)
-                    if not self._ring.has_room(state.piece.nbytes):
-                        # Everything that fills the ring is in use: this one is used where it lives.
-                        self.counters.elsewhere += 1
-                        return False
+                    if not self._ring.has_room(state.piece.nbytes) and state.piece.readable:
+                        return self._use_at_home(state)  # all that fills the ring is in use
                     self._fetch(name, state)
                     self.counters.demanded += 1
                 if state.wait is not None:
@@ -95,13 +112,16 @@ class Engine:
                     state.version = state.piece.version()
             state.pins += 1
             self._prefetch()
-            return True
+            return Use.HERE
 
-    def release(self, name: str) -> None:
+    def release(self, name: str, use: Use) -> None:
         """Ends a use that `acquire` began."""
         with self._lock:
             state = self._states.get(name)
-            if state is None or state.pins == 0:
+            if state is None or use is Use.NONE:
+                return
+            if use is Use.HOME:
+                state.home_uses -= 1
                 return
             state.pins -= 1
             if state.pins == 0:
@@ -114,35 +134,57 @@ class Engine:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        pinned = self.acquire(name)
+        use = self.acquire(name)
         try:
             yield
         finally:
-            if pinned:
-                self.release(name)
+            self.release(name, use)
 
     def add(self, name: str, piece: Piece) -> None:
         with self._lock:
             self._states[name] = _State(piece)
 
-    def remove(self, name: str) -> Piece:
-        """Forgets a piece, which is at home then."""
+    def send_home(self, name: str) -> Piece:
+        """Ends whatever a piece is doing, and returns it."""
         with self._lock:
-            state = self._states[name]
-            self._let_go(name, state)
+            self._let_go(name, self._states[name])
+            return self._states[name].piece
+
+    def forget(self, name: str) -> None:
+        """Drops a piece that was sent home."""
+        with self._lock:
             del self._states[name]
-            return state.piece
+
+    def holds(self, name: str, tensors: Sequence[Tensor]) -> bool:
+        """Whether there is such a piece, and of just these tensors."""
+        return name in self._states and self._states[name].piece.keys() == set(map(storage_key, tensors))
+
+    def fleeting(self, name: str) -> set[int]:
+        """The storages (`storage_key`) of a piece that have no memory once it is released."""
+        state = self._states.get(name)
+        return set() if state is None or state.piece.readable else state.piece.keys()
 
     def refresh(self) -> None:
-        """Forgets everything that was fetched and is not in use: the next uses fetch it again."""
+        """Forgets everything that was fetched and is not in use: the next uses fetch it again. What is bound here may
+        have been written to unseen, and goes home.
+        """
         with self._lock:
             for name, state in self._states.items():
+                if state.bound:
+                    self._finish_saving(state)
+                    if state.piece.touch():
+                        state.version = -1
                 if state.pins == 0:
                     self._let_go(name, state)
 
     @property
     def names(self) -> list[str]:
         return list(self._states)
+
+    def _use_at_home(self, state: _State) -> Use:
+        state.home_uses += 1
+        self.counters.elsewhere += 1
+        return Use.HOME
 
     def _fetch(self, name: str, state: _State) -> None:
         state.version = state.piece.version()
@@ -217,16 +259,17 @@ class Engine:
                 return
 
     def _prefetch(self) -> None:
-        """Begins to fetch what is expected next, as far as the ring reaches."""
+        """Begins to fetch what is expected next, as far as the ring reaches. What fails does so again for who asks."""
         upcoming = self._order.upcoming(HORIZON)
-        for index, name in enumerate(upcoming):
-            state = self._states.get(name)
-            if state is None or state.memory is not None:
-                continue
-            self._make_room(state.piece.nbytes, index, upcoming)
-            if not self._ring.has_room(state.piece.nbytes):
-                return
-            self._fetch(name, state)
+        with suppress(RuntimeError):
+            for index, name in enumerate(upcoming):
+                state = self._states.get(name)
+                if state is None or state.memory is not None or state.home_uses:
+                    continue
+                self._make_room(state.piece.nbytes, index, upcoming)
+                if not self._ring.has_room(state.piece.nbytes):
+                    return
+                self._fetch(name, state)
 
 
 def _present(state: _State) -> Tensor:

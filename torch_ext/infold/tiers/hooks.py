@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from infold.tiers.engine import Engine
-from infold.tiers.units import Unit
+from infold.tiers.engine import Engine, Use
+from infold.tiers.units import Unit, storage_key
 
 
 class Hooks:
@@ -24,16 +24,23 @@ class Hooks:
     def __init__(self, engine: Engine, model: nn.Module) -> None:
         self._engine = engine
         self._local = threading.local()
-        self._handles: dict[str, list[RemovableHandle]] = {"": [self._watch(model)]}
+        self._model = model
+        self._handles: dict[str, list[RemovableHandle]] = {}
+        self._watch()
 
-    def _watch(self, model: nn.Module) -> RemovableHandle:
-        return model.register_forward_pre_hook(self._begin, prepend=True)
+    def _watch(self) -> None:
+        """Has `begin` run before all other hooks of the model, its own unit's among them."""
+        for handle in self._handles.pop("model", ()):
+            handle.remove()
+        self._handles["model"] = [self._model.register_forward_pre_hook(_Begin(self), prepend=True)]
 
     def add(self, unit: Unit) -> None:
         handles = self._handles.setdefault("unit " + unit.name, [])
         for module in unit.modules.values():
             handles.append(module.register_forward_pre_hook(_Before(self, unit.name), prepend=True))
             handles.append(module.register_forward_hook(_After(self, unit.name), always_call=True))
+        if self._model in unit.modules.values():
+            self._watch()
 
     def remove(self, unit: Unit) -> None:
         for handle in self._handles.pop("unit " + unit.name, ()):
@@ -46,15 +53,15 @@ class Hooks:
         self._handles.clear()
 
     @property
-    def _running(self) -> list[_Use]:
+    def _running(self) -> list[_Running]:
         """The calling thread's uses that have not ended."""
         if not hasattr(self._local, "running"):
             self._local.running = []
-        running: list[_Use] = self._local.running
+        running: list[_Running] = self._local.running
         return running
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def begin(self) -> None:
         if torch._C._current_graph_task_id() == -1:
             # What an interrupt cut off has not ended by itself.
             while self._running:
@@ -65,9 +72,10 @@ class Hooks:
         self._hold(name, _next_node())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def leave(self, name: str, output: Any) -> None:
+    def leave(self, name: str, output: Any) -> Any:
+        """The output, if it is to be another: a view of a weight that has no memory from now on is copied."""
         if not self._running or self._running[-1].name != name:
-            return  # it was not entered: fetching it failed
+            return None  # it was not entered: fetching it failed
         use = self._running.pop()
         if torch.is_grad_enabled():
             # The same two for all nodes: a large model has many.
@@ -80,10 +88,14 @@ class Hooks:
             for node in _nodes(output, use.first):
                 node.register_prehook(hold)
                 node.register_hook(let_go)
+        fleeting = self._engine.fleeting(name)
+        views = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and storage_key(leaf) in fleeting]
+        kept = {id(view): view.clone() for view in views}
         self._end(use)
+        return tree_map(lambda leaf: kept.get(id(leaf), leaf), output) if kept else None
 
     def _hold(self, name: str, first: int) -> None:
-        self._running.append(_Use(name, first, self._engine.acquire(name)))
+        self._running.append(_Running(name, first, self._engine.acquire(name)))
 
     def _let_go(self, name: str) -> None:
         """Ends a backward node's use."""
@@ -92,21 +104,20 @@ class Hooks:
                 self._end(self._running.pop(index))
                 return
 
-    def _end(self, use: _Use) -> None:
-        if use.pinned:
-            self._engine.release(use.name)
+    def _end(self, use: _Running) -> None:
+        self._engine.release(use.name, use.use)
 
 
 #: The `first` of a use by a backward node.
 _BACKWARD = -1
 
 
-class _Use(NamedTuple):
-    """A unit in use: the number that its first backward node would have, and whether the engine is to be told."""
+class _Running(NamedTuple):
+    """A unit in use: the number that its first backward node would have, and what the engine is to be told."""
 
     name: str
     first: int
-    pinned: bool
+    use: Use
 
 
 def _next_node() -> int:
@@ -114,20 +125,31 @@ def _next_node() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
-class _Before:
-    def __init__(self, hooks: Hooks, name: str) -> None:
+class _Hook:
+    """What a module holds. A copy of the module is not attached: its hook does nothing."""
+
+    def __init__(self, hooks: Hooks | None, name: str = "") -> None:
         self._hooks, self._name = hooks, name
 
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
+        return type(self), (None,)
+
+
+class _Begin(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self._hooks.enter(self._name)
+        if self._hooks:
+            self._hooks.begin()
 
 
-class _After:
-    def __init__(self, hooks: Hooks, name: str) -> None:
-        self._hooks, self._name = hooks, name
+class _Before(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self._hooks:
+            self._hooks.enter(self._name)
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._hooks.leave(self._name, output)
+
+class _After(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._hooks.leave(self._name, output) if self._hooks else None
 
 
 def _nodes(output: Any, first: int) -> Iterator[Any]:

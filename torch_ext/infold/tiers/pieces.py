@@ -69,6 +69,9 @@ class Layout:
         # Where a piece ends is a whole page, and so whole items.
         return memory[start:].view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
+    def keys(self) -> set[int]:
+        return {storage_key(tensor) for tensor, _, _ in self._spans}
+
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Where each storage begins in the range, and its bytes."""
@@ -91,9 +94,13 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 class Piece(Protocol):
-    """What the engine moves. ``nbytes``: the room that it takes while it is here."""
+    """What the engine moves.
+
+    nbytes: the room that it takes while it is here. readable: whether its storages have memory also while it is not.
+    """
 
     nbytes: int
+    readable: bool
 
     def load(self, ring: Ring) -> tuple[Tensor, Wait]:
         """Begins to fetch: the memory, taken from the ring, and what waits until it is filled."""
@@ -115,6 +122,14 @@ class Piece(Protocol):
         """Changes with every write to the parameters that PyTorch knows of."""
         ...
 
+    def keys(self) -> set[int]:
+        """Of its storages (`storage_key`)."""
+        ...
+
+    def touch(self) -> bool:
+        """Takes all of it for changed, whatever `version` says; whether it can change at all."""
+        ...
+
     def restore(self) -> None:
         """Puts the parameters into plain memory for good."""
         ...
@@ -125,6 +140,8 @@ class _HomePiece:
 
     Only what has changed is written back: of a frozen weight's trained bias, the bias.
     """
+
+    readable = True
 
     def __init__(self, tensors: Iterable[Tensor], home: Callable[[int], Tensor]) -> None:
         self._tensors = list(tensors)
@@ -158,6 +175,13 @@ class _HomePiece:
             self._unsaved.clear()
 
         return wait
+
+    def keys(self) -> set[int]:
+        return self._layout.keys()
+
+    def touch(self) -> bool:
+        self._unsaved.update(map(storage_key, self._tensors))
+        return True
 
     def restore(self) -> None:
         self._layout.restore(self._home)

@@ -58,7 +58,7 @@ class PinnedStash:
             entry.home.copy_(source, non_blocking=True)
             entry.copied = self._stream.record_event()
         source.record_stream(self._stream)
-        entry.source = saved, saved._version
+        entry.source = saved.detach(), saved._version
         self.nbytes += entry.nbytes
         self._counters.bytes_stored += entry.nbytes
         self._entries[entry.number] = entry

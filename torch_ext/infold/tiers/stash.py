@@ -142,7 +142,7 @@ class DiskStash:
         depth: int,
         backend: str,
     ) -> None:
-        self._store = Store(folder, depth=depth, backend=backend)
+        self._store = Store(folder, depth=depth, backend=backend, growth=0)
         self._extents = Extents(self._store, limit)
         self._ring = Ring(buffer_bytes)
         self._executor = ThreadPoolExecutor(2, "infold-activations")

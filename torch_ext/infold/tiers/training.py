@@ -26,7 +26,7 @@ def step_by_units(
 ) -> None:
     """Steps the units' parameters a unit at a time, in reverse, for a backward has the first here last; then the rest.
 
-    keep: moves the tensors that the optimizer made for a unit to where they are to live, under a name.
+    keep: moves the tensors that the optimizer has for a unit to where they are to live, in place of any of that name.
     """
     if isinstance(optimizer, LBFGS):
         raise ValueError("optimizer: expected one that steps each parameter by itself, got LBFGS")
@@ -45,10 +45,10 @@ def step_by_units(
                 uses.enter_context(engine.use(state))
             with _only(optimizer, parameters):
                 optimizer.step()
-        if state not in engine.names:
-            tensors = _tensors(optimizer, parameters)
-            if tensors:
-                keep(unit, state, tensors)
+        # Made at the first step, and anew where a state dict was loaded or more parameters came to have gradients.
+        tensors = _tensors(optimizer, [p for p in unit.parameters.values() if p in mine])
+        if tensors and not engine.holds(state, tensors):
+            keep(unit, state, tensors)
     rest = mine - stepped
     if any(parameter.grad is not None for parameter in rest):
         with _only(optimizer, rest):

@@ -27,7 +27,8 @@ _TILE_ROWS = 64
 def can_pack(tensor: Tensor) -> bool:
     """Whether a parameter is a weight that packs: a matrix or more, frozen, of a float dtype, alone in its storage."""
     whole = tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
-    return tensor.dim() >= 2 and tensor.dtype in WEIGHT_DTYPES and not tensor.requires_grad and whole
+    plain = type(tensor) is nn.Parameter and not tensor.requires_grad and tensor.dtype in WEIGHT_DTYPES
+    return plain and tensor.dim() >= 2 and whole
 
 
 class _Entry(NamedTuple):
@@ -42,6 +43,8 @@ class PackedPiece:
 
     Frozen: nothing is written back.
     """
+
+    readable = False
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], config: FusedConfig, executor: Executor, store: Store | None = None
@@ -73,7 +76,6 @@ class PackedPiece:
             store.wait(store.write(self._offset, home))
             self._home = None
         self.nbytes = self._layout.nbytes + (self.stored if store else 0)
-        self._version = self.version()
         self.leave()
 
     def load(self, ring: Ring) -> tuple[Tensor, Wait]:
@@ -91,7 +93,6 @@ class PackedPiece:
         return memory, wait
 
     def save(self, memory: Tensor) -> Wait:
-        self._version = self.version()
         raise RuntimeError("a weight that is stored packed was written to: it is frozen, and what was written is lost")
 
     def arrive(self, memory: Tensor) -> None:
@@ -107,14 +108,25 @@ class PackedPiece:
     def version(self) -> int:
         return sum(version_of(entry.parameter) for entry in self._entries)
 
+    def keys(self) -> set[int]:
+        return self._layout.keys()
+
+    def touch(self) -> bool:
+        return False
+
     def restore(self) -> None:
         memory = host_memory(self._layout.nbytes)
-        self._decode(memory, *self._begin_read(None))
-        self._layout.restore(memory)
-        for entry in self._entries:
-            call_back(entry.parameter)
-        if self._store:
-            self._store.free(self._offset, self.stored)
+        try:
+            self._decode(memory, *self._begin_read(None))
+        except RuntimeError:
+            memory.fill_(0xFF)  # as in DiskPiece
+            raise
+        finally:
+            self._layout.restore(memory)
+            for entry in self._entries:
+                call_back(entry.parameter)
+            if self._store:
+                self._store.free(self._offset, self.stored)
 
     def _begin_read(self, staging: Tensor | None) -> tuple[Tensor, Wait]:
         """The packed bytes, and what waits for them."""
