@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from infold.tiers.arena import Arena
 from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
 from infold.tiers.codecs import RAW, config_of
 from infold.tiers.cuda import CudaPiece, Lane, device_memory
@@ -22,7 +23,7 @@ from infold.tiers.engine import Counters, Engine
 from infold.tiers.hooks import Hooks
 from infold.tiers.pieces import DiskPiece, Piece, RamPiece
 from infold.tiers.plan import Plan, fingerprint
-from infold.tiers.ring import Ring, host_memory
+from infold.tiers.ring import Buffers, Ring, host_memory
 from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
 from infold.tiers.training import state_name, step_by_units
@@ -113,7 +114,12 @@ class Handle:
         self._store: Store | None = None
         self._executor = ThreadPoolExecutor(1, "infold-tiers")
         self._device = _device(model)
-        self._ring = Ring(plan.buffer_bytes, self._allocator())
+        # Emulated weights lie in no memory, and so have no places that matter.
+        self._ring: Buffers = (
+            Ring(plan.buffer_bytes, no_memory)
+            if mode == "emulated"
+            else Arena(plan.buffer_bytes, device_memory(self._device) if self._device.type == "cuda" else host_memory)
+        )
         self._engine = Engine({}, self._ring)
         self._hooks = Hooks(self._engine, model)
         self._links = {spec.name: link_for(spec, self._device) for spec in plan.tiers if not spec.resident}
@@ -166,11 +172,6 @@ class Handle:
         if self._lane:
             return CudaPiece(tensors, self._lane, store)
         return DiskPiece(tensors, store) if store else RamPiece(tensors, self._executor)
-
-    def _allocator(self) -> Callable[[int], Tensor]:
-        if self.mode == "emulated":
-            return no_memory
-        return device_memory(self._device) if self._device.type == "cuda" else host_memory
 
     def _packed_piece(self, unit: Unit, spec: TierSpec) -> Piece:
         codec = self.plan.placements[unit.name].codec

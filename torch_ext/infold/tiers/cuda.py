@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infold.tiers.away import call_back, send_away
 from infold.tiers.pieces import Layout, Wait, version_of
-from infold.tiers.ring import Ring, host_memory
+from infold.tiers.ring import Buffers, host_memory
 from infold.tiers.store import Store
 from infold.tiers.units import pages
 
@@ -66,7 +66,7 @@ class CudaPiece:
             store.wait(store.write(self._offset, home))
         self.leave()
 
-    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+    def load(self, ring: Buffers) -> tuple[Tensor, Wait]:
         memory = ring.take(self.nbytes)
         # What used this memory last is queued already, and has to be over first.
         self._lane.stream.wait_stream(torch.cuda.current_stream(self._lane.device))

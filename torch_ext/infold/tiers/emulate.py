@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infold.tiers.pieces import Wait
-from infold.tiers.ring import Ring
+from infold.tiers.ring import Buffers
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import pages, storage_key
 
@@ -65,7 +65,7 @@ class EmulatedPiece:
         self._stored = nbytes
         self._link = link
 
-    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+    def load(self, ring: Buffers) -> tuple[Tensor, Wait]:
         return ring.take(self.nbytes), self._link.transfer(self._stored)
 
     def save(self, memory: Tensor) -> Wait:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infold.tiers.order import AccessOrder
 from infold.tiers.pieces import Piece, Wait
-from infold.tiers.ring import Ring
+from infold.tiers.ring import Buffers
 from infold.tiers.units import pages, storage_key
 
 #: How many uses ahead are looked at.
@@ -71,7 +71,7 @@ class Engine:
     Safe to call from several threads, one of which does something at a time, waiting included.
     """
 
-    def __init__(self, pieces: Mapping[str, Piece], ring: Ring) -> None:
+    def __init__(self, pieces: Mapping[str, Piece], ring: Buffers) -> None:
         self._states = {name: _State(piece) for name, piece in pieces.items()}
         self._here: dict[str, _State] = {}  # those that have memory: few, and looked through at every use
         self._ring = ring

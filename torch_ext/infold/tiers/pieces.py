@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infold._library import ops
-from infold.tiers.ring import Ring, host_memory
+from infold.tiers.ring import Buffers, host_memory
 from infold.tiers.store import Store
 from infold.tiers.units import PAGE, aligned, pages, room, storage_key
 
@@ -102,7 +102,7 @@ class Piece(Protocol):
     nbytes: int
     readable: bool
 
-    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+    def load(self, ring: Buffers) -> tuple[Tensor, Wait]:
         """Begins to fetch: the memory, taken from the ring, and what waits until it is filled."""
         ...
 
@@ -202,7 +202,7 @@ class RamPiece(_HomePiece):
         self._layout.copy_to(self._home)
         self.leave()
 
-    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+    def load(self, ring: Buffers) -> tuple[Tensor, Wait]:
         memory = ring.take(self.nbytes)
         copied = self._executor.submit(memory.copy_, self._home)
 
@@ -234,7 +234,7 @@ class DiskPiece(_HomePiece):
         store.wait(store.write(self._offset, staging))
         self.leave()
 
-    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+    def load(self, ring: Buffers) -> tuple[Tensor, Wait]:
         memory = ring.take(self.nbytes)
         ticket = self._store.read(self._offset, memory)
         return memory, lambda: self._store.wait(ticket)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,31 @@ def host_memory(nbytes: int) -> Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class Buffers(Protocol):
+    """Memory of at most ``capacity`` bytes in all that weights are fetched into."""
+
+    capacity: int
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are in use."""
+        ...
+
+    def has_room(self, nbytes: int) -> bool: ...
+
+    def take(self, nbytes: int) -> Tensor:
+        """Memory of ``nbytes``, rounded up to pages. The caller has asked `has_room`."""
+        ...
+
+    def give(self, memory: Tensor) -> None:
+        """Takes memory back."""
+        ...
+
+    def clear(self) -> None:
+        """Returns to the system what is not in use."""
+        ...
 
 
 class Ring:
@@ -59,10 +85,6 @@ class Ring:
             memory = self._allocate(size)
         self._taken[id(memory)] = size
         return memory
-
-    def charge(self, memory: Tensor) -> None:
-        """Counts memory that somebody else allocated."""
-        self._taken[id(memory)] = pages(memory.nbytes)
 
     def give(self, memory: Tensor, *, keep: bool = True) -> None:
         """Takes memory back; ``keep`` is whether it is one of the ring's own."""

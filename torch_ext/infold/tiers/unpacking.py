@@ -14,7 +14,7 @@ from infold.config import WEIGHT_DTYPES, FusedConfig
 from infold.packed import Header, Packed, float_scales, lay_out, pack, read_header
 from infold.tiers.away import call_back, send_away
 from infold.tiers.pieces import Layout, Wait, version_of
-from infold.tiers.ring import Ring, host_memory
+from infold.tiers.ring import Buffers, host_memory
 from infold.tiers.store import Store
 from infold.tiers.units import aligned, room, storage_key
 
@@ -78,7 +78,7 @@ class PackedPiece:
         self.nbytes = self._layout.nbytes + (self.stored if store else 0)
         self.leave()
 
-    def load(self, ring: Ring) -> tuple[Tensor, Wait]:
+    def load(self, ring: Buffers) -> tuple[Tensor, Wait]:
         memory = ring.take(self._layout.nbytes)
         staging = ring.take(self.stored) if self._store else None
         decoded = self._executor.submit(self._decode, memory, *self._begin_read(staging))
