@@ -57,8 +57,8 @@ def attach(
     weights: what a model on the meta device is filled with, a unit at a time, so that it is never whole in memory: a
         safetensors file, a folder of them, or a mapping from qualified names to tensors.
     materialize: stores weights packed and decodes each layer into a buffer just before it runs: by the codec that the
-        plan gives it, else losslessly. What is stored so is frozen. Without it a plan's codecs only say how layers were
-        converted (`infold.convert`), which compute on the packed weight.
+        plan gives it, else losslessly. What trains is stored as it is. Without it a plan's codecs only say how layers
+        were converted (`infold.convert`), which compute on the packed weight.
     backend: of `infold.tiers.Store`.
 
     Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, and
@@ -155,7 +155,8 @@ class Handle:
             if piece.nbytes > self._ring.capacity:
                 piece.restore()
                 needed, got = f"{piece.nbytes:,}", f"{self._ring.capacity:,}"
-                raise ValueError(f"plan: {unit.name}: expected buffer_bytes of at least {needed}, got {got}")
+                why = "; a packed weight needs room decoded and packed" if packed else ""
+                raise ValueError(f"plan: {unit.name}: expected buffer_bytes of at least {needed}, got {got}{why}")
             self._engine.add(unit.name, piece)
             self._hooks.add(unit)
             self._keys[unit.name] = {storage_key(parameter) for parameter in parameters}

@@ -74,7 +74,7 @@ def filled(unit: Unit, weights: Weights | None) -> Unit:
 
 def _value(name: str, like: Tensor, weights: Weights | None) -> Tensor:
     if weights is None or name not in weights:
-        raise ValueError(f"weights: expected {name!r}, which is on the meta device; it is not there")
+        raise ValueError(f"weights: expected {name!r}, which is on the meta device and has no value there")
     value = weights[name]
     if value.shape != like.shape:
         raise ValueError(f"weights: {name!r}: expected shape {list(like.shape)}, got {list(value.shape)}")

@@ -108,6 +108,8 @@ def _limits(tiers: Sequence[TierSpec], budgets: Mapping[str, int | None]) -> dic
     for name, limit in budgets.items():
         if name not in names:
             raise ValueError(f"budgets: expected one of the tiers {', '.join(names)}, got {name!r}")
+        if limit is not None and not isinstance(limit, int):
+            raise TypeError(f"budgets: {name}: expected whole bytes or None, got {limit!r}")
         if limit is not None and limit < 0:
             raise ValueError(f"budgets: {name}: expected zero or more bytes, got {limit}")
     given = {name: limit for name, limit in budgets.items() if limit is not None}
