@@ -79,7 +79,7 @@ def recover(
     if {id(p) for p in trained} & {id(p) for p in teacher.parameters()}:
         raise ValueError("teacher: expected parameters of its own, got some that the model would train (copy it first)")
 
-    with _eval_mode(model, teacher), _requiring(model, trained):
+    with evaluating(model, teacher), _requiring(model, trained):
         run = _Run(model, teacher, training, held_out, config, forward, loss, trained, progress)
         try:
             if config.layer_steps:
@@ -307,7 +307,8 @@ def _floats(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _eval_mode(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode, each module afterwards in the one that it was in."""
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()

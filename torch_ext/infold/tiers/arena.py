@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from infold.tiers.units import pages
+from infold.tiers.units import PAGE, pages
 
 
 class Arena:
@@ -19,7 +19,7 @@ class Arena:
         self.capacity = capacity
         self._allocate = allocate
         self._memory: Tensor | None = None
-        self._holes = {0: capacity // pages(1) * pages(1)}  # where each begins, and its bytes
+        self._holes = {0: capacity // PAGE * PAGE}  # where each begins, and its bytes
         self._taken: dict[int, tuple[int, int]] = {}
 
     @property

@@ -23,10 +23,3 @@ def config_of(codec: str) -> FusedConfig | None:
     if bits is None:
         raise ValueError(f"codec: expected raw, lossless, int8, int4 or ecsq-B with B bits, got {codec!r}")
     return FusedConfig("ecsq", bits=float(bits[1]))
-
-
-def codec_of(config: FusedConfig | None) -> str:
-    """The name of a configuration's codec."""
-    if config is None:
-        return RAW
-    return config.format if config.bits is None else f"ecsq-{config.bits:g}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from infold.recover import evaluating
 from infold.tiers.importance import by_unit
 
 Method = Literal["auto", "vmap", "loop"]
@@ -61,7 +61,7 @@ class FisherAnalyzer:
             raise ValueError("model: expected a parameter that trains, got none")
         sums = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in names.items()}
         method, seen = self.method, 0
-        with _evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             for batch in batches:
                 leaves, structure = tree_flatten(batch)
                 count = _examples(leaves)
@@ -137,17 +137,6 @@ def _places(task: nn.Module, names: dict[str, nn.Parameter]) -> dict[str, str]:
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         if parameter in name_of
     }
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _examples(leaves: list[Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
 from typing import Protocol
@@ -135,7 +136,7 @@ class Piece(Protocol):
         ...
 
 
-class _HomePiece:
+class _HomePiece(ABC):
     """Has a home that can be read as memory: whoever reads or writes a parameter outside its module does so there.
 
     Only what has changed is written back: of a frozen weight's trained bias, the bias.
@@ -189,8 +190,9 @@ class _HomePiece:
     def _versions_now(self) -> list[int]:
         return [version_of(tensor) for tensor in self._tensors]
 
+    @abstractmethod
     def _write(self, memory: Tensor, start: int, end: int) -> Wait:
-        raise NotImplementedError
+        """Begins to write a range home."""
 
 
 class RamPiece(_HomePiece):
