@@ -481,8 +481,8 @@ fn weight_in_product(device: &Device, packed: &Packed, rounded_again: bool) -> V
     let (scale_rows, groups) = grid.shape(geometry).unwrap_or((0, 0));
     let scale = |row: usize, col: usize| match scale_rows {
         0 => 1.0,
-        1 => packed.scales[0],
-        _ => packed.scales[row * groups + col / grid.group_cols(geometry)],
+        // One scale for all the weight is a row of scales that serves every row.
+        rows => packed.scales[row.min(rows - 1) * groups + col / grid.group_cols(geometry)],
     };
     let effective = |(index, (point, listed)): (usize, (f32, bool))| {
         let scale = scale(index / geometry.cols, index % geometry.cols);
@@ -697,6 +697,17 @@ fn many_rows_and_columns_take_several_launches() {
         let device = Device::new(&packed).unwrap();
         for batch in [40, 120] {
             check_product(&device, &packed, Case { batch, on_hopper: true, ..PLAIN }, &mut random).unwrap();
+        }
+    }
+}
+
+#[test]
+fn one_row_of_weights_in_groups() {
+    let mut random = Random(14);
+    for cols in [65, 200] {
+        let packed = quantised(4, &random.normals(cols, 0.05), 1, cols);
+        for family in FAMILIES {
+            check_product(&Device::in_family(family, &packed).unwrap(), &packed, PLAIN, &mut random).unwrap();
         }
     }
 }
