@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from infold.tokenizers.patches import from_patches, to_patches
+
+__all__: list[str] = ["from_patches", "to_patches"]
