@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from infold.tokenizers.modules import BANDS, PCATokenizer, SplinePCATokenizer
+from infold.tokenizers.monotone import MonotoneSpline
 from infold.tokenizers.patches import from_patches, to_patches
+from infold.tokenizers.pca import PCA
 from infold.tokenizers.sparse_pca import SparsePCA
 
-__all__: list[str] = ["SparsePCA", "from_patches", "to_patches"]
+__all__ = [
+    "BANDS",
+    "PCA",
+    "MonotoneSpline",
+    "PCATokenizer",
+    "SparsePCA",
+    "SplinePCATokenizer",
+    "from_patches",
+    "to_patches",
+]
