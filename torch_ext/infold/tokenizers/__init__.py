@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from infold.tokenizers.splines import BSpline, FitError, clamped_knots, fit_bspline
+from infold.tokenizers.trajectories import Trajectory, TrajectoryRecorder
+
+__all__ = ["BSpline", "FitError", "Trajectory", "TrajectoryRecorder", "clamped_knots", "fit_bspline"]
