@@ -73,7 +73,8 @@ Tensor flat(const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym
 
 Tensor scaled(const Tensor& tensor, const Tensor& scale) { return scale.defined() ? tensor * scale : tensor; }
 
-/// y = ((x - m) V') s. All gradients are made of operators that have gradients.
+/// y = ((x - m) V') s. All gradients are made of operators that have gradients. Tensors that are not there have no
+/// index.
 struct ProjectFunction : Function<ProjectFunction> {
   static constexpr bool is_traceable = true;
 
@@ -97,7 +98,7 @@ struct ProjectFunction : Function<ProjectFunction> {
     }
     if (mean.defined() && ctx->needs_input_grad(2))
       dm = as(op<ReconstructOp>().call(sum_rows(g), components, std::nullopt, of_scale).neg(), mean);
-    if (scale.defined() && ctx->needs_input_grad(3))
+    if (scale.defined() && ctx->needs_input_grad(mean.defined() ? 3 : 2))
       ds = as(sum_rows(g * op<ProjectOp>().call(x, components, of_mean, std::nullopt)), scale);
     return {dx, dv, dm, ds};
   }
@@ -121,12 +122,13 @@ struct ReconstructFunction : Function<ReconstructFunction> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = gradients[0], &z = saved[0], &components = saved[1], &scale = saved[2];
     const OptionalTensor of_scale = scale.defined() ? OptionalTensor(scale) : std::nullopt;
+    const bool has_mean = ctx->saved_data["has_mean"].toBool();
     Tensor dz, dv, dm, ds;
     if (ctx->needs_input_grad(0)) dz = as(op<ProjectOp>().call(g, components, std::nullopt, of_scale), z);
     if (ctx->needs_input_grad(1)) dv = flat(scaled(z.to(components.scalar_type()), scale)).t().mm(flat(g));
-    if (ctx->saved_data["has_mean"].toBool() && ctx->needs_input_grad(2))
+    if (has_mean && ctx->needs_input_grad(2))
       dm = sum_rows(g).to(static_cast<at::ScalarType>(ctx->saved_data["mean_dtype"].toInt()));
-    if (scale.defined() && ctx->needs_input_grad(3))
+    if (scale.defined() && ctx->needs_input_grad(has_mean ? 3 : 2))
       ds = as(sum_rows(z * op<ProjectOp>().call(g, components, std::nullopt, std::nullopt)), scale);
     return {dz, dv, dm, ds};
   }

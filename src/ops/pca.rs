@@ -62,7 +62,7 @@ pub fn project(x: &Tensor, components: &Tensor, mean: Option<&Tensor>, scale: Op
             Some(mean) => part.f_to_kind(kind)?.f_sub(mean)?,
             None => part.f_to_kind(kind)?,
         };
-        out.f_mm_out(&centred, &transposed)?;
+        centred.f_mm_out(out, &transposed)?;
         if let Some(scale) = &scale {
             out.f_mul_(scale)?;
         }
@@ -84,7 +84,7 @@ pub fn reconstruct(z: &Tensor, components: &Tensor, mean: Option<&Tensor>, scale
             Some(scale) => part.f_mul(scale)?,
             None => part,
         };
-        out.f_mm_out(&scaled, components)?;
+        scaled.f_mm_out(out, components)?;
         if let Some(mean) = &mean {
             out.f_add_(mean)?;
         }
