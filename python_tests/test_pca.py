@@ -117,12 +117,12 @@ def test_four_shards_merge_to_one_fit(method: str, dtype: torch.dtype) -> None:
 
 
 def _shard(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
     try:
         pca = PCA(8)
         # One of them has nothing to add.
-        if rank < 3:
-            pca.partial_fit(images(900)[rank * 300 : rank * 300 + 300])
+        if rank < 2:
+            pca.partial_fit(images(600)[rank * 300 : rank * 300 + 300])
         pca.all_merge().save(Path(folder) / f"{rank}.safetensors")
     finally:
         torch.distributed.destroy_process_group()
@@ -132,11 +132,11 @@ def test_processes_merge_to_the_same_bits(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_shard, (port, str(tmp_path)), nprocs=4)
-    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(4)]
+    torch.multiprocessing.spawn(_shard, (port, str(tmp_path)), nprocs=3)
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(3)]
     for state in states[1:]:
         assert all(torch.equal(tensor, state[name]) for name, tensor in states[0].items())
-    assert angle(PCA.load(tmp_path / "3.safetensors"), sklearn(images(900), 8)) <= 1e-5
+    assert angle(PCA.load(tmp_path / "2.safetensors"), sklearn(images(600), 8)) <= 1e-5
 
 
 def test_whitening_has_its_scale_apart() -> None:
@@ -192,7 +192,7 @@ def test_what_is_not_finite_is_named_and_nothing_is_taken(method: str, value: fl
         assert pca.n_samples_seen_ == 400
         assert torch.equal(PCA(4, method=method).fit(x).components_, before)
         with pytest.raises(ValueError, match="pass float64"):
-            pca.partial_fit(torch.full((3, 60), 1e30))
+            pca.partial_fit(torch.randn(3, 60) * 1e30)
 
 
 @pytest.mark.parametrize("method", METHODS)
