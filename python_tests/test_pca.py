@@ -14,7 +14,7 @@ from infold.tokenizers import PCA
 from infold.tokenizers.blocks import Blocks
 from safetensors.torch import load_file, save_file
 from scipy.linalg import subspace_angles
-from sklearn.decomposition import PCA as SklearnPCA
+from sklearn import decomposition
 from torch import Tensor, nn
 
 METHODS = ("moments", "blocks", "randomized", "exact")
@@ -35,11 +35,11 @@ def images(rows: int = 500, seed: int = 0) -> Tensor:
     return (spectrum(rows, 64, 0.9, seed) * 20 + 60).clamp(0, 255).to(torch.uint8)
 
 
-def sklearn(x: Tensor, k: int) -> SklearnPCA:
-    return SklearnPCA(k, svd_solver="full").fit(x.double().numpy())
+def sklearn(x: Tensor, k: int) -> decomposition.PCA:
+    return decomposition.PCA(k, svd_solver="full").fit(x.double().numpy())
 
 
-def angle(pca: PCA, peer: SklearnPCA) -> float:
+def angle(pca: PCA, peer: decomposition.PCA) -> float:
     return float(subspace_angles(pca.components_.double().numpy().T, peer.components_.T).max())
 
 
@@ -141,7 +141,7 @@ def test_processes_merge_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_whitening_has_its_scale_apart() -> None:
     x = spectrum()
-    pca, peer = PCA(8, whiten=True).fit(x), SklearnPCA(8, svd_solver="full", whiten=True).fit(x.numpy())
+    pca, peer = PCA(8, whiten=True).fit(x), decomposition.PCA(8, svd_solver="full", whiten=True).fit(x.numpy())
     z = pca.transform(x)
     np.testing.assert_allclose(z.abs(), np.abs(peer.transform(x.numpy())), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(z.std(0), torch.ones(8, dtype=torch.float64))
