@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from infold import CorruptWeightError
-from infold.tokenizers import PCA
+from infold.tokenizers import PCA, moments
 from infold.tokenizers.blocks import Blocks
 from safetensors.torch import load_file, save_file
 from scipy.linalg import subspace_angles
@@ -76,6 +76,14 @@ def test_bytes_are_summed_without_rounding() -> None:
     for pca in (whole, one_by_one):
         scatter = pca._stream.scatter  # type: ignore[union-attr]
         assert float((scatter - reference.T @ reference).abs().max() / scatter.abs().max()) < 1e-14
+
+
+def test_bytes_are_summed_alike_without_integer_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(2000)
+    x[:, 0], x[:, 1] = 0, 255
+    expected = PCA(8).fit(x)
+    monkeypatch.setattr(moments, "_multiplies_integers", lambda device: False)
+    assert torch.equal(PCA(8).fit(x)._stream.scatter, expected._stream.scatter)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("method", STREAMS)
