@@ -233,6 +233,22 @@ def test_wrong_arguments_are_named(method: str) -> None:
         PCA(4, method="best")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_loop_around_takes_no_digits(method: str) -> None:
+    x = spectrum().float()
+    expected = PCA(8, method=method).fit(x).components_
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            pca = PCA(8, method=method).fit(x.requires_grad_())
+            assert torch.equal(pca.components_, expected)
+            assert torch.get_float32_matmul_precision() == "medium"
+            assert pca.transform(x).dtype == torch.float32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_too_few_samples_may_become_enough() -> None:
     pca = PCA(8).fit(spectrum(5))
     with pytest.raises(ValueError, match="at least 8 samples"):

@@ -14,7 +14,7 @@ from infold._library import CorruptWeightError, ops
 from infold.tokenizers._files import load_state, save_state
 from infold.tokenizers.blocks import Blocks
 from infold.tokenizers.moments import Moments
-from infold.tokenizers.rows import check_rows, refuse_not_finite
+from infold.tokenizers.rows import check_rows, full_precision, refuse_not_finite
 
 Method = Literal["auto", "moments", "blocks", "randomized", "exact"]
 #: Features up to which a scatter matrix is cheap: 134 MB in float64, and seconds to decompose.
@@ -66,7 +66,9 @@ class PCA:
         if self.method in ("randomized", "exact"):
             if not isinstance(x, Tensor):
                 raise ValueError(f"x: expected a tensor, since method {self.method!r} needs all samples at once")
-            self._fit_whole(check_rows(x))
+            check_rows(x)
+            with full_precision(x.device):
+                self._fit_whole(x.detach())
             return self
         for batch in [x] if isinstance(x, Tensor) else x:
             self.partial_fit(batch)
@@ -95,7 +97,8 @@ class PCA:
                 # The last ones kept are the least right, so a few more are.
                 kept = self.n_components_ + max(16, self.n_components_ // 8)
                 stream = Blocks(features, kept, self._dtype, x.device)
-        stream.update(x.detach())
+        with full_precision(x.device):
+            stream.update(x.detach())
         self._stream, self._count, self._result = stream, stream.count, None
         return self
 
@@ -110,7 +113,8 @@ class PCA:
         if type(mine) is not type(theirs) or len(mine.mean) != len(theirs.mean):
             got = " and ".join(f"{s.name} of {len(s.mean)} features" for s in (mine, theirs))
             raise ValueError(f"merge: expected one method and as many features, got {got}")
-        mine.merge(theirs)  # type: ignore[arg-type]
+        with full_precision(mine.mean.device):
+            mine.merge(theirs)  # type: ignore[arg-type]
         self._count, self._result = mine.count, None
         return self
 
@@ -249,7 +253,8 @@ class PCA:
         if self._stream is None:
             raise ValueError("PCA: expected fit or partial_fit before, got no samples")
         self._check_count()
-        components, squares, total = self._stream.spectrum(self.n_components_)
+        with full_precision(self._stream.mean.device):
+            components, squares, total = self._stream.spectrum(self.n_components_)
         return self._set(components, squares, self._stream.mean, total)
 
     def _check_count(self) -> None:
