@@ -61,12 +61,22 @@ ARGUMENTS = {
     "larger_than_memory": ["--budget", "8", "--times", "20", "--steps", "2"],
     "mnist_frequency": ["--epochs", "1", "--seeds", "1", "--out", "OUT"],
     "phase_relations": ["--steps", "5", "--seeds", "1", "--out", "OUT"],
+    "video_pca": ["--quick", "--out", "OUT"],
 }
 
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter", "embed", "larger_than_memory", "load_library", "mnist_frequency", "phase_relations", "train_on_packed"],
+    [
+        "adapter",
+        "embed",
+        "larger_than_memory",
+        "load_library",
+        "mnist_frequency",
+        "phase_relations",
+        "train_on_packed",
+        "video_pca",
+    ],
 )
 def test_example(name: str, tmp_path: Path) -> None:
     arguments = [argument.replace("OUT", str(tmp_path)) for argument in ARGUMENTS.get(name, [])]
@@ -86,6 +96,7 @@ def test_example(name: str, tmp_path: Path) -> None:
         "mnist_frequency": "circulant 8       243,722   7.6x",
         "phase_relations": "8,448 parameters in every model",
         "train_on_packed": "epoch 4",
+        "video_pca": "40 clips of 8 × 16 × 16 fitted",
     }
     assert expected[name] in result.stdout
     if name == "larger_than_memory":
@@ -95,6 +106,7 @@ def test_example(name: str, tmp_path: Path) -> None:
         "adapter": {"adapter.json"},
         "mnist_frequency": {"runs.csv", "accuracy.png"},
         "phase_relations": {"runs.csv", "layer_phases.csv", "layer_phases.png", "relations.png"},
+        "video_pca": {"video_pca.png"},
     }
     assert {path.name for path in tmp_path.iterdir()} == written.get(name, set())
 
