@@ -85,7 +85,7 @@ def test_batches_are_read(cifar, tmp_path: Path, form: str) -> None:
         assert train.images.shape == (15, 3, 32, 32)
         expected = np.concatenate([images for images, _ in batches[:5]]).reshape(-1, 3, 32, 32)
         np.testing.assert_array_equal(train.images, expected)
-        assert train.labels.tolist() == sum((labels for _, labels in batches[:5]), [])
+        assert train.labels.tolist() == [label for _, labels in batches[:5] for label in labels]
         np.testing.assert_array_equal(test.images.flatten(1), batches[5][0])
         assert test.labels.tolist() == batches[5][1]
 
