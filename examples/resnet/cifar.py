@@ -76,7 +76,7 @@ class _Array:
         self.shape, self.raw = tuple(shape), raw
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: a damaged file cannot make the other take all memory
     """Makes arrays of bytes, and nothing else that a pickle may ask for."""
 
     def find_class(self, module: str, name: str) -> Any:
