@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import infold.tiers as tiers
 import torch
@@ -117,17 +118,30 @@ def peak_of(action: Callable[[], object]) -> int:
     return peak
 
 
-def memory(name: str, arguments: argparse.Namespace, plan: tiers.Plan | None, queue: multiprocessing.Queue) -> None:
-    """For a process of its own."""
+def memory(name: str, arguments: argparse.Namespace, plan: tiers.Plan | None) -> int:
     torch.set_num_threads(arguments.threads)
     # The C library keeps what is freed in smaller pieces; that would be counted as ours.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     begun = resident()
     runner = Runner(name, arguments, plan)
-    queue.put(peak_of(lambda: [runner.run() for _ in range(2)]) - begun)
-    queue.close()
-    queue.join_thread()
-    os._exit(0)  # bringing all weights back would take their memory
+    return peak_of(lambda: [runner.run() for _ in range(2)]) - begun
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a process of its own, which has what this one has now, and leaves nothing here."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        sender.send(function(*arguments))
+        os._exit(0)  # bringing all weights back would take long
+
+    process = context.Process(target=work)
+    process.start()
+    sender.close()
+    result = receiver.recv()
+    process.join()
+    return result
 
 
 def main() -> None:
@@ -142,27 +156,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.batch, arguments.size, arguments.rounds, arguments.threads = 1, 64, 1, 1
-    measured = {} if arguments.smoke else tiers.calibrate(arguments.folder)
+    # Until the last of these processes has ended, this one computes nothing and holds no weights.
+    measured = {} if arguments.smoke else apart(tiers.calibrate, arguments.folder)
     disk = measured.get("SSD", tiers.TierSpec("SSD", 100, 2, on_disk=True))
     ram = measured.get("RAM", tiers.TierSpec("RAM", 2, 8))
-    print(f"disk {disk.bandwidth_gb_s:.1f} GB/s, copies in RAM {ram.bandwidth_gb_s:.1f} GB/s")
-    torch.set_num_threads(arguments.threads)
-    model = make(arguments)
+    print(f"disk {disk.bandwidth_gb_s:.1f} GB/s, copies in RAM {ram.bandwidth_gb_s:.1f} GB/s", flush=True)
+    with torch.device("meta"):
+        model = resnet50()
     every: dict[str, tiers.Plan | None] = {"resident": None, **plans(model, disk, ram)}
     weights = sum(p.nbytes for p in model.parameters())
-    del model
+    peaks = {
+        name: apart(memory, name, arguments, plan) for name, plan in every.items() if not name.endswith("emulated")
+    }
 
-    peaks = {}
-    for name, plan in every.items():
-        if name.endswith("emulated"):
-            continue  # its weights stay
-        context = multiprocessing.get_context("fork")
-        queue = context.Queue()
-        process = context.Process(target=memory, args=(name, arguments, plan, queue))
-        process.start()
-        peaks[name] = queue.get(timeout=600)
-        process.join()
-
+    torch.set_num_threads(arguments.threads)
     runners = {name: Runner(name, arguments, plan) for name, plan in every.items()}
     times: dict[str, list[float]] = {name: [] for name in runners}
     for turn in range(arguments.rounds + 1):
