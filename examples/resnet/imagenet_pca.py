@@ -79,6 +79,9 @@ def main() -> None:
         pca.partial_fit(block)
         taken.append(time.perf_counter() - begun)
         print(f"block {number + 1}: {taken[-1]:.1f} s, peak {peak_rss() / 1e9:.2f} GB", flush=True)
+    begun = time.perf_counter()
+    components = pca.components_
+    print(f"components {components.nbytes / 1e6:.0f} MB, after the last block in {time.perf_counter() - begun:.1f} s")
     slope = statistics.mean(taken[1:]) / arguments.batch
     peak = peak_rss()
     spread = f"{min(taken[1:]):.1f} to {max(taken[1:]):.1f} s"
@@ -89,7 +92,7 @@ def main() -> None:
     print(
         f"peak memory {peak / 1e9:.2f} GB, of which {before / 1e9:.2f} GB before the first block; images are generated"
     )
-    print(f"components {pca.components_.nbytes / 1e6:.0f} MB; all images would be {IMAGENET * features / 1e9:.0f} GB")
+    print(f"all images would be {IMAGENET * features / 1e9:.0f} GB of bytes")
     (new,) = blocks(arguments.held_out, arguments.held_out, arguments.size, 1)
     fitted, unseen = explained(pca, block), explained(pca, new)
     print(f"explained variance: {unseen:.2%} of {len(new)} images held out, {fitted:.2%} of the last block fitted")
