@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from infold.tokenizers.patches import from_patches, to_patches
+from infold.tokenizers.pca import PCA
 from infold.tokenizers.sparse_pca import SparsePCA
 
-__all__: list[str] = ["SparsePCA", "from_patches", "to_patches"]
+__all__: list[str] = ["PCA", "SparsePCA", "from_patches", "to_patches"]
