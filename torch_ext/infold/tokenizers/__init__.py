@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from infold.tokenizers.patches import from_patches, to_patches
+from infold.tokenizers.pca import PCA
 from infold.tokenizers.separable_pca import SeparablePCA
 from infold.tokenizers.sparse_pca import SparsePCA
 from infold.tokenizers.splines import BSpline, FitError, clamped_knots, fit_bspline
 from infold.tokenizers.trajectories import Trajectory, TrajectoryRecorder
 
 __all__ = [
+    "PCA",
     "BSpline",
     "FitError",
     "SeparablePCA",

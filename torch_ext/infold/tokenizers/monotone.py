@@ -31,7 +31,9 @@ class MonotoneSpline(nn.Module):
         shape = x_knots.shape
         if len(shape) != 2 or shape[1] < 2 or y_knots.shape != shape or slopes.shape != shape:
             got = ", ".join(str(list(t.shape)) for t in (x_knots, y_knots, slopes))
-            raise ValueError(f"knots, slopes: expected three of shape [dimensions, knots], two knots or more, got {got}")
+            raise ValueError(
+                f"knots, slopes: expected three of shape [dimensions, knots], two knots or more, got {got}"
+            )
         for name, knots in (("x_knots", x_knots), ("y_knots", y_knots)):
             # Of NaN no comparison holds.
             if not bool((knots.diff(dim=-1) > 0).all()) or not bool(knots.isfinite().all()):
