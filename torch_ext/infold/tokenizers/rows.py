@@ -33,7 +33,7 @@ def refuse_not_finite(x: Tensor) -> None:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products as exact as their dtype is, whatever a training loop around allows (autocast, TF32), and no gradients."""
+    """Products as exact as their dtype is, whatever the caller allows (autocast, TF32), and no gradients."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
