@@ -1,0 +1,64 @@
+"""What is finished: one JSON file for each (stage, variant, seed), with tensors beside it where a later stage needs them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from infold.files import replacing
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Row = dict[str, Any]
+
+
+class Results:
+    """A folder of finished runs. Files appear whole or not at all, so a killed run loses only what was in progress.
+
+    settings: what results depend on. Raises ValueError for a folder with results of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Row) -> None:
+        self.folder = folder
+        self._runs = folder / "runs"
+        self._runs.mkdir(parents=True, exist_ok=True)
+        path = folder / "settings.json"
+        if path.exists() and (found := json.loads(path.read_text())) != settings:
+            raise ValueError(f"out: expected a folder of runs with {settings}, got one with {found}")
+        _write(path, settings)
+
+    def _path(self, stage: str, variant: str, seed: int, suffix: str) -> Path:
+        return self._runs / f"{stage}.{variant}.{seed}.{suffix}"
+
+    def has(self, stage: str, variant: str, seed: int) -> bool:
+        return self._path(stage, variant, seed, "json").exists()
+
+    def put(self, stage: str, variant: str, seed: int, rows: list[Row], tensors: dict[str, Tensor]) -> None:
+        if tensors:
+            with replacing(self._path(stage, variant, seed, "safetensors")) as path:
+                save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        own = {"stage": stage, "variant": variant, "seed": seed}
+        _write(self._path(stage, variant, seed, "json"), [{**own, **row} for row in rows])
+
+    def rows(self, stage: str, **wanted: Any) -> list[Row]:
+        """Those of a stage in the order of their files' names, of which all ``wanted`` fields are as given."""
+        every = [row for path in sorted(self._runs.glob(f"{stage}.*.json")) for row in json.loads(path.read_text())]
+        return [row for row in every if all(row.get(field) == value for field, value in wanted.items())]
+
+    def tensors(self, stage: str, variant: str, seed: int) -> dict[str, Tensor]:
+        return load_file(self._path(stage, variant, seed, "safetensors"))
+
+    def write_csv(self, stage: str) -> None:
+        """All rows of a stage in one table."""
+        rows = self.rows(stage)
+        with (self.folder / f"{stage}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(field for row in rows for field in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _write(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
