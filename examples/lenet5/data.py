@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import mnist  # noqa: E402
+import mnist
 
 #: The largest tokenizer; smaller ones are its first components.
 MOST = 128

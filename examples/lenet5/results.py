@@ -1,17 +1,26 @@
-"""What is finished: one JSON file for each (stage, variant, seed), with tensors beside it where a later stage needs them."""
+"""What is finished: a JSON file for each (stage, variant, seed), and tensors beside it where a later stage needs them."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from infold.files import replacing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Row = dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What a job found: rows of a table, a line for the reader, and tensors for later stages."""
+
+    rows: list[Row]
+    line: str
+    tensors: Mapping[str, Tensor] = {}
 
 
 class Results:
@@ -35,12 +44,12 @@ class Results:
     def has(self, stage: str, variant: str, seed: int) -> bool:
         return self._path(stage, variant, seed, "json").exists()
 
-    def put(self, stage: str, variant: str, seed: int, rows: list[Row], tensors: dict[str, Tensor]) -> None:
-        if tensors:
+    def put(self, stage: str, variant: str, seed: int, outcome: Outcome) -> None:
+        if outcome.tensors:
             with replacing(self._path(stage, variant, seed, "safetensors")) as path:
-                save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+                save_file({name: tensor.detach().contiguous() for name, tensor in outcome.tensors.items()}, path)
         own = {"stage": stage, "variant": variant, "seed": seed}
-        _write(self._path(stage, variant, seed, "json"), [{**own, **row} for row in rows])
+        _write(self._path(stage, variant, seed, "json"), [{**own, **row} for row in outcome.rows])
 
     def rows(self, stage: str, **wanted: Any) -> list[Row]:
         """Those of a stage in the order of their files' names, of which all ``wanted`` fields are as given."""

@@ -39,7 +39,7 @@ def main() -> None:
     counts = {f"{name} images": len(part.y) for name, part in data.images.items()}
     print(", ".join(f"{count:,} {name}" for name, count in counts.items()), f"{arguments.threads} threads", sep=", ")
     results = Results(arguments.out, {"epochs": arguments.epochs, "quick": arguments.quick, **counts})
-    todo = list(jobs(data, results, arguments.seeds, arguments.epochs))
+    todo = list(jobs(data, results, arguments.seeds, arguments.epochs, 0.2 if arguments.quick else 5.0))
     for number, job in enumerate(todo, 1):
         head = f"[{number:>3}/{len(todo)}] {job.stage} {job.variant}, seed {job.seed}"
         if results.has(*job[:3]):
@@ -47,7 +47,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         outcome = job.run()
-        results.put(*job[:3], outcome.rows, outcome.tensors)
+        results.put(*job[:3], outcome)
         print(f"{head}: {outcome.line} ({time.perf_counter() - start:.1f} s)", flush=True)
     for stage in dict.fromkeys(job.stage for job in todo):
         results.write_csv(stage)

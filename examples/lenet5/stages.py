@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import tiering
 import torch
 from data import COMPONENTS, Mnist, Part, as_images
 from infold.tiers import AdamStateAnalyzer, units
 from infold.tiers.importance import adam_state
 from infold.tiers.models import lenet5
-from results import Results, Row
+from results import Outcome, Results
 from torch import Tensor, nn
 from training import evaluate, perceptron, train
 
@@ -20,14 +21,6 @@ TOKENS = 64
 CONTROL_POINTS = (4, 8, 16)
 #: Weights of each layer whose trajectories are recorded.
 SAMPLED = 400
-
-
-class Outcome(NamedTuple):
-    """What a job found: rows of a table, tensors for later stages, and a line for the reader."""
-
-    rows: list[Row]
-    tensors: dict[str, Tensor]
-    line: str
 
 
 class Job(NamedTuple):
@@ -39,12 +32,17 @@ class Job(NamedTuple):
     run: Callable[[], Outcome]
 
 
-def jobs(data: Mnist, results: Results, seeds: int, epochs: int) -> Iterator[Job]:
+def jobs(data: Mnist, results: Results, seeds: int, epochs: int, seconds: float) -> Iterator[Job]:
     """In the order of the roadmap; seeds outermost, so that a killed run has whole seeds."""
     yield Job("variance", "pca", 0, partial(variance, data))
     for seed in range(seeds):
         for name, variant in VARIANTS.items():
             yield Job("accuracy", name, seed, partial(accuracy, variant, data, epochs, seed))
+        tokens = f"tokens-{TOKENS}"
+        for stage in (tiering.agreement, tiering.components, tiering.curve):
+            yield Job(stage.__name__, tokens, seed, partial(stage, data, results, TOKENS, seed))
+        yield Job("layers", "lenet5", seed, partial(tiering.layers, data, results, seed))
+    yield Job("latency", "lenet5", 0, partial(tiering.latency, data, results, seconds))
 
 
 # --- accuracy of tokenizers ---
@@ -120,7 +118,7 @@ def accuracy(variant: Variant, data: Mnist, epochs: int, seed: int) -> Outcome:
         tensors |= {f"adam.{unit.name}": torch.tensor(scores[unit.name]) for unit in units(model)}
         first = next(model.parameters())
         tensors["adam.columns"] = adam_state(trained.optimizer, "exp_avg_sq")[first].flatten(1).mean(0)
-    return Outcome([row], tensors, f"{100 * tested:.2f}% in {trained.seconds:.0f} s")
+    return Outcome([row], f"{100 * tested:.2f}%", tensors)
 
 
 # --- variance ---
@@ -131,4 +129,4 @@ def variance(data: Mnist) -> Outcome:
     pca = data.pca
     shares = pca.explained_variance_ratio_.tolist()
     rows = [{"component": number, "share": share} for number, share in enumerate(shares)]
-    return Outcome(rows, {"components": pca.components_[:TOKENS]}, f"{100 * sum(shares[:TOKENS]):.1f}% in {TOKENS}")
+    return Outcome(rows, f"{100 * sum(shares[:TOKENS]):.1f}% in {TOKENS}", {"components": pca.components_[:TOKENS]})

@@ -23,7 +23,7 @@ from infold import FusedConfig, tiers
 from infold.nn import FusedDecompressLinear
 from infold.packed import pack
 from infold.tiers.models import lenet5
-from results import Results, Row
+from results import Outcome, Results, Row
 from torch import Tensor, nn
 from training import BATCH, evaluate
 
@@ -57,9 +57,9 @@ class Split(NamedTuple):
         return own + math.ceil(len(self.columns) / 4)
 
 
-def load(results: Results, variant: str, seed: int) -> Split:
+def load(results: Results, k: int, seed: int) -> Split:
     """That of a finished training."""
-    state = results.tensors("accuracy", variant, seed)
+    state = results.tensors("accuracy", f"tokens-{k}", seed)
     return Split(
         state["model.0.weight"].T.contiguous(), state["model.0.bias"], state["model.2.weight"], state["model.2.bias"]
     )
@@ -93,12 +93,11 @@ def named(values: Tensor) -> dict[str, float]:
     return {str(number): float(value) for number, value in enumerate(values)}
 
 
-def component_signals(data: Mnist, results: Results, variant: str, seed: int) -> dict[str, dict[str, float]]:
+def component_signals(data: Mnist, results: Results, k: int, seed: int) -> dict[str, dict[str, float]]:
     """Spatial, temporal and optimizer's: variance explained, variance of a column's norm in time, Adam's moment."""
-    state = results.tensors("accuracy", variant, seed)
-    count = len(state["adam.columns"])
+    state = results.tensors("accuracy", f"tokens-{k}", seed)
     return {
-        "variance": named(data.pca.explained_variance_[:count]),
+        "variance": named(data.pca.explained_variance_[:k]),
         "trajectory": named(state["series.components"].var(0)),
         "adam": named(state["adam.columns"]),
     }
@@ -122,9 +121,9 @@ def random_scores(names: list[str], draw: int) -> dict[str, float]:
 # --- components ---
 
 
-def agreement(data: Mnist, results: Results, variant: str, seed: int) -> tuple[list[Row], str]:
+def agreement(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
     """Spearman's correlation of each two signals, and how many components they put into different tiers."""
-    signals = component_signals(data, results, variant, seed)
+    signals = component_signals(data, results, k, seed)
     rows = []
     for a, b in itertools.combinations(signals, 2):
         row: Row = {"a": a, "b": b, "spearman": tiers.spearman(signals[a], signals[b])}
@@ -132,13 +131,13 @@ def agreement(data: Mnist, results: Results, variant: str, seed: int) -> tuple[l
             x, y = tiers.tiers_by_rank(signals[a], cuts), tiers.tiers_by_rank(signals[b], cuts)
             row[f"elsewhere {name}"] = sum(x[unit] != y[unit] for unit in x) / len(x)
         rows.append(row)
-    return rows, ", ".join(f"{row['a']}/{row['b']} {row['spearman']:.2f}" for row in rows)
+    return Outcome(rows, ", ".join(f"{row['a']}/{row['b']} {row['spearman']:.2f}" for row in rows))
 
 
-def components(data: Mnist, results: Results, variant: str, seed: int, k: int) -> tuple[list[Row], str]:
+def components(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
     """Accuracy and bytes of each order at each cut and scheme; α, β and γ are tuned by the validation part's loss."""
-    split, parts = load(results, variant, seed), data.tokens(k)
-    signals = component_signals(data, results, variant, seed)
+    split, parts = load(results, k, seed), data.tokens(k)
+    signals = component_signals(data, results, k, seed)
     orders: dict[tuple[str, int], Scores] = {(name, 0): scores for name, scores in signals.items()}
     orders["ablation", 0] = ablation(split, parts["validation"])
     names = list(signals["adam"])
@@ -146,7 +145,9 @@ def components(data: Mnist, results: Results, variant: str, seed: int, k: int) -
     # All columns have as many bytes, so size alone ranks none before another: its ties are cut at random.
     accuracy, loss = split.quality(split.columns, parts["test"])
     rest = split.rest_bytes()
-    rows: list[Row] = [{"order": "whole", "accuracy": accuracy, "loss": loss, "bytes": rest + 4 * split.columns.numel()}]
+    rows: list[Row] = [
+        {"order": "whole", "accuracy": accuracy, "loss": loss, "bytes": rest + 4 * split.columns.numel()}
+    ]
     for (cut, shares), (scheme, forms) in itertools.product(CUTS.items(), SCHEMES.items()):
 
         def measured(scores: Scores, part: str, shares=shares, forms=forms) -> tuple[float, float, int]:
@@ -167,15 +168,17 @@ def components(data: Mnist, results: Results, variant: str, seed: int, k: int) -
             if order == "combined":
                 row |= dict(zip(("alpha", "beta", "gamma"), best, strict=True))
             rows.append(row)
-    return rows, f"{len(rows)} plans"
+    return Outcome(rows, f"{len(rows)} plans")
 
 
-def curve(data: Mnist, results: Results, variant: str, seed: int, k: int) -> tuple[list[Row], str]:
+def curve(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
     """Accuracy as more and more components are dropped, or stored in 4 bits; the others stay as they are."""
-    split, parts = load(results, variant, seed), data.tokens(k)
-    signals: dict[str, Scores] = dict(component_signals(data, results, variant, seed))
+    split, parts = load(results, k, seed), data.tokens(k)
+    signals: dict[str, Scores] = dict(component_signals(data, results, k, seed))
     signals["combined"] = tiers.combine(**signals)
-    signals |= {f"random {draw}": random_scores(list(signals["adam"]), 100 * seed + draw) for draw in range(RANDOM_DRAWS)}
+    signals |= {
+        f"random {draw}": random_scores(list(signals["adam"]), 100 * seed + draw) for draw in range(RANDOM_DRAWS)
+    }
     rows: list[Row] = []
     for (order, scores), share, below in itertools.product(signals.items(), (1.0, *KEPT), ("nothing", "int4")):
         kept = round(share * len(scores))
@@ -186,7 +189,7 @@ def curve(data: Mnist, results: Results, variant: str, seed: int, k: int) -> tup
         row = {"order": order.split()[0], "below": below, "kept": kept, "accuracy": accuracy, "loss": loss}
         held = kept if below == "nothing" else len(scores)
         rows.append({**row, "bytes": split.rest_bytes() + nbytes, "tokenizer_bytes": 4 * 784 * (held + 1)})
-    return rows, f"{len(rows)} points"
+    return Outcome(rows, f"{len(rows)} points")
 
 
 # --- layers ---
@@ -210,7 +213,7 @@ def layer_signals(results: Results, model: nn.Module, seed: int) -> dict[str, di
     }
 
 
-def layers(data: Mnist, results: Results, seed: int) -> tuple[list[Row], str]:
+def layers(data: Mnist, results: Results, seed: int) -> Outcome:
     """LeNet-5's five layers in tiers of precision, by `infold.convert`."""
     model, test = lenet(results, seed), as_images(data.images)["test"]
     signals = layer_signals(results, model, seed)
@@ -233,7 +236,7 @@ def layers(data: Mnist, results: Results, seed: int) -> tuple[list[Row], str]:
             rows.append({"cut": cut, "scheme": scheme, "order": order, "draw": draw, **found[key], "tiers": tiering})
     accuracy, loss = evaluate(model, test)
     rows.append({"order": "whole", "accuracy": accuracy, "loss": loss, "bytes": sum(sizes.values())})
-    return rows, f"{len(found)} different plans; Spearman {tiers.spearman(*signals.values()):.2f}"
+    return Outcome(rows, f"{len(found)} different plans; Spearman {tiers.spearman(*signals.values()):.2f}")
 
 
 def converted(model: nn.Module, form_of: Mapping[str, str], test: Part) -> tuple[int, tuple[float, float]]:
@@ -248,7 +251,7 @@ def converted(model: nn.Module, form_of: Mapping[str, str], test: Part) -> tuple
 # --- latency ---
 
 
-def latency(data: Mnist, results: Results, folder: object, seconds: float) -> tuple[list[Row], str]:
+def latency(data: Mnist, results: Results, seconds: float) -> Outcome:
     """Emulated tiers, and packed layers, against the plain model, in turn: medians."""
     model = lenet(results, 0)
     scores = layer_signals(results, model, 0)["adam"]
@@ -274,9 +277,11 @@ def latency(data: Mnist, results: Results, folder: object, seconds: float) -> tu
     held = plan.bytes_by_tier()["RAM"] + plan.buffer_bytes
     total = sum(sizes.values())
     rows.append({"what": "first tier", "held": held, "ring": plan.buffer_bytes, "bytes": total})
-    rows += [{"what": "tier", "unit": name, "tier": place.tier, "bytes": place.nbytes, "score": scores[name]}
-             for name, place in plan.placements.items()]
-    return rows, ", ".join(f"{r['what']} {r['batch']}: {r['emulated'] / r['plain']:.2f}x" for r in rows[:3])
+    rows += [
+        {"what": "tier", "unit": name, "tier": place.tier, "bytes": place.nbytes, "score": scores[name]}
+        for name, place in plan.placements.items()
+    ]
+    return Outcome(rows, ", ".join(f"{r['what']} {r['batch']}: {r['emulated'] / r['plain']:.2f}x" for r in rows[:3]))
 
 
 def step_of(model: nn.Module, part: Part) -> Callable[[], None]:

@@ -44,8 +44,8 @@ def train(
 ) -> Trained:
     """Adam with a cosine schedule to zero.
 
-    observe: vectors by name, recorded at evenly spaced steps, about `POINTS` of them. The seed decides on the first weights and on
-    the order of the images.
+    observe: vectors by name, recorded at evenly spaced steps, about `POINTS` of them. The seed decides on the first
+    weights and on the order of the images.
     """
     torch.manual_seed(seed)
     model = make()
