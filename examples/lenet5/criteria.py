@@ -48,9 +48,9 @@ def _baseline(results: Results) -> Iterator[Line]:
     measured = f"{overhead:.1f}% a training step; forward, by batch: {forwards}"
     yield "2.1", "emulated overhead < 10% on CPU", measured, verdict(overhead < 10)
     base = of(results, "accuracy", "accuracy", 100, variant="lenet5")
-    yield "2.1", "baseline about 99.2%", f"{base}%", base.within(99.0)
+    yield "2.1", "baseline about 99.2% (99.0% or more)", f"{base}%", base.within(99.0)
     minutes = of(results, "accuracy", "seconds", 1 / 60, variant="lenet5")
-    yield "2.1", "training takes 50 minutes", f"{minutes} minutes", verdict(minutes.mean < 50)
+    yield "2.1", "training takes 50 minutes or less", f"{minutes} minutes", verdict(minutes.mean < 50)
 
 
 def _against_baseline(results: Results, variant: str) -> tuple[str, str]:
@@ -58,13 +58,13 @@ def _against_baseline(results: Results, variant: str) -> tuple[str, str]:
     if not rows:
         return ABSENT, ABSENT
     gap = difference(rows, results.rows("accuracy", variant="lenet5"))
-    return f"{variant}: {gap} points", gap.within(-1, 1)
+    return f"{variant}: {gap} points", gap.within(-1)
 
 
 def _tokenizer(results: Results) -> Iterator[Line]:
     yield "2.2", "12 times fewer input dimensions", f"{784 / 64:.2f}", "met"
     for variant in ("tokens-64", "rebuilt-64"):
-        yield "2.2", "accuracy within 1 point of the baseline", *_against_baseline(results, variant)
+        yield "2.2", "accuracy at most 1 point below the baseline", *_against_baseline(results, variant)
     shares = [100 * row["share"] for row in results.rows("variance")]
     groups = [sum(shares[low:high]) for low, high in ((0, 16), (16, 48), (48, 64))]
     of_kept = [100 * group / sum(groups) for group in groups]
@@ -81,7 +81,12 @@ def _tokenizer(results: Results) -> Iterator[Line]:
     memory = [(row[0]["bytes"] + row[0]["tokenizer_bytes"]) for row in (whole, some)]
     worst, ratio = min(quality), memory[0] / memory[1]
     measured = f"26 of 64, others dropped: {worst:.2f}% (worst seed) at {ratio:.2f} times less, tokenizer counted"
-    yield "", "40% of components: 99% of quality at 2.5 times less memory", measured, verdict(worst >= 99 and ratio >= 2.5)
+    yield (
+        "",
+        "40% of components: 99% of quality at 2.5 times less memory",
+        measured,
+        verdict(worst >= 99 and ratio >= 2.5),
+    )
 
 
 def _trajectories(results: Results) -> Iterator[Line]:
@@ -132,7 +137,7 @@ def _integration(results: Results) -> Iterator[Line]:
             saved, gap = _precision(results, scheme, cut)
             parts.append(f"{scheme}: {saved:.0f}% saved, {gap} points")
         yield "3.2", f"accuracy against memory at {cut}, combined", "; ".join(parts), "measured"
-    yield "3.3", "dynamic tiering", "benchmarks/tier_dynamic.py", "not measured here"
+    yield "3.3", "dynamic tiering", "see benchmarks/tier_dynamic.py", ABSENT
 
 
 def _precision(results: Results, scheme: str, cut: str) -> tuple[float, object]:
@@ -144,14 +149,14 @@ def _precision(results: Results, scheme: str, cut: str) -> tuple[float, object]:
 
 
 def _summary(results: Results) -> Iterator[Line]:
-    yield "minimum", "PCA tokenizer matches the baseline within 1 point", *_against_baseline(results, "tokens-64")
+    yield "minimum", "PCA tokenizer at most 1 point below the baseline", *_against_baseline(results, "tokens-64")
     yield "minimum", "trajectories compressed with < 10% error (8 control points)", *_spline_error(results, 10)
     spline = results.rows("accuracy", variant="spline-64")
     goals = (("minimum", 30, 10), ("strong", 50, 20), ("transformative", 70, 10))
     for phase, memory, latency in goals:
         name = f"tiering: {memory}% less memory, < {latency}% latency"
         saved, overhead = _placement(results)
-        measured = f"placement: first tier {saved:.0f}% smaller, ring counted; training step {overhead:+.1f}%, emulated"
+        measured = f"placement: first tier {saved:.1f}% smaller, ring counted; training step {overhead:+.1f}%, emulated"
         yield phase, name, measured, verdict(saved >= memory and overhead < latency)
         rows = results.rows("layers", scheme="mild", cut="30/50/20", order="adam")
         whole = results.rows("layers", order="whole")
@@ -170,4 +175,9 @@ def _summary(results: Results) -> Iterator[Line]:
                 yield phase, "PCA and splines beat the baseline by 0.1 points", ABSENT, ABSENT
             yield phase, "ResNet-50 matches ImageNet within 0.5 points", "no ImageNet here", ABSENT
     yield "transformative", "ResNet-50 beats its baseline by 0.5 points", "no ImageNet here", ABSENT
-    yield "transformative", "models 2 to 3 times larger on one machine", "examples/larger_than_memory.py", "not measured here"
+    yield (
+        "transformative",
+        "models 2 to 3 times larger on one machine",
+        "examples/larger_than_memory.py",
+        "not measured here",
+    )

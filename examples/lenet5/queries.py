@@ -23,7 +23,7 @@ def of(results: Results, stage: str, field: str, scale: float = 1.0, **wanted: A
 
 
 def difference(a: list[Row], b: list[Row], field: str = "accuracy") -> Estimate:
-    """a − b in hundredths, paired by seed."""
+    """A − b in hundredths, paired by seed."""
     x, y = by_seed(a, field), by_seed(b, field)
     return estimate(100 * (x[seed] - y[seed]) for seed in x if seed in y)
 

@@ -12,7 +12,7 @@ from results import Results
 HEAD = """# LeNet-5 on MNIST, staged
 
 Made by `examples/lenet5/run.py`; the tables are beside it as CSV. Accuracies are of the test images, in per cent, mean
-± 95% interval over {seeds} seeds (Student's t); differences are in points, paired by seed. {settings}
+± 95% interval by Student's t over seeds, {seeds} here; differences are in points, paired by seed. Settings: {settings}.
 """
 
 
@@ -51,9 +51,9 @@ def _accuracy(results: Results) -> str:
         seconds = f"{of(results, 'accuracy', 'seconds', variant=name).mean:.0f}"
         rows.append([name, *sizes, of(results, "accuracy", "accuracy", 100, variant=name), gap, seconds])
     return (
-        "`tokens-k`: the first k components into a network of one hidden layer with about LeNet-5's parameters. `rebuilt-k`: "
-        "LeNet-5 on images of which only these components are left. `pixels`: the former network on all pixels. "
-        "`spline-k`: monotone splines before the PCA.\n\n"
+        "`tokens-k`: the first k components into a network of one hidden layer with about LeNet-5's parameters. "
+        "`rebuilt-k`: LeNet-5 on images of which only these components are left. `pixels`: the former network on all "
+        "pixels. `spline-k`: monotone splines before the PCA.\n\n"
         + table(("variant", "parameters", "tokenizer", "accuracy", "− LeNet-5", "s a training"), rows)
         + "\n![Accuracy](accuracy.png)\n"
     )
@@ -75,12 +75,14 @@ def _trajectories(results: Results) -> str:
     for row in results.rows("trajectories", seed=0):
         wanted = {name: row[name] for name in ("variant", "series", "control_points")}
         errors = [of(results, "trajectories", name, 100, **wanted) for name in ("mean", "median", "p90", "centred")]
-        rows.append([row["variant"], row["series"], row["count"], row["control_points"], *errors, f"{row['ratio']:.1f}"])
+        rows.append(
+            [row["variant"], row["series"], row["count"], row["control_points"], *errors, f"{row['ratio']:.1f}"]
+        )
     head = ("network", "series", "count", "control points", "error, %: mean", "median", "90th percentile",
             "mean, of what moves", "times smaller")  # fmt: skip
     note = (
         "Relative error: ‖series − spline‖ / ‖series‖; *of what moves* has the series less its mean below the line. "
-        "`components` are norms of the first layer's columns; other series are single weights of the layer of that name.\n\n"
+        "`components` are norms of the first layer's columns; other series are single weights of the layer so named.\n\n"
     )
     return note + table(head, rows) + "\n![Trajectories](trajectories.png)\n" if rows else "Not measured.\n"
 
@@ -125,8 +127,8 @@ def _components(results: Results) -> str:
         for order in ("variance", "trajectory", "adam", "random", "ablation")
     ]
     return (
-        "The columns of `tokens-64`'s first layer in three tiers: *mild* holds them as float32, int8 and int4, *harsh* as "
-        "int8, int4 and not at all. Points are lost (−) against the whole network; saved is the classifier's memory. "
+        "The columns of `tokens-64`'s first layer in three tiers: *mild* holds them as float32, int8 and int4, *harsh* "
+        "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is the classifier's memory. "
         "All columns have one size, so ranking by size alone is ranking at random: that row is both controls. "
         "`ablation` ranks by the validation loss without each component, which no training gives for nothing.\n"
         + _tiers(results, "components")
@@ -149,7 +151,9 @@ def _curve(results: Results) -> str:
         rows = []
         for kept in names(every, "kept"):
             wanted = {"below": below, "kept": kept}
-            size = [of(results, "curve", name, order="variance", **wanted).mean for name in ("bytes", "tokenizer_bytes")]
+            size = [
+                of(results, "curve", name, order="variance", **wanted).mean for name in ("bytes", "tokenizer_bytes")
+            ]
             found = [of(results, "curve", "accuracy", 100, order=order, **wanted) for order in orders]
             rows.append([kept, format_bytes(round(size[0])), format_bytes(round(sum(size))), *found])
         text += f"Components after the first ones of each order are {title}:\n\n"
@@ -164,9 +168,9 @@ def _layers(results: Results) -> str:
         if row["order"] != "random"
     )
     return (
-        "LeNet-5's five layers, packed by `infold.convert`: *mild* as they are, int8, int4; *harsh* int8, int4, 2 bits. A "
-        "layer is in the tier in whose share of the bytes its middle lies, and one of them has 78% of all bytes, so plans "
-        "differ in size: compare points and savings together. Variance explained is not defined for a layer.\n"
+        "LeNet-5's five layers, packed by `infold.convert`: *mild* as they are, int8, int4; *harsh* int8, int4, 2 bits. "
+        "A layer is in the tier in whose share of the bytes its middle lies, and one of them has 78% of all bytes, so "
+        "plans differ in size: compare points and savings together. Variance explained is not defined for a layer.\n"
         + _tiers(results, "layers")
         + f"\nSeed 0, mild, 30/50/20: {plans}.\n"
     )
@@ -174,12 +178,16 @@ def _layers(results: Results) -> str:
 
 def _latency(results: Results) -> str:
     rows = [
-        [row["what"], row["batch"], *(f"{row[name]:.3f}" if name in row else "" for name in ("plain", "emulated", "packed"))]
+        [
+            row["what"],
+            row["batch"],
+            *(f"{row[name]:.3f}" if name in row else "" for name in ("plain", "emulated", "packed")),
+        ]
         for row in results.rows("latency")
         if "plain" in row
     ]
     return (
-        "Median milliseconds, in turn. *emulated*: 30/50/20 by Adam's state in RAM, behind PCIe 4 and on an NVMe drive, "
-        "which are waited for (`tier_hints.json` is that plan); *packed*: its layers in float32, int8 and int4.\n\n"
+        "Median milliseconds, in turn. *emulated*: 30/50/20 by Adam's state in RAM, behind PCIe 4 and on an NVMe "
+        "drive, which are waited for (`tier_hints.json` is that plan); *packed*: its layers in float32, int8 and int4.\n\n"
         + table(("", "batch", "plain", "emulated", "packed"), rows)
     )

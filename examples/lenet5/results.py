@@ -1,9 +1,10 @@
-"""What is finished: a JSON file for each (stage, variant, seed), and tensors beside it where a later stage needs them."""
+"""What is finished: a JSON file for each (stage, variant, seed), beside it the tensors that a later stage needs."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ class Results:
     """
 
     def __init__(self, folder: Path, settings: Row) -> None:
-        self.folder = folder
+        self.folder, self.settings = folder, settings
         self._runs = folder / "runs"
         self._runs.mkdir(parents=True, exist_ok=True)
         path = folder / "settings.json"
@@ -52,8 +53,9 @@ class Results:
         _write(self._path(stage, variant, seed, "json"), [{**own, **row} for row in outcome.rows])
 
     def rows(self, stage: str, **wanted: Any) -> list[Row]:
-        """Those of a stage in the order of their files' names, of which all ``wanted`` fields are as given."""
-        every = [row for path in sorted(self._runs.glob(f"{stage}.*.json")) for row in json.loads(path.read_text())]
+        """Those of a stage, of which all ``wanted`` fields are as given, by variant and seed: 16 before 128."""
+        paths = sorted(self._runs.glob(f"{stage}.*.json"), key=_natural)
+        every = [row for path in paths for row in json.loads(path.read_text())]
         return [row for row in every if all(row.get(field) == value for field, value in wanted.items())]
 
     def tensors(self, stage: str, variant: str, seed: int) -> dict[str, Tensor]:
@@ -66,6 +68,10 @@ class Results:
             writer = csv.DictWriter(file, list(dict.fromkeys(field for row in rows for field in row)))
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _natural(path: Path) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _write(path: Path, value: Any) -> None:

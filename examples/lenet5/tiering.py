@@ -227,7 +227,7 @@ def layers(data: Mnist, results: Results, seed: int) -> Outcome:
     for (cut, shares), (scheme, forms) in itertools.product(CUTS.items(), LAYER_SCHEMES.items()):
         for (order, draw), scores in orders.items():
             tier_of = tiers.tiers_by_rank(scores, shares, sizes)
-            form_of = {name: forms[tier] for name, tier in sorted(tier_of.items())}
+            form_of = {name: forms[tier_of[name]] for name in sizes}
             key = tuple(form_of.values())
             if key not in found:
                 nbytes, (accuracy, loss) = converted(model, form_of, test)
