@@ -82,7 +82,7 @@ def _trajectories(results: Results) -> str:
             "mean, of what moves", "times smaller")  # fmt: skip
     note = (
         "Relative error: ‖series − spline‖ / ‖series‖; *of what moves* has the series less its mean below the line. "
-        "`components` are norms of the first layer's columns; other series are single weights of the layer so named.\n\n"
+        "`components` are norms of the first layer's columns, other series single weights of the layer so named.\n\n"
     )
     return note + table(head, rows) + "\n![Trajectories](trajectories.png)\n" if rows else "Not measured.\n"
 
@@ -128,7 +128,7 @@ def _components(results: Results) -> str:
     ]
     return (
         "The columns of `tokens-64`'s first layer in three tiers: *mild* holds them as float32, int8 and int4, *harsh* "
-        "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is the classifier's memory. "
+        "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is classifier's memory. "
         "All columns have one size, so ranking by size alone is ranking at random: that row is both controls. "
         "`ablation` ranks by the validation loss without each component, which no training gives for nothing.\n"
         + _tiers(results, "components")
@@ -168,7 +168,7 @@ def _layers(results: Results) -> str:
         if row["order"] != "random"
     )
     return (
-        "LeNet-5's five layers, packed by `infold.convert`: *mild* as they are, int8, int4; *harsh* int8, int4, 2 bits. "
+        "LeNet-5's five layers, packed by `infold.convert`: *mild* as they are, int8, int4; *harsh* int8, int4, ECSQ 2. "
         "A layer is in the tier in whose share of the bytes its middle lies, and one of them has 78% of all bytes, so "
         "plans differ in size: compare points and savings together. Variance explained is not defined for a layer.\n"
         + _tiers(results, "layers")
@@ -188,6 +188,6 @@ def _latency(results: Results) -> str:
     ]
     return (
         "Median milliseconds, in turn. *emulated*: 30/50/20 by Adam's state in RAM, behind PCIe 4 and on an NVMe "
-        "drive, which are waited for (`tier_hints.json` is that plan); *packed*: its layers in float32, int8 and int4.\n\n"
+        "drive, which are waited for (`tier_hints.json` is that plan); *packed*: layers in float32, int8 and int4.\n\n"
         + table(("", "batch", "plain", "emulated", "packed"), rows)
     )
