@@ -53,6 +53,7 @@ fn compile_shim() -> Result<()> {
         "register.cpp",
         "sparse_frequency.cpp",
         "sparse_frequency_cuda.cpp",
+        "spline.cpp",
         "tier.cpp",
     ];
     cxx_build::bridge("src/bridge.rs")

@@ -70,6 +70,12 @@ TORCH_LIBRARY(infold, m) {
   m.def("frequency_linear_log8(Tensor x, Tensor codes, Tensor words, Tensor? bias, int out_features) -> Tensor",
         compute);
   m.def("log8_decode(Tensor codes, Tensor words, ScalarType dtype) -> Tensor", compute);
+  m.def("pca_project(Tensor x, Tensor components, Tensor? mean=None, Tensor? scale=None) -> Tensor", compute);
+  m.def("pca_reconstruct(Tensor z, Tensor components, Tensor? mean=None, Tensor? scale=None) -> Tensor", compute);
+  m.def("bspline_basis(Tensor points, Tensor knots, int derivative=0) -> Tensor", compute);
+  m.def("bspline_fit_matrix(Tensor points, Tensor knots) -> Tensor", compute);
+  m.def("bspline_eval(Tensor control, Tensor knots, Tensor points, int derivative=0) -> Tensor", compute);
+  m.def("bspline_fit(Tensor values, Tensor knots, Tensor points) -> Tensor", compute);
   // Encode. Results are (codes, words), of sizes that x's shape gives.
   m.def("log8_encode(Tensor x) -> (Tensor, Tensor)");
   // Encode: sizes depend on the data. Results are (payload, directory, tables, scales).

@@ -135,6 +135,22 @@ mod ffi {
         ) -> Status;
         fn log8_encode(x: &Tensor, out: Pin<&mut Outputs>) -> Status;
         fn log8_decode(codes: &Tensor, words: &Tensor, dtype: i32, out: Pin<&mut Outputs>) -> Status;
+        fn pca_project(
+            x: &Tensor,
+            components: &Tensor,
+            mean: &Tensor,
+            scale: &Tensor,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn pca_reconstruct(
+            z: &Tensor,
+            components: &Tensor,
+            mean: &Tensor,
+            scale: &Tensor,
+            out: Pin<&mut Outputs>,
+        ) -> Status;
+        fn bspline_basis(points: &Tensor, knots: &Tensor, derivative: i64, out: Pin<&mut Outputs>) -> Status;
+        fn bspline_fit_matrix(points: &Tensor, knots: &Tensor, out: Pin<&mut Outputs>) -> Status;
         fn frequency_conv(
             x: &Tensor,
             weight: &Tensor,
@@ -420,6 +436,28 @@ fn log8_encode(x: &Tensor, out: Pin<&mut Outputs>) -> Status {
 
 fn log8_decode(codes: &Tensor, words: &Tensor, dtype: i32, out: Pin<&mut Outputs>) -> Status {
     call(out, |pool| Ok(vec![ops::log8::decode(&need(codes, "codes")?, &need(words, "words")?, dtype, pool)?]))
+}
+
+fn pca_project(x: &Tensor, components: &Tensor, mean: &Tensor, scale: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |_| {
+        let (x, components) = (need(x, "x")?, need(components, "components")?);
+        Ok(vec![ops::pca::project(&x, &components, share(mean).as_ref(), share(scale).as_ref())?])
+    })
+}
+
+fn pca_reconstruct(z: &Tensor, components: &Tensor, mean: &Tensor, scale: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |_| {
+        let (z, components) = (need(z, "z")?, need(components, "components")?);
+        Ok(vec![ops::pca::reconstruct(&z, &components, share(mean).as_ref(), share(scale).as_ref())?])
+    })
+}
+
+fn bspline_basis(points: &Tensor, knots: &Tensor, derivative: i64, out: Pin<&mut Outputs>) -> Status {
+    call(out, |_| Ok(vec![ops::spline::basis(&need(points, "points")?, &need(knots, "knots")?, derivative)?]))
+}
+
+fn bspline_fit_matrix(points: &Tensor, knots: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |_| Ok(vec![ops::spline::fit_matrix(&need(points, "points")?, &need(knots, "knots")?)?]))
 }
 
 fn frequency_conv(

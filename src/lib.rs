@@ -5,6 +5,7 @@
 //! | [`codec`] | the packed weight: format, quantisers, entropy coder | nothing above |
 //! | [`linear`] | decode-and-multiply on the CPU | `codec` |
 //! | [`spectral`] | products of spectra: block-circulant maps | `codec`, for its vectors |
+//! | [`spline`] | cubic B-splines | nothing above |
 //! | [`cuda`] | the embedded GPU kernels | nothing above |
 //! | [`parallel`] | how these split work over threads | nothing |
 //! | [`memory`] | their scratch: in whole cache lines, and counted | nothing |
@@ -23,6 +24,7 @@ pub mod linear;
 pub mod memory;
 pub mod parallel;
 pub mod spectral;
+pub mod spline;
 #[cfg(target_os = "linux")]
 pub mod tier;
 

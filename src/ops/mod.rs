@@ -10,7 +10,9 @@ mod gpu;
 pub mod linear;
 pub mod log8;
 pub mod pack;
+pub mod pca;
 pub mod sparse_frequency;
+pub mod spline;
 mod tensor;
 pub mod tier;
 

@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from infold.tokenizers.patches import from_patches, to_patches
+from infold.tokenizers.sparse_pca import SparsePCA
+
+__all__: list[str] = ["SparsePCA", "from_patches", "to_patches"]

@@ -1,0 +1,85 @@
+//! Basis functions against their truncated powers' divided differences in the textbook form, and known values.
+
+use infold::spline::Knots;
+
+fn clamped(count: usize, end: f64) -> Vec<f64> {
+    let inner = (0..=count - 3).map(|i| end * i as f64 / (count - 3) as f64);
+    [0.0; 3].into_iter().chain(inner).chain([end; 3]).collect()
+}
+
+/// The textbook's recursion of one function, exponential in the degree.
+fn textbook(knots: &[f64], index: usize, degree: usize, t: f64) -> f64 {
+    if degree == 0 {
+        return f64::from(u8::from(knots[index] <= t && t < knots[index + 1]));
+    }
+    let share = |a: f64, b: f64| if b == 0.0 { 0.0 } else { a / b };
+    share(t - knots[index], knots[index + degree] - knots[index]) * textbook(knots, index, degree - 1, t)
+        + share(knots[index + degree + 1] - t, knots[index + degree + 1] - knots[index + 1])
+            * textbook(knots, index + 1, degree - 1, t)
+}
+
+fn all(knots: &Knots, t: f64, derivative: usize) -> Vec<f64> {
+    let (first, values) = knots.at(t, derivative);
+    (0..knots.count()).map(|i| i.checked_sub(first).and_then(|j| values.get(j)).copied().unwrap_or(0.0)).collect()
+}
+
+#[test]
+fn functions_are_the_textbooks() {
+    for list in [clamped(4, 1.0), clamped(9, 7.0), vec![0.0, 0.0, 0.5, 1.0, 1.0, 2.5, 2.5, 2.5, 3.0, 3.0, 4.0, 5.0]] {
+        let knots = Knots::new(&list).unwrap();
+        let (start, end) = knots.ends();
+        for step in 0..100 {
+            let t = start + (end - start) * f64::from(step) / 100.0;
+            for (index, value) in all(&knots, t, 0).into_iter().enumerate() {
+                assert!((value - textbook(&list, index, 3, t)).abs() < 1e-14, "{list:?} {t} {index}");
+            }
+        }
+    }
+}
+
+#[test]
+fn derivatives_are_the_limits_of_differences() {
+    let list = clamped(9, 7.0);
+    let knots = Knots::new(&list).unwrap();
+    for order in 1..4 {
+        for step in 0..50 {
+            // No knot within a step of it, and beyond the ends.
+            let (t, h) = (-0.9 + 0.173 * f64::from(step), 1e-5);
+            let (before, after) = (all(&knots, t - h, order - 1), all(&knots, t + h, order - 1));
+            for (index, value) in all(&knots, t, order).into_iter().enumerate() {
+                let difference = (after[index] - before[index]) / (2.0 * h);
+                assert!((value - difference).abs() < 1e-7, "{order} {t} {index}: {value} {difference}");
+            }
+        }
+    }
+    assert_eq!(all(&knots, 1.0, 4), vec![0.0; 9]);
+}
+
+#[test]
+fn functions_sum_to_one_at_both_ends_and_beyond() {
+    let list = clamped(6, 2.0);
+    let knots = Knots::new(&list).unwrap();
+    assert_eq!(all(&knots, 0.0, 0), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    assert_eq!(all(&knots, 2.0, 0), [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
+    for t in [-1.0, 0.3, 2.0, 3.0] {
+        assert!((all(&knots, t, 0).iter().sum::<f64>() - 1.0).abs() < 1e-12);
+    }
+}
+
+#[test]
+fn control_points_without_a_point_of_their_own_are_named() {
+    let list = clamped(6, 3.0);
+    let knots = Knots::new(&list).unwrap();
+    assert_eq!(knots.undetermined(&[0.0, 0.5, 1.0, 1.5, 2.5, 3.0]), None);
+    assert_eq!(knots.undetermined(&[0.0, 0.0, 1.0, 1.5, 2.5, 3.0]), Some(4));
+    // The last function is zero but in (2, 3].
+    assert_eq!(knots.undetermined(&[0.0, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0]), Some(5));
+    assert_eq!(knots.undetermined(&[]), Some(0));
+}
+
+#[test]
+fn wrong_knots_are_refused() {
+    for knots in [vec![0.0; 8], vec![0.0; 7], vec![0.0, 0.0, 0.0, 0.0, 2.0, 1.0, 3.0, 3.0, 3.0], vec![f64::NAN; 9]] {
+        assert!(Knots::new(&knots).is_err_and(|error| error.to_string().starts_with("knots: expected")));
+    }
+}

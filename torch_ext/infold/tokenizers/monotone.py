@@ -1,0 +1,145 @@
+"""Monotone splines: a map for each dimension that is smooth, ascends and has an exact inverse."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: No slope is below this, so that neither direction loses digits.
+MIN_SLOPE = 1e-3
+
+
+class MonotoneSpline(nn.Module):
+    """A monotone rational-quadratic spline for each dimension (Gregory and Delbourgo 1982; Durkan et al. 2019).
+
+    Between knots it is a quotient of quadratics with an analytic inverse; beyond them it goes on in straight lines. It
+    begins as the identity. It is made of PyTorch's operators: it runs on any device, compiles, and has gradients of any
+    order in its input and, where they are set to require them, in its knots.
+
+    x_knots, y_knots: (dimensions, knots), ascending; slopes: (dimensions, knots), positive. At least two knots.
+
+    Raises ValueError for knots that do not ascend and slopes below `MIN_SLOPE`.
+    """
+
+    x_knots: Tensor
+    y_knots: Tensor
+    slopes: Tensor
+
+    def __init__(self, x_knots: Tensor, y_knots: Tensor, slopes: Tensor) -> None:
+        super().__init__()
+        shape = x_knots.shape
+        if len(shape) != 2 or shape[1] < 2 or y_knots.shape != shape or slopes.shape != shape:
+            got = ", ".join(str(list(t.shape)) for t in (x_knots, y_knots, slopes))
+            raise ValueError(f"knots, slopes: expected three of shape [dimensions, knots], two knots or more, got {got}")
+        for name, knots in (("x_knots", x_knots), ("y_knots", y_knots)):
+            # Of NaN no comparison holds.
+            if not bool((knots.diff(dim=-1) > 0).all()) or not bool(knots.isfinite().all()):
+                raise ValueError(f"{name}: expected finite knots that ascend in every dimension")
+        if not bool((slopes >= 0.999 * MIN_SLOPE).all()) or not bool(slopes.isfinite().all()):
+            raise ValueError(f"slopes: expected finite slopes of {MIN_SLOPE} or more, got {float(slopes.min())}")
+        self.register_buffer("x_knots", x_knots)
+        self.register_buffer("y_knots", y_knots)
+        self.register_buffer("slopes", slopes)
+
+    @classmethod
+    def identity(cls, dimensions: int, knots: int = 8, dtype: torch.dtype = torch.float32) -> MonotoneSpline:
+        """The map that changes nothing, with knots from −1 to 1."""
+        places = torch.linspace(-1, 1, knots, dtype=dtype).expand(dimensions, -1)
+        return cls(places.clone(), places.clone(), torch.ones_like(places))
+
+    @classmethod
+    def fit(cls, x: Tensor, knots: int = 8, strength: float = 1.0) -> MonotoneSpline:
+        """A map towards a normal distribution of x's own mean and deviation, in every dimension.
+
+        x: (samples, dimensions). Knots lie on distinct quantiles; dimensions that have fewer of them (a constant one, one
+        of few values) stay as they are. strength: 0 is the identity, 1 goes all the way.
+
+        Raises ValueError for other shapes, numbers that are not finite, and a strength outside 0 to 1.
+        """
+        if x.dim() != 2 or not len(x):
+            raise ValueError(f"x: expected shape [samples, dimensions], got {list(x.shape)}")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength: expected from 0 to 1, got {strength}")
+        if knots < 2:
+            raise ValueError(f"knots: expected two or more, got {knots}")
+        values = x.double()
+        if not bool(values.isfinite().all()):
+            raise ValueError("x: expected finite numbers")
+        # The ends are not quantiles of 0 and 1: a normal distribution has none.
+        share = (torch.arange(knots, dtype=torch.float64, device=x.device) + 0.5) / knots
+        order = values.sort(0).values
+        places = order[(share * len(x)).long().clamp(max=len(x) - 1)].T.contiguous()
+        mean, deviation = values.mean(0)[:, None], values.std(0, correction=0)[:, None]
+        target = mean + deviation * torch.special.ndtri(share)
+        # A spread that float32 can tell apart.
+        gaps = places.diff(dim=-1)
+        distinct = (gaps > 1e-4 * deviation).all(-1, keepdim=True) & (deviation > 0)
+        plain = mean + deviation.clamp(min=1e-6) * torch.special.ndtri(share)
+        x_knots = torch.where(distinct, places, plain)
+        y_knots = torch.where(distinct, places + strength * (target - places), plain)
+        slopes = _slopes(x_knots, y_knots).clamp(MIN_SLOPE, 1 / MIN_SLOPE)
+        slopes = torch.where(distinct, slopes, torch.ones_like(slopes))
+        dtype = x.dtype if x.dtype.is_floating_point else torch.float32
+        return cls(x_knots.to(dtype), y_knots.to(dtype), slopes.to(dtype))
+
+    @property
+    def dimensions(self) -> int:
+        return self.x_knots.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dimensions) to the same shape, in x's dtype."""
+        left, width, height, low, slope, before, after = self._bins(x, self.x_knots)
+        t = ((x - left) / width).clamp(0, 1)
+        rest = t * (1 - t)
+        inner = low + height * (slope * t * t + before * rest) / (slope + (before + after - 2 * slope) * rest)
+        return self._with_tails(x, inner, self.x_knots, self.y_knots, self.slopes)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """What `forward` makes y of."""
+        left, width, height, low, slope, before, after = self._bins(y, self.y_knots)
+        u = ((y - low) / height).clamp(0, 1)
+        bend = before + after - 2 * slope
+        a = (slope - before) + u * bend
+        b = before - u * bend
+        c = -slope * u
+        # The root that does not cancel; b and the root are not negative.
+        root = (b * b - 4 * a * c).clamp(min=0).sqrt()
+        inner = left + width * (2 * c / (-b - root).clamp(max=-torch.finfo(y.dtype).tiny)).clamp(0, 1)
+        return self._with_tails(y, inner, self.y_knots, self.x_knots, 1 / self.slopes)
+
+    def _bins(self, x: Tensor, knots: Tensor) -> tuple[Tensor, ...]:
+        """For each number its interval of ``knots``: x's left end and width, y's height and low end, the interval's slope
+        and those at its ends.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.dimensions:
+            raise ValueError(f"x: expected a last dimension of {self.dimensions}, got shape {list(x.shape)}")
+        columns = x.detach().reshape(-1, self.dimensions).T.contiguous()
+        inner = knots[:, 1:-1].contiguous().to(x.dtype)
+        index = torch.searchsorted(inner, columns, right=True).T.reshape(x.shape)
+        width, height = self.x_knots.diff(dim=-1), self.y_knots.diff(dim=-1)
+        parts = (self.x_knots[:, :-1], width, height, self.y_knots[:, :-1], height / width,
+                 self.slopes[:, :-1], self.slopes[:, 1:])  # fmt: skip
+        rows = torch.arange(self.dimensions, device=x.device)
+        return tuple(part.to(x.dtype)[rows, index] for part in parts)
+
+    @staticmethod
+    def _with_tails(x: Tensor, inner: Tensor, knots: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+        first, last = knots[:, 0].to(x.dtype), knots[:, -1].to(x.dtype)
+        below = F.relu(first - x) * slopes[:, 0].to(x.dtype)
+        above = F.relu(x - last) * slopes[:, -1].to(x.dtype)
+        # Outside, the inner part is clamped to an end.
+        return inner - below + above
+
+
+def _slopes(x: Tensor, y: Tensor) -> Tensor:
+    """Slopes at the knots: the harmonic mean of the neighbours', weighted by widths (Fritsch and Butland 1984), and at the
+    ends the neighbour's own.
+    """
+    width = x.diff(dim=-1)
+    slope = y.diff(dim=-1) / width
+    if slope.shape[-1] == 1:
+        return slope.expand(-1, 2).clone()
+    one, two = width[:, 1:] + 2 * width[:, :-1], 2 * width[:, 1:] + width[:, :-1]
+    inner = (one + two) / (two / slope[:, :-1] + one / slope[:, 1:])
+    return torch.cat([slope[:, :1], inner, slope[:, -1:]], -1)
