@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from infold.spectral.plot import figure
+from infold.tokenizers import TrajectoryRecorder
 from queries import names, of
 from results import Results
 
@@ -85,3 +86,5 @@ def _trajectories(results: Results) -> None:
     axes.set(xlabel="control points", ylabel="mean relative error, %")
     axes.legend(fontsize="small")
     drawing.savefig(results.folder / "trajectories.png", dpi=120)
+    recorder = TrajectoryRecorder.load(results.path("recorder-8", "tokens-64", 0, "safetensors"))
+    recorder.plot(results.folder / "series.png", names=["components", "0.weight", "2.weight"], elements=8)

@@ -130,7 +130,8 @@ def _components(results: Results) -> str:
         "The columns of `tokens-64`'s first layer in three tiers: *mild* holds them as float32, int8 and int4, *harsh* "
         "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is classifier's memory. "
         "All columns have one size, so ranking by size alone is ranking at random: that row is both controls. "
-        "`ablation` ranks by the validation loss without each component, which no training gives for nothing.\n"
+        "`contribution` is the trajectory's variance times the token's; `ablation` ranks by the validation loss without each "
+        "component, which no training gives for nothing.\n"
         + _tiers(results, "components")
         + "\nMean over the three cuts:\n\n- "
         + "\n- ".join(ours)

@@ -39,18 +39,19 @@ class Results:
             raise ValueError(f"out: expected a folder of runs with {settings}, got one with {found}")
         _write(path, settings)
 
-    def _path(self, stage: str, variant: str, seed: int, suffix: str) -> Path:
+    def path(self, stage: str, variant: str, seed: int, suffix: str) -> Path:
+        """Of a run's file, whether it is there or not."""
         return self._runs / f"{stage}.{variant}.{seed}.{suffix}"
 
     def has(self, stage: str, variant: str, seed: int) -> bool:
-        return self._path(stage, variant, seed, "json").exists()
+        return self.path(stage, variant, seed, "json").exists()
 
     def put(self, stage: str, variant: str, seed: int, outcome: Outcome) -> None:
         if outcome.tensors:
-            with replacing(self._path(stage, variant, seed, "safetensors")) as path:
+            with replacing(self.path(stage, variant, seed, "safetensors")) as path:
                 save_file({name: tensor.detach().contiguous() for name, tensor in outcome.tensors.items()}, path)
         own = {"stage": stage, "variant": variant, "seed": seed}
-        _write(self._path(stage, variant, seed, "json"), [{**own, **row} for row in outcome.rows])
+        _write(self.path(stage, variant, seed, "json"), [{**own, **row} for row in outcome.rows])
 
     def rows(self, stage: str, **wanted: Any) -> list[Row]:
         """Those of a stage, of which all ``wanted`` fields are as given, by variant and seed: 16 before 128."""
@@ -59,7 +60,7 @@ class Results:
         return [row for row in every if all(row.get(field) == value for field, value in wanted.items())]
 
     def tensors(self, stage: str, variant: str, seed: int) -> dict[str, Tensor]:
-        return load_file(self._path(stage, variant, seed, "safetensors"))
+        return load_file(self.path(stage, variant, seed, "safetensors"))
 
     def write_csv(self, stage: str) -> None:
         """All rows of a stage in one table."""

@@ -12,8 +12,9 @@ from data import COMPONENTS, Mnist, Part, as_images
 from infold.tiers import AdamStateAnalyzer, units
 from infold.tiers.importance import adam_state
 from infold.tiers.models import lenet5
+from infold.tokenizers import TrajectoryRecorder
 from results import Outcome, Results
-from torch import Tensor, nn
+from torch import nn
 from training import evaluate, perceptron, train
 
 #: The tokenizer that the roadmap names, whose components are put into tiers.
@@ -37,8 +38,10 @@ def jobs(data: Mnist, results: Results, seeds: int, epochs: int, seconds: float)
     yield Job("variance", "pca", 0, partial(variance, data))
     for seed in range(seeds):
         for name, variant in VARIANTS.items():
-            yield Job("accuracy", name, seed, partial(accuracy, variant, data, epochs, seed))
+            yield Job("accuracy", name, seed, partial(accuracy, data, results, name, epochs, seed))
         tokens = f"tokens-{TOKENS}"
+        for name in ("lenet5", tokens):
+            yield Job("trajectories", name, seed, partial(trajectories, results, name, seed))
         for stage in (tiering.agreement, tiering.components, tiering.curve):
             yield Job(stage.__name__, tokens, seed, partial(stage, data, results, TOKENS, seed))
         yield Job("layers", "lenet5", seed, partial(tiering.layers, data, results, seed))
@@ -53,26 +56,22 @@ class Variant(NamedTuple):
 
     make: Callable[[], nn.Sequential]
     parts: Callable[[Mnist], dict[str, Part]]
-    observe: Callable[[nn.Sequential], dict[str, Tensor]] | None = None
+    recorded: Callable[[nn.Sequential], list[TrajectoryRecorder]] | None = None
     #: Bytes of the tokenizer, float32.
     tokenizer_bytes: int = 0
 
 
-def lenet_series(model: nn.Sequential) -> dict[str, Tensor]:
-    """Some weights of each layer, always the same ones."""
-    series = {}
-    for name, unit in model.named_children():
-        if isinstance(unit, nn.Conv2d | nn.Linear):
-            flat = unit.weight.flatten()
-            series[name] = flat[torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).long()]
-    return series
+def recorders(model: nn.Sequential) -> list[TrajectoryRecorder]:
+    """Of some weights of each layer, always the same ones."""
+    return [TrajectoryRecorder.of_weights(model, n=n, elements=SAMPLED) for n in CONTROL_POINTS]
 
 
-def token_series(model: nn.Sequential) -> dict[str, Tensor]:
-    """Norms of the first layer's columns, one a component, and some weights of each layer."""
-    first = model[0]
-    assert isinstance(first, nn.Linear)
-    return {"components": first.weight.norm(dim=0), **lenet_series(model)}
+def token_recorders(model: nn.Sequential) -> list[TrajectoryRecorder]:
+    """Of these and of the norms of the first layer's columns, one a component."""
+    first, made = model[0], recorders(model)
+    for recorder in made:
+        recorder.add("components", lambda: first.weight.norm(dim=0))
+    return made
 
 
 def tokenizer_bytes(k: int) -> int:
@@ -81,14 +80,14 @@ def tokenizer_bytes(k: int) -> int:
 
 
 VARIANTS = {
-    "lenet5": Variant(lenet5, lambda data: as_images(data.images), lenet_series),
+    "lenet5": Variant(lenet5, lambda data: as_images(data.images), recorders),
     "pixels": Variant(partial(perceptron, 784), lambda data: data.images),
 }
 for _k in COMPONENTS:
     VARIANTS[f"tokens-{_k}"] = Variant(
         partial(perceptron, _k),
         lambda data, k=_k: data.tokens(k),
-        token_series if _k == TOKENS else None,
+        token_recorders if _k == TOKENS else None,
         tokenizer_bytes(_k),
     )
     VARIANTS[f"rebuilt-{_k}"] = Variant(
@@ -96,10 +95,11 @@ for _k in COMPONENTS:
     )
 
 
-def accuracy(variant: Variant, data: Mnist, epochs: int, seed: int) -> Outcome:
-    """Trains a network; keeps weights, Adam's second moments and trajectories where it is observed."""
+def accuracy(data: Mnist, results: Results, name: str, epochs: int, seed: int) -> Outcome:
+    """Trains a network; keeps weights, Adam's second moments and trajectories where it is recorded."""
+    variant = VARIANTS[name]
     parts = variant.parts(data)
-    trained = train(variant.make, parts["train"], epochs, seed, variant.observe)
+    trained = train(variant.make, parts["train"], epochs, seed, variant.recorded)
     model = trained.model
     tested, loss = evaluate(model, parts["test"])
     row = {
@@ -111,14 +111,33 @@ def accuracy(variant: Variant, data: Mnist, epochs: int, seed: int) -> Outcome:
         "seconds": trained.seconds,
     }
     tensors = {}
-    if variant.observe is not None:
+    for recorder in trained.recorders:
+        recorder.save(results.path(f"recorder-{recorder.n}", name, seed, "safetensors"))
+    if trained.recorders:
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-        tensors |= {f"series.{name}": value for name, value in trained.series.items()}
         scores = AdamStateAnalyzer()(model, trained.optimizer)
         tensors |= {f"adam.{unit.name}": torch.tensor(scores[unit.name]) for unit in units(model)}
         first = next(model.parameters())
         tensors["adam.columns"] = adam_state(trained.optimizer, "exp_avg_sq")[first].flatten(1).mean(0)
     return Outcome([row], f"{100 * tested:.2f}%", tensors)
+
+
+# --- trajectories ---
+
+
+def trajectories(results: Results, name: str, seed: int) -> Outcome:
+    """How much of each recorded series is lost in so many control points."""
+    rows = []
+    for n in CONTROL_POINTS:
+        recorder = TrajectoryRecorder.load(results.path(f"recorder-{n}", name, seed, "safetensors"))
+        for series, trajectory in recorder.trajectories().items():
+            errors, moved = trajectory.error.to_size, trajectory.error.to_deviation
+            row = {"series": series, "control_points": n, "count": errors.numel(), "points": trajectory.samples}
+            row |= {"mean": float(errors.mean()), "median": float(errors.median()), "p90": float(errors.quantile(0.9))}
+            row |= {"centred": float(moved.mean()), "ratio": trajectory.compression_ratio}
+            rows.append(row)
+    worst = max((row for row in rows if row["control_points"] == 8), key=lambda row: row["mean"])
+    return Outcome(rows, f"8 control points, worst mean error: {100 * worst['mean']:.1f}% ({worst['series']})")
 
 
 # --- variance ---

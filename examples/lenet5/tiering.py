@@ -23,6 +23,7 @@ from infold import FusedConfig, tiers
 from infold.nn import FusedDecompressLinear
 from infold.packed import pack
 from infold.tiers.models import lenet5
+from infold.tokenizers import TrajectoryRecorder
 from results import Outcome, Results, Row
 from torch import Tensor, nn
 from training import BATCH, evaluate
@@ -88,6 +89,11 @@ def in_tiers(columns: Tensor, tier_of: Mapping[str, int], forms: tuple[str, ...]
 # --- signals ---
 
 
+def recorder(results: Results, variant: str, seed: int) -> TrajectoryRecorder:
+    """That of eight control points."""
+    return TrajectoryRecorder.load(results.path("recorder-8", variant, seed, "safetensors"))
+
+
 def named(values: Tensor) -> dict[str, float]:
     """Scores of components, by their number."""
     return {str(number): float(value) for number, value in enumerate(values)}
@@ -98,7 +104,7 @@ def component_signals(data: Mnist, results: Results, k: int, seed: int) -> dict[
     state = results.tensors("accuracy", f"tokens-{k}", seed)
     return {
         "variance": named(data.pca.explained_variance_[:k]),
-        "trajectory": named(state["series.components"].var(0)),
+        "trajectory": named(recorder(results, f"tokens-{k}", seed).trajectories()["components"].variance()),
         "adam": named(state["adam.columns"]),
     }
 
@@ -139,6 +145,9 @@ def components(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
     split, parts = load(results, k, seed), data.tokens(k)
     signals = component_signals(data, results, k, seed)
     orders: dict[tuple[str, int], Scores] = {(name, 0): scores for name, scores in signals.items()}
+    # What a component adds to the layer is its weights times the token: the trajectory of that, by its variance.
+    spread = signals["variance"]
+    orders["contribution", 0] = {name: score * spread[name] for name, score in signals["trajectory"].items()}
     orders["ablation", 0] = ablation(split, parts["validation"])
     names = list(signals["adam"])
     orders |= {("random", draw): random_scores(names, 100 * seed + draw) for draw in range(RANDOM_DRAWS)}
@@ -208,7 +217,7 @@ def layer_signals(results: Results, model: nn.Module, seed: int) -> dict[str, di
     state = results.tensors("accuracy", "lenet5", seed)
     names = [unit.name for unit in tiers.units(model)]
     return {
-        "trajectory": {name: float(state[f"series.{name}"].var(0).mean()) for name in names},
+        "trajectory": recorder(results, "lenet5", seed).trajectory_variance("weights"),
         "adam": {name: float(state[f"adam.{name}"]) for name in names},
     }
 

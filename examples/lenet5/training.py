@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from data import Part
-from torch import Tensor, nn
+from infold.tokenizers import TrajectoryRecorder
+from torch import nn
 from tqdm import trange
 
 BATCH = 128
@@ -21,11 +22,11 @@ PARAMETERS = 61_706
 
 
 class Trained(NamedTuple):
-    """A trained model, the optimizer that trained it, and what was observed: (points, series) by name."""
+    """A trained model, the optimizer that trained it, and what recorded it."""
 
     model: nn.Sequential
     optimizer: torch.optim.Optimizer
-    series: dict[str, Tensor]
+    recorders: list[TrajectoryRecorder]
     seconds: float
 
 
@@ -40,12 +41,12 @@ def train(
     part: Part,
     epochs: int,
     seed: int,
-    observe: Callable[[nn.Sequential], dict[str, Tensor]] | None = None,
+    recorded: Callable[[nn.Sequential], list[TrajectoryRecorder]] | None = None,
 ) -> Trained:
     """Adam with a cosine schedule to zero.
 
-    observe: vectors by name, recorded at evenly spaced steps, about `POINTS` of them. The seed decides on the first
-    weights and on the order of the images.
+    recorded: makes recorders of a model; they see evenly spaced steps, about `POINTS` of them. The seed decides on the
+    first weights and on the order of the images.
     """
     torch.manual_seed(seed)
     model = make()
@@ -53,21 +54,18 @@ def train(
     steps = epochs * -(-len(part.y) // BATCH)
     every = max(1, steps // POINTS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    series: dict[str, list[Tensor]] = {}
-    step, start = 0, time.perf_counter()
+    recorders = [recorder.attach(optimizer, every=every) for recorder in (recorded(model) if recorded else [])]
+    start = time.perf_counter()
     for _ in trange(epochs, desc="epochs", leave=False, disable=None):
         for index in torch.randperm(len(part.y)).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(part.x[index]), part.y[index]).backward()
             optimizer.step()
             schedule.step()
-            if observe is not None and step % every == 0:
-                with torch.no_grad():
-                    for name, values in observe(model).items():
-                        series.setdefault(name, []).append(values.clone())
-            step += 1
     seconds = time.perf_counter() - start
-    return Trained(model.eval(), optimizer, {name: torch.stack(points) for name, points in series.items()}, seconds)
+    for recorder in recorders:
+        recorder.close()
+    return Trained(model.eval(), optimizer, recorders, seconds)
 
 
 @torch.inference_mode()
