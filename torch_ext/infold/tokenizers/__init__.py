@@ -4,5 +4,17 @@ from __future__ import annotations
 
 from infold.tokenizers.patches import from_patches, to_patches
 from infold.tokenizers.sparse_pca import SparsePCA
+from infold.tokenizers.splines import BSpline, FitError, clamped_knots, fit_bspline
+from infold.tokenizers.trajectories import Trajectory, TrajectoryRecorder
 
-__all__: list[str] = ["SparsePCA", "from_patches", "to_patches"]
+__all__ = [
+    "BSpline",
+    "FitError",
+    "SparsePCA",
+    "Trajectory",
+    "TrajectoryRecorder",
+    "clamped_knots",
+    "fit_bspline",
+    "from_patches",
+    "to_patches",
+]
