@@ -14,8 +14,7 @@ def draw(results: Results) -> None:
     _components(results)
     _accuracy(results)
     _curve(results)
-    if results.rows("trajectories"):
-        _trajectories(results)
+    _trajectories(results)
 
 
 def _variance(results: Results) -> None:

@@ -71,20 +71,28 @@ def _variance(results: Results) -> str:
 
 
 def _trajectories(results: Results) -> str:
-    rows = []
-    for row in results.rows("trajectories", seed=0):
-        wanted = {name: row[name] for name in ("variant", "series", "control_points")}
-        errors = [of(results, "trajectories", name, 100, **wanted) for name in ("mean", "median", "p90", "centred")]
-        rows.append(
-            [row["variant"], row["series"], row["count"], row["control_points"], *errors, f"{row['ratio']:.1f}"]
-        )
-    head = ("network", "series", "count", "control points", "error, %: mean", "median", "90th percentile",
-            "mean, of what moves", "times smaller")  # fmt: skip
-    note = (
-        "Relative error: ‖series − spline‖ / ‖series‖; *of what moves* has the series less its mean below the line. "
-        "`components` are norms of the first layer's columns, other series single weights of the layer so named.\n\n"
+    every, rows = results.rows("trajectories"), []
+    counts = names(every, "control_points")
+    for variant, series in dict.fromkeys((row["variant"], row["series"]) for row in every):
+        wanted = {"variant": variant, "series": series}
+        own = results.rows("trajectories", seed=0, **wanted)
+        cells: list[object] = [variant, series, own[0]["count"]]
+        for count in counts:
+            found = [
+                of(results, "trajectories", name, 100, control_points=count, **wanted).mean
+                for name in ("mean", "median", "p90", "centred")
+            ]
+            cells.append(" / ".join(f"{value:.2f}" for value in found))
+        rows.append(cells)
+    ratios = {row["control_points"]: row["ratio"] for row in every}
+    head = ("network", "series", "count", *(f"{count} points, {ratios[count]:.0f} times smaller" for count in counts))
+    return (
+        "Relative errors in per cent, mean / median / 90th percentile over series: ‖series − spline‖ / ‖series‖; and the "
+        "mean of what is missed of the *movement*, ‖series − spline‖ / ‖series − its mean‖. `components` are norms of the "
+        "first layer's columns, other series single weights of the layer so named. Means over seeds.\n\n"
+        + table(head, rows)
+        + "\n![Trajectories](trajectories.png)\n\n![Series](series.png)\n"
     )
-    return note + table(head, rows) + "\n![Trajectories](trajectories.png)\n" if rows else "Not measured.\n"
 
 
 def _agreement(results: Results) -> str:
@@ -124,14 +132,14 @@ def _components(results: Results) -> str:
     ours = [
         f"{scheme}: combined − {order} = {_over_cuts(results, scheme, 'combined', order)} points"
         for scheme in names(results.rows("components"), "scheme")
-        for order in ("variance", "trajectory", "adam", "random", "ablation")
+        for order in ("variance", "trajectory", "adam", "contribution", "random", "ablation")
     ]
     return (
         "The columns of `tokens-64`'s first layer in three tiers: *mild* holds them as float32, int8 and int4, *harsh* "
         "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is classifier's memory. "
         "All columns have one size, so ranking by size alone is ranking at random: that row is both controls. "
-        "`contribution` is the trajectory's variance times the token's; `ablation` ranks by the validation loss without each "
-        "component, which no training gives for nothing.\n"
+        "`contribution` is the trajectory's variance times the token's; `ablation` ranks by the validation loss without "
+        "each component, which no training gives for nothing.\n"
         + _tiers(results, "components")
         + "\nMean over the three cuts:\n\n- "
         + "\n- ".join(ours)
@@ -169,7 +177,7 @@ def _layers(results: Results) -> str:
         if row["order"] != "random"
     )
     return (
-        "LeNet-5's five layers, packed by `infold.convert`: *mild* as they are, int8, int4; *harsh* int8, int4, ECSQ 2. "
+        "LeNet-5's five layers, packed by `infold.convert`: *mild* float32, int8, int4; *harsh* int8, int4, ECSQ 2. "
         "A layer is in the tier in whose share of the bytes its middle lies, and one of them has 78% of all bytes, so "
         "plans differ in size: compare points and savings together. Variance explained is not defined for a layer.\n"
         + _tiers(results, "layers")

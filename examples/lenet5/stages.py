@@ -37,7 +37,7 @@ def jobs(data: Mnist, results: Results, seeds: int, epochs: int, seconds: float)
     """In the order of the roadmap; seeds outermost, so that a killed run has whole seeds."""
     yield Job("variance", "pca", 0, partial(variance, data))
     for seed in range(seeds):
-        for name, variant in VARIANTS.items():
+        for name in VARIANTS:
             yield Job("accuracy", name, seed, partial(accuracy, data, results, name, epochs, seed))
         tokens = f"tokens-{TOKENS}"
         for name in ("lenet5", tokens):
