@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from infold.tokenizers.modules import BANDS, PCATokenizer, SplinePCATokenizer
+from infold.tokenizers.monotone import MonotoneSpline
 from infold.tokenizers.patches import from_patches, to_patches
+from infold.tokenizers.pca import PCA
 from infold.tokenizers.sparse_pca import SparsePCA
 from infold.tokenizers.splines import BSpline, FitError, clamped_knots, fit_bspline
 from infold.tokenizers.trajectories import Trajectory, TrajectoryRecorder
 
 __all__ = [
+    "BANDS",
+    "PCA",
     "BSpline",
     "FitError",
+    "MonotoneSpline",
+    "PCATokenizer",
     "SparsePCA",
+    "SplinePCATokenizer",
     "Trajectory",
     "TrajectoryRecorder",
     "clamped_knots",

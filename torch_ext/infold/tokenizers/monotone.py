@@ -31,7 +31,9 @@ class MonotoneSpline(nn.Module):
         shape = x_knots.shape
         if len(shape) != 2 or shape[1] < 2 or y_knots.shape != shape or slopes.shape != shape:
             got = ", ".join(str(list(t.shape)) for t in (x_knots, y_knots, slopes))
-            raise ValueError(f"knots, slopes: expected three of shape [dimensions, knots], two knots or more, got {got}")
+            raise ValueError(
+                f"knots, slopes: expected three of shape [dimensions, knots], two knots or more, got {got}"
+            )
         for name, knots in (("x_knots", x_knots), ("y_knots", y_knots)):
             # Of NaN no comparison holds.
             if not bool((knots.diff(dim=-1) > 0).all()) or not bool(knots.isfinite().all()):
@@ -52,8 +54,8 @@ class MonotoneSpline(nn.Module):
     def fit(cls, x: Tensor, knots: int = 8, strength: float = 1.0) -> MonotoneSpline:
         """A map towards a normal distribution of x's own mean and deviation, in every dimension.
 
-        x: (samples, dimensions). Knots lie on distinct quantiles; dimensions that have fewer of them (a constant one, one
-        of few values) stay as they are. strength: 0 is the identity, 1 goes all the way.
+        x: (samples, dimensions). Knots lie on distinct quantiles; dimensions that have fewer of them (a constant one,
+        one of few values) stay as they are. strength: 0 is the identity, 1 goes all the way.
 
         Raises ValueError for other shapes, numbers that are not finite, and a strength outside 0 to 1.
         """
@@ -109,8 +111,8 @@ class MonotoneSpline(nn.Module):
         return self._with_tails(y, inner, self.y_knots, self.x_knots, 1 / self.slopes)
 
     def _bins(self, x: Tensor, knots: Tensor) -> tuple[Tensor, ...]:
-        """For each number its interval of ``knots``: x's left end and width, y's height and low end, the interval's slope
-        and those at its ends.
+        """Of each number's interval of ``knots``: x's left end and width, y's height and low end, its slope, and those
+        at its ends.
         """
         if x.dim() < 1 or x.shape[-1] != self.dimensions:
             raise ValueError(f"x: expected a last dimension of {self.dimensions}, got shape {list(x.shape)}")
@@ -133,8 +135,8 @@ class MonotoneSpline(nn.Module):
 
 
 def _slopes(x: Tensor, y: Tensor) -> Tensor:
-    """Slopes at the knots: the harmonic mean of the neighbours', weighted by widths (Fritsch and Butland 1984), and at the
-    ends the neighbour's own.
+    """Slopes at the knots: the harmonic mean of the neighbours', weighted by widths (Fritsch and Butland 1984), and at
+    the ends the neighbour's own.
     """
     width = x.diff(dim=-1)
     slope = y.diff(dim=-1) / width

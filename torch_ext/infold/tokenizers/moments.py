@@ -1,0 +1,120 @@
+"""Count, mean and scatter of samples, in float64: all that an exact PCA needs, from a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from infold.tokenizers._files import take
+from infold.tokenizers.rows import refuse_not_finite
+
+#: Rows whose int8 squares sum to less than 2³¹.
+_INTEGER_ROWS = (2**31 - 1) // 128**2
+#: Rows that are summed in their own dtype before they are in float64.
+_ROWS = 4096
+#: Parts that columns are cut into: of their products with one another, those below the diagonal are not made.
+_PARTS = 7
+
+
+class Moments:
+    """Streams samples of d features into (d) and (d, d) float64, combined as in Chan, Golub and LeVeque (1982).
+
+    uint8 is summed in integers, exactly; float16, bfloat16 and float32 in float32, 4,096 rows at a time, about the
+    batch's own mean.
+    """
+
+    name = "moments"
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.count = 0
+        self.mean = torch.zeros(features, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Adds samples (rows, d). Raises ValueError for a number that is not finite; nothing is added then."""
+        # Each part is added whole; a bad one must leave nothing of its batch.
+        parts = [_of_bytes(p) for p in torch.split(x, _INTEGER_ROWS)] if x.dtype == torch.uint8 else [_of_floats(x)]
+        for count, mean, scatter in parts:
+            self._add(count, mean, scatter)
+
+    def merge(self, other: Moments) -> None:
+        """Adds another's samples: the same as one stream of both, but for the last rounding."""
+        self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+
+    def spectrum(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Components (count, d), their sums of squares (count), falling, and the sum over all components."""
+        squares, vectors = torch.linalg.eigh(self.scatter)
+        top = slice(-count, None)
+        return vectors[:, top].T.flip(0), squares[top].flip(0).clamp(min=0), self.scatter.trace()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def of(cls, count: int, tensors: Mapping[str, Tensor], path: Path) -> Moments:
+        """The inverse of `tensors`."""
+        features = len(tensors.get("mean", torch.empty(0)))
+        state = cls(0, torch.device("cpu"))
+        state.count = count
+        state.mean = take(tensors, "mean", torch.float64, (features,), path)
+        state.scatter = take(tensors, "scatter", torch.float64, (features, features), path)
+        return state
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        delta = mean - self.mean
+        self.scatter += scatter
+        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+
+Part = tuple[int, Tensor, Tensor]
+
+
+def _of_bytes(x: Tensor) -> Part:
+    """The moments of uint8 samples; every integer in them is exact."""
+    centred = (x ^ 128).view(torch.int8)
+    rows, features = x.shape
+    # What cuBLAS takes, and few columns are quick anyhow.
+    if x.is_cpu or (rows > 16 and rows % 8 == 0 and features % 8 == 0):
+        product = torch._int_mm(centred.T.contiguous(), centred).double()
+    else:
+        product = sum(
+            (_square(part.double()) for part in torch.split(centred, _ROWS)), torch.zeros((), device=x.device)
+        )
+    sums = centred.sum(0, dtype=torch.int64).double()
+    return rows, sums / rows + 128, product - torch.outer(sums, sums / rows)
+
+
+def _of_floats(x: Tensor) -> Part:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = x.mean(0, dtype=torch.float64)
+    # About a number near the mean that needs no rounding; what is left of the mean is taken off after.
+    shift = mean.to(dtype)
+    features = x.shape[1]
+    scatter, rest = mean.new_zeros(features, features), mean.new_zeros(features)
+    for part in torch.split(x, _ROWS):
+        centred = part.to(dtype) - shift
+        scatter += _square(centred)
+        rest += centred.sum(0, dtype=torch.float64)
+    if not bool(scatter.diagonal().isfinite().all()):
+        refuse_not_finite(x)
+        raise ValueError("x: expected numbers whose squares are in float32, got larger ones; pass float64")
+    return len(x), shift.double() + rest / len(x), scatter - torch.outer(rest, rest / len(x))
+
+
+def _square(x: Tensor) -> Tensor:
+    """xᵀ·x, the products of the upper block triangle alone."""
+    features = x.shape[1]
+    step = -(-features // _PARTS) if features >= 128 else features
+    out = x.new_empty(features, features)
+    for start in range(0, features, step):
+        here = slice(start, start + step)
+        product = x[:, here].T @ x[:, start:]
+        out[here, start:] = product
+        out[start:, here] = product.T
+    return out

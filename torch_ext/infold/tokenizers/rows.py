@@ -1,0 +1,28 @@
+"""What samples have to be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_rows(x: Tensor, features: int | None = None) -> Tensor:
+    """Samples (samples, features) as they are. Raises ValueError for another shape or dtype, and for no samples."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected uint8 or a real float dtype, got {x.dtype}")
+    if x.dim() != 2 or not x.numel():
+        raise ValueError(f"x: expected shape [samples, features], one or more of each, got {list(x.shape)}")
+    if features is not None and x.shape[1] != features:
+        raise ValueError(f"x: expected {features} features, as before, got {x.shape[1]}")
+    return x.detach()
+
+
+def refuse_not_finite(x: Tensor) -> None:
+    """Raises ValueError that names the first element that is NaN or infinite; returns if there is none."""
+    for start, part in zip(range(0, len(x), 4096), torch.split(x, 4096), strict=True):
+        wrong = (~part.isfinite()).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise ValueError(f"x: expected finite numbers, got {float(part[row, column])} at [{start + row}, {column}]")
