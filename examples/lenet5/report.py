@@ -31,6 +31,7 @@ def write(results: Results) -> None:
         + "\nA verdict is *met* or *not met* where the whole 95% interval says so, else *undecided*.\n",
         "Accuracy": _accuracy(results),
         "Variance hierarchy": _variance(results),
+        "Splines before the PCA": _splines(results),
         "Trajectories in control points": _trajectories(results),
         "Do the signals agree?": _agreement(results),
         "Tiers of components": _components(results),
@@ -53,7 +54,8 @@ def _accuracy(results: Results) -> str:
     return (
         "`tokens-k`: the first k components into a network of one hidden layer with about LeNet-5's parameters. "
         "`rebuilt-k`: LeNet-5 on images of which only these components are left. `pixels`: the former network on all "
-        "pixels. `spline-k`: monotone splines before the PCA.\n\n"
+        "pixels. `spline-k`: monotone splines before the PCA, as `SplinePCATokenizer.fit` keeps them; `bent-k`: such as "
+        "bend at evenly spaced values.\n\n"
         + table(("variant", "parameters", "tokenizer", "accuracy", "− LeNet-5", "s a training"), rows)
         + "\n![Accuracy](accuracy.png)\n"
     )
@@ -68,6 +70,24 @@ def _variance(results: Results) -> str:
     rows.append(["all 64", 100, f"{kept:.1f}", "100.0"])
     head = ("components of 64", "roadmap, %", "of all variance, %", "of the 64's, %")
     return table(head, rows) + "\n![Variance](variance.png)\n\n![Components](components.png)\n"
+
+
+def _splines(results: Results) -> str:
+    every = results.rows("splines")
+    kept = next(row for row in every if row["spline"] == "kept")
+    (plain,) = (row["error"] for row in every if row["spline"] == "none")
+    rows = [
+        [row["spline"], row["strength"], row.get("moved", ""), f"{row['error']:.5f}"]
+        for row in every
+        if row["spline"] in ("fit", "bent")
+    ]
+    return (
+        f"Mean squared error of rebuilt images, 64 components; of PCA alone {plain:.5f} on the validation part. `fit` is "
+        "`SplinePCATokenizer.fit` on a tenth of the training part held out: knots lie on quantiles, and a pixel of which "
+        f"these coincide stays as it is. It keeps strength {kept['strength']:g}, which changes {kept['moved']} of 784 "
+        "pixels. `bent` has knots evenly over each pixel's values instead, on the validation part.\n\n"
+        + table(("splines", "strength", "pixels that change", "error"), rows)
+    )
 
 
 def _trajectories(results: Results) -> str:
@@ -87,9 +107,9 @@ def _trajectories(results: Results) -> str:
     ratios = {row["control_points"]: row["ratio"] for row in every}
     head = ("network", "series", "count", *(f"{count} points, {ratios[count]:.0f} times smaller" for count in counts))
     return (
-        "Relative errors in per cent, mean / median / 90th percentile over series: ‖series − spline‖ / ‖series‖; and the "
-        "mean of what is missed of the *movement*, ‖series − spline‖ / ‖series − its mean‖. `components` are norms of the "
-        "first layer's columns, other series single weights of the layer so named. Means over seeds.\n\n"
+        "Relative errors in per cent, mean / median / 90th percentile over series: ‖series − spline‖ / ‖series‖; and "
+        "the mean of what is missed of the *movement*, ‖series − spline‖ / ‖series − its mean‖. `components` are norms "
+        "of the first layer's columns, other series single weights of the layer so named. Means over seeds.\n\n"
         + table(head, rows)
         + "\n![Trajectories](trajectories.png)\n\n![Series](series.png)\n"
     )
@@ -138,8 +158,8 @@ def _components(results: Results) -> str:
         "The columns of `tokens-64`'s first layer in three tiers: *mild* holds them as float32, int8 and int4, *harsh* "
         "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is classifier's memory. "
         "All columns have one size, so ranking by size alone is ranking at random: that row is both controls. "
-        "`contribution` is the trajectory's variance times the token's; `ablation` ranks by the validation loss without "
-        "each component, which no training gives for nothing.\n"
+        "`contribution` is the trajectory's variance times the token's; `ablation` ranks by the validation loss "
+        "without each component, which no training gives for nothing.\n"
         + _tiers(results, "components")
         + "\nMean over the three cuts:\n\n- "
         + "\n- ".join(ours)

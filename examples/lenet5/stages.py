@@ -12,8 +12,8 @@ from data import COMPONENTS, Mnist, Part, as_images
 from infold.tiers import AdamStateAnalyzer, units
 from infold.tiers.importance import adam_state
 from infold.tiers.models import lenet5
-from infold.tokenizers import TrajectoryRecorder
-from results import Outcome, Results
+from infold.tokenizers import PCATokenizer, SplinePCATokenizer, TrajectoryRecorder
+from results import Outcome, Results, Row
 from torch import nn
 from training import evaluate, perceptron, train
 
@@ -36,6 +36,7 @@ class Job(NamedTuple):
 def jobs(data: Mnist, results: Results, seeds: int, epochs: int, seconds: float) -> Iterator[Job]:
     """In the order of the roadmap; seeds outermost, so that a killed run has whole seeds."""
     yield Job("variance", "pca", 0, partial(variance, data))
+    yield Job("splines", f"spline-{TOKENS}", 0, partial(splines, data))
     for seed in range(seeds):
         for name in VARIANTS:
             yield Job("accuracy", name, seed, partial(accuracy, data, results, name, epochs, seed))
@@ -57,8 +58,7 @@ class Variant(NamedTuple):
     make: Callable[[], nn.Sequential]
     parts: Callable[[Mnist], dict[str, Part]]
     recorded: Callable[[nn.Sequential], list[TrajectoryRecorder]] | None = None
-    #: Bytes of the tokenizer, float32.
-    tokenizer_bytes: int = 0
+    tokenizer: str | None = None
 
 
 def recorders(model: nn.Sequential) -> list[TrajectoryRecorder]:
@@ -74,11 +74,6 @@ def token_recorders(model: nn.Sequential) -> list[TrajectoryRecorder]:
     return made
 
 
-def tokenizer_bytes(k: int) -> int:
-    """Components and mean in float32."""
-    return 4 * 784 * (k + 1)
-
-
 VARIANTS = {
     "lenet5": Variant(lenet5, lambda data: as_images(data.images), recorders),
     "pixels": Variant(partial(perceptron, 784), lambda data: data.images),
@@ -86,13 +81,22 @@ VARIANTS = {
 for _k in COMPONENTS:
     VARIANTS[f"tokens-{_k}"] = Variant(
         partial(perceptron, _k),
-        lambda data, k=_k: data.tokens(k),
+        lambda data, k=_k: data.tokens(f"pca-{k}"),
         token_recorders if _k == TOKENS else None,
-        tokenizer_bytes(_k),
+        f"pca-{_k}",
     )
-    VARIANTS[f"rebuilt-{_k}"] = Variant(
-        lenet5, lambda data, k=_k: as_images(data.rebuilt(k)), tokenizer_bytes=tokenizer_bytes(_k)
+    VARIANTS[f"rebuilt-{_k}"] = Variant(lenet5, lambda data, k=_k: as_images(data.rebuilt(k)), tokenizer=f"pca-{_k}")
+for _kind in ("spline", "bent"):
+    VARIANTS[f"{_kind}-{TOKENS}"] = Variant(
+        partial(perceptron, TOKENS),
+        lambda data, name=f"{_kind}-{TOKENS}": data.tokens(name),
+        tokenizer=f"{_kind}-{TOKENS}",
     )
+
+
+def tokenizer_bytes(tokenizer: PCATokenizer) -> int:
+    """Of what it has to hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tokenizer.state_dict().values())
 
 
 def accuracy(data: Mnist, results: Results, name: str, epochs: int, seed: int) -> Outcome:
@@ -107,7 +111,7 @@ def accuracy(data: Mnist, results: Results, name: str, epochs: int, seed: int) -
         "loss": loss,
         "validation": evaluate(model, parts["validation"])[0],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokenizer_bytes": variant.tokenizer_bytes,
+        "tokenizer_bytes": 0 if variant.tokenizer is None else tokenizer_bytes(data.tokenizer(variant.tokenizer)),
         "seconds": trained.seconds,
     }
     tensors = {}
@@ -149,3 +153,27 @@ def variance(data: Mnist) -> Outcome:
     shares = pca.explained_variance_ratio_.tolist()
     rows = [{"component": number, "share": share} for number, share in enumerate(shares)]
     return Outcome(rows, f"{100 * sum(shares[:TOKENS]):.1f}% in {TOKENS}", {"components": pca.components_[:TOKENS]})
+
+
+def splines(data: Mnist) -> Outcome:
+    """What splines before the PCA do to the mean squared error of rebuilt images they were not fitted to."""
+    fitted = data.tokenizer(f"spline-{TOKENS}")
+    assert isinstance(fitted, SplinePCATokenizer)
+    some = data.images["train"].x[:1000]
+
+    def moved(tokenizer: SplinePCATokenizer) -> int:
+        """Pixels that the spline changes."""
+        return int(((tokenizer.spline(some) - some).abs().amax(0) > 1e-4).sum())
+
+    rows: list[Row] = [
+        {"spline": "fit", "strength": strength, "error": error} for strength, error in fitted.validation.items()
+    ]
+    rows += [
+        {"spline": "bent", "strength": strength, "error": error, "moved": moved(tokenizer)}
+        for strength, (tokenizer, error) in data.bent(TOKENS).items()
+    ]
+    plain = data.tokenizer(f"pca-{TOKENS}")
+    x = data.images["validation"].x
+    rows.append({"spline": "none", "error": float((plain.inverse(plain(x)) - x).square().mean())})
+    rows.append({"spline": "kept", "strength": fitted.strength, "moved": moved(fitted)})
+    return Outcome(rows, f"fit keeps strength {fitted.strength}, moves {rows[-1]['moved']} of 784 pixels")

@@ -142,7 +142,7 @@ def agreement(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
 
 def components(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
     """Accuracy and bytes of each order at each cut and scheme; α, β and γ are tuned by the validation part's loss."""
-    split, parts = load(results, k, seed), data.tokens(k)
+    split, parts = load(results, k, seed), data.tokens(f"pca-{k}")
     signals = component_signals(data, results, k, seed)
     orders: dict[tuple[str, int], Scores] = {(name, 0): scores for name, scores in signals.items()}
     # What a component adds to the layer is its weights times the token: the trajectory of that, by its variance.
@@ -182,7 +182,7 @@ def components(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
 
 def curve(data: Mnist, results: Results, k: int, seed: int) -> Outcome:
     """Accuracy as more and more components are dropped, or stored in 4 bits; the others stay as they are."""
-    split, parts = load(results, k, seed), data.tokens(k)
+    split, parts = load(results, k, seed), data.tokens(f"pca-{k}")
     signals: dict[str, Scores] = dict(component_signals(data, results, k, seed))
     signals["combined"] = tiers.combine(**signals)
     signals |= {
