@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from infold import tiers
+from infold.tiers.models import lenet5
 
+TIERS = ("agreement", "components", "curve", "layers")
 RUN = Path(__file__).parents[1] / "examples" / "lenet5" / "run.py"
 
 
@@ -34,14 +37,15 @@ def rows(out: Path, stage: str) -> list[dict[str, str]]:
 
 def test_every_stage_writes_its_table_and_its_figures(out: Path) -> None:
     tables = {path.stem for path in out.glob("*.csv")}
-    assert tables == {"variance", "accuracy", "trajectories", "agreement", "components", "curve", "layers", "latency"}
+    assert tables == {"variance", "splines", "accuracy", "trajectories", *TIERS, "latency"}
     figures = {path.stem for path in out.glob("*.png")}
-    assert figures == {"variance", "components", "accuracy", "trajectories", "curve"}
+    assert figures == {"variance", "components", "accuracy", "trajectories", "series", "curve"}
     report = (out / "report.md").read_text()
     for name in figures:
         assert f"({name}.png)" in report
     assert "nan" not in report
-    assert json.loads((out / "tier_hints.json").read_text())["placements"].keys() == {"0", "3", "7", "9", "11"}
+    plan = tiers.load(out / "tier_hints.json", lenet5())
+    assert plan.placements.keys() == {"0", "3", "7", "9", "11"}
 
 
 def test_networks_learn_and_variance_falls(out: Path) -> None:
@@ -81,6 +85,10 @@ def test_a_finished_run_is_not_run_again_and_a_lost_one_alone_is(out: Path) -> N
 
 
 def test_results_of_other_settings_are_refused(out: Path) -> None:
-    result = run("--seeds", "1", "--epochs", "1", "--out", str(out))
-    assert result.returncode != 0
-    assert "expected a folder of runs with" in result.stderr
+    spec = importlib.util.spec_from_file_location("lenet5_results", RUN.with_name("results.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    with pytest.raises(ValueError, match=r"out: expected a folder of runs with {'epochs': 1}"):
+        results.Results(out, {"epochs": 1})

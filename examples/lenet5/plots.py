@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from infold.spectral.plot import figure
 from infold.tokenizers import TrajectoryRecorder
 from queries import names, of
@@ -30,13 +31,13 @@ def _variance(results: Results) -> None:
 
 
 def _components(results: Results) -> None:
-    images = results.tensors("variance", "pca", 0)["components"].view(-1, 28, 28)
+    images = results.tensors("variance", "pca", 0)["components"]
+    # One picture of 8 × 8, each component by its own largest entry, with a line between.
+    scaled = F.pad((images / images.abs().amax(1, keepdim=True)).view(8, 8, 28, 28), (1, 1, 1, 1), value=float("nan"))
     drawing = figure(8, 8)
-    for number, image in enumerate(images):
-        axes = drawing.add_subplot(8, 8, number + 1)
-        limit = float(image.abs().max())
-        axes.imshow(image.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-        axes.set_axis_off()
+    axes = drawing.add_subplot()
+    axes.imshow(scaled.transpose(1, 2).reshape(240, 240).numpy(), cmap="RdBu", vmin=-1, vmax=1)
+    axes.set_axis_off()
     drawing.savefig(results.folder / "components.png", dpi=120)
 
 
