@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from infold import tiers
@@ -19,6 +20,16 @@ RUN = Path(__file__).parents[1] / "examples" / "lenet5" / "run.py"
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(RUN), "--threads", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def module(name: str) -> ModuleType:
+    """A module of the example, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"lenet5_{name}", RUN.with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +96,18 @@ def test_a_finished_run_is_not_run_again_and_a_lost_one_alone_is(out: Path) -> N
 
 
 def test_results_of_other_settings_are_refused(out: Path) -> None:
-    spec = importlib.util.spec_from_file_location("lenet5_results", RUN.with_name("results.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    results = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(results)
     with pytest.raises(ValueError, match=r"out: expected a folder of runs with {'epochs': 1}"):
-        results.Results(out, {"epochs": 1})
+        module("results").Results(out, {"epochs": 1})
+
+
+def test_a_verdict_needs_the_whole_interval() -> None:
+    estimate = module("estimates").estimate
+    # Student's t for two degrees of freedom is 4.3027; the deviation is 1.
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.half) == pytest.approx((2.0, 4.3027 / 3**0.5), abs=1e-4)
+    assert found.within(-0.5, 4.5) == "met"
+    assert found.within(4.5) == "**not met**"
+    assert found.within(0.0) == "undecided (the mean is inside)"
+    assert found.within(3.0) == "undecided (the mean is outside)"
+    assert estimate([2.0]).within(1.0) == "met (one seed)"
+    assert estimate([2.0]).within(3.0) == "**not met** (one seed)"

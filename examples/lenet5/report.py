@@ -188,7 +188,7 @@ def _curve(results: Results) -> str:
             rows.append([kept, format_bytes(round(size[0])), format_bytes(round(sum(size))), *found])
         text += f"Components after the first ones of each order are {title}:\n\n"
         text += table(("kept", "classifier", "with tokenizer", *orders), rows) + "\n"
-    return text + "![Accuracy against memory](curve.png)\n"
+    return text + "`combined` has equal weights here.\n\n![Accuracy against memory](curve.png)\n"
 
 
 def _layers(results: Results) -> str:
