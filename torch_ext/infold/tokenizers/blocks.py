@@ -110,7 +110,10 @@ class Blocks:
         for here in columns:
             part = residuals[:, here]
             part[:-1] = x[:, here]
-            part[:-1] -= shift[here].to(basis.dtype)
+            rounded = shift[here].to(basis.dtype)
+            part[:-1] -= rounded
+            # Where the mean is large, what rounding took from it is not small beside the deviations.
+            part[:-1] -= (shift[here] - rounded.double()).to(basis.dtype)
             part[-1] = step[here]
             inside += part @ basis[:, here].T
             square += part.double().square().sum(1)

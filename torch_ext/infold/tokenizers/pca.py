@@ -162,7 +162,7 @@ class PCA:
     def explained_variance_ratio_(self) -> Tensor:
         """(k), shares of the variance of all features; zeros where there is no variance."""
         variance = self._fitted()[1]
-        return variance / self._total.clamp(min=torch.finfo(self._total.dtype).tiny).to(variance)
+        return variance / self._total.to(variance).clamp(min=torch.finfo(variance.dtype).tiny)
 
     @property
     def singular_values_(self) -> Tensor:

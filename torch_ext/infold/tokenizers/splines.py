@@ -56,8 +56,10 @@ class BSpline:
         points = _host(torch.as_tensor(t, dtype=torch.float64))
         if not extrapolate:
             _require_inside(points.flatten(), self.domain)
-        values: Tensor = ops.bspline_eval(self.control, self.knots, points.flatten(), derivative)
-        return values.reshape(*self.control.shape[:-1], *points.shape)
+        # A constant adds nothing to a derivative but rounding.
+        control = self.control - self.control[..., :1] if derivative else self.control
+        values: Tensor = ops.bspline_eval(control, self.knots, points.flatten(), derivative)
+        return values.reshape((*self.control.shape[:-1], *points.shape))
 
     def derivative(self, order: int = 1) -> Callable[[Tensor | float], Tensor]:
         """The function that is the derivative of an order."""
@@ -78,7 +80,7 @@ class BSpline:
     def variance(self) -> Tensor:
         """(...) the mean square deviation from the mean along the spline. Exact."""
         points, weights = self._quadrature(None, None)
-        values, weights = self(points), weights.to(self.control)
+        values, weights = BSpline(self.control - self.control[..., :1], self.knots)(points), weights.to(self.control)
         return (values - (values @ weights).unsqueeze(-1)).square() @ weights
 
     def error(self, values: Tensor, points: Tensor | None = None) -> FitError:

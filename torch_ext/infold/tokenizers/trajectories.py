@@ -2,9 +2,9 @@
 
 What is kept of a series are the normal equations of a fine uniform spline space of M cells over [0, L]: the products
 N = Σₜ b(t)·b(t)ᵀ of its basis functions at the steps that were seen (four diagonals, common to all series), and
-Σₜ b(t)·y(t) and Σₜ y(t)² of each. A sample adds to four rows. When the run outgrows L, L doubles: a function of the coarser
-space is exactly (1, 4, 6, 4, 1)/8 of five of the finer (the two-scale relation), so the sums of the coarser space are
-exact sums of the finer one's. A spline with knots on the grid is in the fine space, so its least-squares fit to *all*
+Σₜ b(t)·y(t) and Σₜ y(t)² of each. A sample adds to four rows. When the run outgrows L, L doubles: a function of the
+coarser space is exactly (1, 4, 6, 4, 1)/8 of five of the finer (the two-scale relation), so its sums are exactly such
+sums of the finer one's. A spline with knots on the grid is in the fine space, so its least-squares fit to *all*
 samples, and the error of that fit, follow from these sums.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from infold.tokenizers.splines import BSpline, FitError, clamped_knots
 
 #: What gives a series' next value: a number, or a tensor of always one shape.
 Source = Callable[[], Tensor | float]
+Method = Literal["linear", "level", "hold"]
 
 _KIND, _VERSION = "TrajectoryRecorder", 1
 #: Of a coarse basis function in the five fine ones under it.
@@ -104,6 +105,13 @@ class _Series:
     itemsize: int = 0
     columns: slice = field(default_factory=lambda: slice(0, 0))
 
+    def check(self, name: object) -> None:
+        """Raises ValueError for what a file may say and no series has."""
+        texts = isinstance(name, str) and isinstance(self.signal, str) and isinstance(self.unit, str | None)
+        sizes = all(isinstance(size, int) and size >= 0 for size in (*self.shape, self.itemsize))
+        if not (texts and sizes):
+            raise ValueError(f"series: expected names, a shape and bytes, got {name!r}: {self}")
+
 
 class TrajectoryRecorder:
     """Streams series of a training run into cubic B-splines of exactly ``n`` control points each.
@@ -142,7 +150,7 @@ class TrajectoryRecorder:
         self.n, self.resolution, self.on_nan, self.device = n, resolution, on_nan, torch.device(device)
         #: Samples recorded, and steps skipped for numbers that were not finite.
         self.samples, self.skipped = 0, 0
-        self._cells = 1 << (resolution * n - 1).bit_length()
+        self._cells = _cells(n, resolution)
         self._series: dict[str, _Series] = {}
         #: The first step and the last, and the length that the fine space covers: 0 until there are two.
         self._first, self._last, self._length = 0.0, 0.0, 0.0
@@ -415,14 +423,16 @@ class TrajectoryRecorder:
         self._fitted = knots + self._first, control.T + self._origin[:, None], residual
         return self._fitted
 
-    def predict(self, steps: int | Tensor, *, method: Literal["linear", "hold"] = "linear") -> dict[str, Tensor]:
+    def predict(self, steps: int | Tensor, *, method: Method = "linear") -> dict[str, Tensor]:
         """(*shape, count) of each series in float64: what comes next.
 
         steps: how many values, at the mean distance of the samples; or at which steps (1-D), none before the last.
-        method: ``"linear"`` goes on from the spline's end with its slope there; ``"hold"`` repeats the last sample.
+        method: ``"linear"`` goes on from the spline's end with its slope there, ``"level"`` with none; ``"hold"``
+            repeats the last sample. Measured, ``"hold"`` was nearest for weights in training, and ``"level"`` for noisy
+            series (docs/trajectories.md).
         """
-        if method not in ("linear", "hold"):
-            raise ValueError(f"method: expected 'linear' or 'hold', got {method!r}")
+        if method not in get_args(Method):
+            raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
         knots, control, _ = self._fit()
         if isinstance(steps, int):
             if steps < 1:
@@ -438,7 +448,8 @@ class TrajectoryRecorder:
         else:
             spline = BSpline(control, knots)
             end = spline.domain[1]
-            values = spline(end)[:, None] + spline(end, 1)[:, None] * ahead
+            slope = spline(end, 1) if method == "linear" else torch.zeros_like(control[:, 0])
+            values = spline(end)[:, None] + slope[:, None] * ahead
         return {name: values[s.columns].reshape(*s.shape, len(ahead)).clone() for name, s in self._series.items()}
 
     def trajectory_variance(self, signal: str | None = None) -> dict[str, float]:
@@ -514,25 +525,40 @@ class TrajectoryRecorder:
         """
         tensors, metadata = load_state(path, _KIND, _VERSION)
         try:
-            recorder = cls(metadata["n"], resolution=metadata["resolution"], on_nan=metadata["on_nan"], device=device)
+            n, resolution = int(metadata["n"]), int(metadata["resolution"])
+            # Before anything of this size is made.
+            products = take(tensors, "products", torch.float64, (_cells(n, resolution) + 3, 4), path)
+            recorder = cls(n, resolution=resolution, on_nan=metadata["on_nan"], device=device)
             recorder.samples, recorder.skipped = int(metadata["samples"]), int(metadata["skipped"])
             recorder._first, recorder._last = float(metadata["first"]), float(metadata["last"])
             recorder._length = float(metadata["length"])
+            recorder._check_steps()
             end = 0
             for each in metadata["series"]:
-                shape = tuple(int(size) for size in each["shape"])
-                start, end = end, end + (math.prod(shape) if recorder.samples else 0)
-                recorder._series[each["name"]] = _Series(
-                    None, each["unit"], each["signal"], shape, int(each["itemsize"]), slice(start, end)
-                )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                series = _Series(None, each["unit"], each["signal"], tuple(each["shape"]), each["itemsize"])
+                series.check(each["name"])
+                start, end = end, end + (math.prod(series.shape) if recorder.samples else 0)
+                series.columns = slice(start, end)
+                recorder._series[each["name"]] = series
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptWeightError(str(path), "metadata", f"expected a recorder's, got {error!r}") from error
-        rows = recorder._cells + 3
-        shapes = {"products": (rows, 4), "sums": (rows, end), "squares": (end,), "origin": (end,), "latest": (end,)}
-        for name in _TENSORS:
-            tensor = take(tensors, name, torch.float64, shapes[name], path)
-            setattr(recorder, f"_{name}", tensor if name == "products" else tensor.to(recorder.device))
+        rows = len(products)
+        shapes = {"sums": (rows, end), "squares": (end,), "origin": (end,), "latest": (end,)}
+        recorder._products = products
+        for name, shape in shapes.items():
+            setattr(recorder, f"_{name}", take(tensors, name, torch.float64, shape, path).to(recorder.device))
         return recorder
+
+    def _check_steps(self) -> None:
+        """Raises ValueError for steps and a length that no recording leads to."""
+        reach = self._last - self._first
+        started = self.samples > 0 or self._first == self._last == 0
+        covered = (
+            self._length / 2 < reach <= self._length < math.inf if self.samples > 1 else reach == self._length == 0
+        )
+        if min(self.samples, self.skipped) < 0 or not (started and covered):
+            got = f"{self.samples} from {self._first} to {self._last} on a length of {self._length}"
+            raise ValueError(f"samples: expected steps on a length, got {got}")
 
     # Plots.
 
@@ -611,9 +637,14 @@ def _gradient_norm(own: Iterable[nn.Parameter], every: Iterable[nn.Parameter]) -
         norms = [
             torch.linalg.vector_norm(g, dtype=torch.complex128 if g.is_complex() else torch.float64) for g in dense
         ]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     return source
+
+
+def _cells(n: int, resolution: int) -> int:
+    return 1 << (resolution * n - 1).bit_length()
 
 
 def _evenly(count: int, chosen: int) -> Tensor:
@@ -649,7 +680,7 @@ def _on_grid(knots: Tensor, cell: float, rows: int) -> Tensor:
 
 def _banded_product(band: Tensor, matrix: Tensor) -> Tensor:
     """A symmetric banded matrix, [i, d] being its [i, i + d], times a matrix."""
-    result = band[:, :1] * matrix
+    result: Tensor = band[:, :1] * matrix
     for d in range(1, band.shape[1]):
         result[:-d] += band[:-d, d, None] * matrix[d:]
         result[d:] += band[:-d, d, None] * matrix[:-d]

@@ -1,0 +1,339 @@
+"""PCA against scikit-learn's and float64: subspaces, streams, merging, bad input, files."""
+
+from __future__ import annotations
+
+import io
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from infold import CorruptWeightError
+from infold.tokenizers import PCA, moments
+from infold.tokenizers.blocks import Blocks
+from safetensors.torch import load_file, save_file
+from scipy.linalg import subspace_angles
+from sklearn import decomposition
+from torch import Tensor, nn
+
+METHODS = ("moments", "blocks", "randomized", "exact")
+STREAMS = ("moments", "blocks")
+EXACT = ("moments", "exact")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def spectrum(rows: int = 400, features: int = 60, decay: float = 0.8, seed: int = 0) -> Tensor:
+    """Samples whose directions' deviations fall by a factor, about a mean, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[0]
+    scale = decay ** torch.arange(features, dtype=torch.float64)
+    return torch.randn(rows, features, generator=generator, dtype=torch.float64) * scale @ turn + 3
+
+
+def images(rows: int = 500, seed: int = 0) -> Tensor:
+    return (spectrum(rows, 64, 0.9, seed) * 20 + 60).clamp(0, 255).to(torch.uint8)
+
+
+def sklearn(x: Tensor, k: int) -> decomposition.PCA:
+    return decomposition.PCA(k, svd_solver="full").fit(x.double().numpy())
+
+
+def angle(pca: PCA, peer: decomposition.PCA) -> float:
+    return float(subspace_angles(pca.components_.double().numpy().T, peer.components_.T).max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [400, 40])
+def test_every_method_finds_scikit_learns_components(method: str, rows: int) -> None:
+    x = spectrum(rows)
+    pca, peer = PCA(8, method=method).fit(x), sklearn(x, 8)
+    limit = 1e-7 if method in EXACT else 1e-4
+    assert angle(pca, peer) < limit
+    np.testing.assert_allclose(pca.explained_variance_, peer.explained_variance_, rtol=limit)
+    np.testing.assert_allclose(pca.explained_variance_ratio_, peer.explained_variance_ratio_, rtol=limit)
+    np.testing.assert_allclose(pca.singular_values_, peer.singular_values_, rtol=limit)
+    np.testing.assert_allclose(pca.mean_, peer.mean_, rtol=1e-12)
+    assert pca.noise_variance_ == pytest.approx(peer.noise_variance_, rel=1e-3)
+    assert (pca.n_samples_seen_, pca.n_features_in_) == (rows, 60)
+    largest = pca.components_.gather(1, pca.components_.abs().argmax(1, keepdim=True))
+    assert bool((largest > 0).all())
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bfloat16])
+def test_exact_is_exact_in_other_dtypes(method: str, dtype: torch.dtype) -> None:
+    x = images() if dtype == torch.uint8 else spectrum().to(dtype)
+    pca = PCA(8, method=method).fit(x)
+    assert pca.components_.dtype == pca.mean_.dtype == torch.float32
+    assert angle(pca, sklearn(x, 8)) <= 1e-5
+
+
+def test_bytes_are_summed_without_rounding() -> None:
+    x = images(2000)
+    whole, one_by_one = PCA(8).fit(x), PCA(8).fit(torch.split(x, 7))
+    reference = x.double() - x.double().mean(0)
+    for pca in (whole, one_by_one):
+        scatter = pca._stream.scatter  # type: ignore[union-attr]
+        assert float((scatter - reference.T @ reference).abs().max() / scatter.abs().max()) < 1e-14
+
+
+def test_bytes_are_summed_alike_without_integer_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(2000)
+    x[:, 0], x[:, 1] = 0, 255
+    expected = PCA(8).fit(x)
+    monkeypatch.setattr(moments, "_multiplies_integers", lambda device: False)
+    assert torch.equal(PCA(8).fit(x)._stream.scatter, expected._stream.scatter)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", STREAMS)
+def test_batches_give_what_one_fit_gives(method: str) -> None:
+    x = spectrum(600)
+    peer = sklearn(x, 8)
+    for batches in (torch.split(x, 1), torch.split(x, 37), [x], [x[:300], x[300:301], x[301:]]):
+        pca = PCA(8, method=method).fit(iter(batches))
+        assert angle(pca, peer) < (1e-7 if method == "moments" else 1e-3)
+        assert float(pca.explained_variance_ratio_.sum()) == pytest.approx(
+            peer.explained_variance_ratio_.sum(), rel=1e-9 if method == "moments" else 1e-3
+        )
+
+
+def test_a_drifting_stream_keeps_its_mean_and_variance() -> None:
+    x = spectrum(600) + torch.linspace(0, 50, 600, dtype=torch.float64)[:, None]
+    peer = sklearn(x, 4)
+    for method in STREAMS:
+        pca = PCA(4, method=method).fit(torch.split(x, 50))
+        np.testing.assert_allclose(pca.mean_, peer.mean_, rtol=1e-12)
+        np.testing.assert_allclose(pca.explained_variance_[:1], peer.explained_variance_[:1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", STREAMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+def test_four_shards_merge_to_one_fit(method: str, dtype: torch.dtype) -> None:
+    x = images(800) if dtype == torch.uint8 else spectrum(800, 64, 0.9)
+    shards = [PCA(8, method=method).fit(shard) for shard in (x[:100], x[100:101], x[101:500], x[500:])]
+    for shard in shards[1:]:
+        shards[0].merge(shard)
+    peer = sklearn(x, 8)
+    assert shards[0].n_samples_seen_ == 800
+    limit = 1e-2 if method == "blocks" else 1e-5 if dtype == torch.uint8 else 1e-7
+    assert angle(shards[0], peer) < limit
+    np.testing.assert_allclose(shards[0].mean_, peer.mean_, rtol=1e-6)
+    total = x.double().var(0).sum()
+    ratio = shards[0].explained_variance_ratio_[0] * total
+    assert float(ratio) == pytest.approx(float(shards[0].explained_variance_[0]), rel=1e-5)
+
+
+def _shard(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    try:
+        pca = PCA(8)
+        # One of them has nothing to add.
+        if rank < 2:
+            pca.partial_fit(images(600)[rank * 300 : rank * 300 + 300])
+        pca.all_merge().save(Path(folder) / f"{rank}.safetensors")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_merge_to_the_same_bits(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_shard, (port, str(tmp_path)), nprocs=3)
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(3)]
+    for state in states[1:]:
+        assert all(torch.equal(tensor, state[name]) for name, tensor in states[0].items())
+    assert angle(PCA.load(tmp_path / "2.safetensors"), sklearn(images(600), 8)) <= 1e-5
+
+
+def test_whitening_has_its_scale_apart() -> None:
+    x = spectrum()
+    pca, peer = PCA(8, whiten=True).fit(x), decomposition.PCA(8, svd_solver="full", whiten=True).fit(x.numpy())
+    z = pca.transform(x)
+    np.testing.assert_allclose(z.abs(), np.abs(peer.transform(x.numpy())), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(z.std(0), torch.ones(8, dtype=torch.float64))
+    eye = pca.components_ @ pca.components_.T
+    torch.testing.assert_close(eye, torch.eye(8, dtype=torch.float64))
+    plain = PCA(8).fit(x)
+    torch.testing.assert_close(pca.inverse_transform(z), plain.inverse_transform(plain.transform(x)))
+
+
+def test_numbers_far_from_zero_lose_nothing() -> None:
+    x = spectrum(400, 20)
+    far = (x + 1e6).float()
+    assert angle(PCA(4).fit(far), sklearn(far, 4)) < 1e-4
+    assert angle(PCA(4, method="blocks").fit(far), sklearn(far, 4)) < 1e-3
+    ill = x * torch.logspace(-4, 4, 20, dtype=torch.float64)
+    assert angle(PCA(4).fit(ill), sklearn(ill, 4)) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_constant_features_and_constant_data(method: str) -> None:
+    x = spectrum(100, 20)
+    x[:, 3] = 7
+    assert angle(PCA(4, method=method).fit(x), sklearn(x, 4)) < 1e-3
+    if method == "blocks":
+        with pytest.raises(ValueError, match="n_components: expected at most 0, the directions"):
+            _ = PCA(2, method=method).fit(torch.full((50, 5), 3.0)).components_
+        return
+    pca = PCA(2, method=method, whiten=True).fit(torch.full((50, 5), 3.0))
+    assert pca.explained_variance_ratio_.tolist() == [0, 0]
+    torch.testing.assert_close(pca.components_ @ pca.components_.T, torch.eye(2))
+    with pytest.raises(ValueError, match="whiten: expected components of some variance, got none in component 0"):
+        pca.transform(torch.zeros(1, 5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_and_nothing_is_taken(method: str, value: float) -> None:
+    x = spectrum().float()
+    bad = x.clone()
+    bad[17, 5] = value
+    with pytest.raises(ValueError, match=r"x: expected finite numbers, got (nan|inf) at \[17, 5\]"):
+        PCA(4, method=method).fit(bad)
+    if method in STREAMS:
+        pca = PCA(4, method=method).fit(x)
+        before = pca.components_.clone()
+        with pytest.raises(ValueError, match=r"\[17, 5\]"):
+            pca.partial_fit(bad)
+        assert pca.n_samples_seen_ == 400
+        assert torch.equal(PCA(4, method=method).fit(x).components_, before)
+        with pytest.raises(ValueError, match="pass float64"):
+            pca.partial_fit(torch.randn(3, 60) * 1e30)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_arguments_are_named(method: str) -> None:
+    with pytest.raises(ValueError, match="n_components: expected one or more"):
+        PCA(0, method=method)
+    with pytest.raises(ValueError, match="n_components: expected at most 60, the features"):
+        PCA(61, method=method).fit(spectrum())
+    with pytest.raises(ValueError, match="at least 8 samples for 8 components, got 5"):
+        _ = PCA(8, method=method).fit(spectrum(5)).components_
+    for bad in (torch.zeros(5), torch.zeros(0, 5), torch.zeros(4, 0), torch.zeros(2, 3, 4)):
+        with pytest.raises(ValueError, match="x: expected shape"):
+            PCA(2, method=method).fit(bad)
+    for dtype in (torch.bool, torch.complex64, torch.int64):
+        with pytest.raises(ValueError, match="x: expected uint8 or a real float"):
+            PCA(2, method=method).fit(torch.zeros(5, 5, dtype=dtype))
+    if method in STREAMS:
+        with pytest.raises(ValueError, match="x: expected 60 features, as before, got 59"):
+            PCA(4, method=method).fit([spectrum(), spectrum()[:, 1:]])
+        with pytest.raises(ValueError, match="merge: expected one method and as many features"):
+            PCA(4, method=method).fit(spectrum()).merge(PCA(4, method=method).fit(spectrum(50, 30)))
+    else:
+        with pytest.raises(ValueError, match="needs all samples at once"):
+            PCA(4, method=method).fit(iter([spectrum()]))
+        with pytest.raises(ValueError, match="method: expected moments or blocks"):
+            PCA(4, method=method).partial_fit(spectrum())
+    with pytest.raises(ValueError, match="expected fit or partial_fit before"):
+        PCA(4, method=method).transform(spectrum())
+    with pytest.raises(ValueError, match="method: expected one of"):
+        PCA(4, method="best")  # type: ignore[arg-type]
+
+
+def test_too_few_samples_may_become_enough() -> None:
+    pca = PCA(8).fit(spectrum(5))
+    with pytest.raises(ValueError, match="at least 8 samples"):
+        _ = pca.components_
+    assert angle(pca.partial_fit(spectrum()[5:]), sklearn(torch.cat([spectrum(5), spectrum()[5:]]), 8)) < 1e-7
+
+
+def test_blocks_stay_orthonormal_over_many_updates() -> None:
+    x = spectrum(6400, 64, 0.95).float()
+    state = Blocks(64, 24, torch.float32, torch.device("cpu"))
+    for batch in torch.split(x, 32):
+        state.update(batch)
+        gram = state.components.double() @ state.components.double().T
+        assert float((gram - torch.eye(len(gram))).abs().max()) < 1e-4
+
+
+def test_blocks_put_right_what_rounding_did() -> None:
+    x = spectrum(500, 64, 0.8)
+    state = Blocks(64, 64, torch.float64, torch.device("cpu"))
+    state.update(x)
+    turn = torch.eye(64, dtype=torch.float64) + 1e-3 * torch.randn(64, 64, dtype=torch.float64)
+    rows = state.singular_values[:, None] * (turn @ state.components)
+    state.components = turn @ state.components
+    state._orthonormalise()
+    gram = state.components @ state.components.T
+    torch.testing.assert_close(gram, torch.eye(64, dtype=torch.float64))
+    again = state.singular_values[:, None] * state.components
+    torch.testing.assert_close(again.T @ again, rows.T @ rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_pca_is_the_same_and_goes_on(method: str, tmp_path: Path) -> None:
+    x = spectrum(300)
+    pca = PCA(8, method=method, whiten=True, seed=3).fit(x[:200])
+    pca.save(tmp_path / "pca.safetensors")
+    loaded = PCA.load(tmp_path / "pca.safetensors")
+    assert torch.equal(loaded.transform(x), pca.transform(x))
+    assert loaded.noise_variance_ == pca.noise_variance_
+    assert torch.equal(loaded.explained_variance_ratio_, pca.explained_variance_ratio_)
+    if method in STREAMS:
+        assert torch.equal(loaded.partial_fit(x[200:]).components_, pca.partial_fit(x[200:]).components_)
+
+
+@pytest.mark.parametrize("method", ["moments", "blocks", "exact"])
+def test_damaged_files_are_refused(method: str, tmp_path: Path) -> None:
+    path = tmp_path / "pca.safetensors"
+    PCA(2, method=method).fit(spectrum(40, 6)).save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises((CorruptWeightError, ValueError)):
+            PCA.load(path)
+    generator = np.random.default_rng(0)
+    for place in generator.choice(len(whole), 150, replace=False):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(bytes(damaged))
+        with pytest.raises((CorruptWeightError, ValueError)):
+            PCA.load(path)
+
+
+def test_files_that_lie_are_refused(tmp_path: Path) -> None:
+    from infold.tokenizers._files import load_state, save_state
+
+    path = tmp_path / "pca.safetensors"
+    PCA(2).fit(spectrum(40, 6)).save(path)
+    tensors, metadata = load_state(path, "pca", 1)
+    lies: list[tuple[dict[str, Tensor], dict[str, object]]] = [
+        ({}, {"n_components": 3}),
+        ({}, {"stream": "blocks", "kept": 3}),
+        ({}, {"count": "many"}),
+        ({}, {"method": "guess"}),
+        ({"scatter": torch.zeros(2, 2, dtype=torch.float64)}, {}),
+        ({"mean": torch.full((6,), float("nan"), dtype=torch.float64)}, {}),
+        ({"fitted.mean": torch.zeros(7, dtype=torch.float64)}, {}),
+        ({"fitted.components": torch.zeros(2)}, {}),
+    ]
+    for changed, said in lies:
+        save_state(path, "pca", 1, {**tensors, **changed}, {**metadata, **said})
+        with pytest.raises(CorruptWeightError):
+            PCA.load(path)
+    save_state(path, "pca", 2, tensors, metadata)
+    with pytest.raises(ValueError, match="expected version 1"):
+        PCA.load(path)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="expected a file of kind 'pca'"):
+        PCA.load(path)
+    buffer = io.BytesIO()
+    torch.save(nn.Linear(2, 2).state_dict(), buffer)
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(CorruptWeightError):
+        PCA.load(path)
+
+
+@cuda
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8])
+def test_on_a_gpu(method: str, dtype: torch.dtype) -> None:
+    x = images() if dtype == torch.uint8 else spectrum().to(dtype)
+    pca = PCA(8, method=method).fit(x.cuda())
+    assert pca.components_.is_cuda
+    peer = sklearn(x, 8)
+    assert float(subspace_angles(pca.components_.double().cpu().numpy().T, peer.components_.T).max()) < 1e-2
+    assert pca.transform(x.cuda()).is_cuda
