@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,11 +106,16 @@ class PCA:
     def merge(self, other: PCA) -> PCA:
         """Adds the samples that another PCA has seen. Of moments the result is that of one fit to all of them.
 
-        Raises ValueError where the two differ in method or features, or either has seen no samples.
+        Raises ValueError where the two differ in method or features.
         """
-        mine, theirs = self._stream, other._stream
-        if mine is None or theirs is None:
-            raise ValueError("merge: expected two PCAs that took samples by moments or blocks, got one that did not")
+        if {self.method, other.method} & {"randomized", "exact"}:
+            raise ValueError(f"merge: expected moments or blocks, got {self.method!r} and {other.method!r}")
+        mine, theirs = self._stream, copy.deepcopy(other._stream)
+        if theirs is None:
+            return self
+        if mine is None:
+            self._stream, self._count, self._dtype, self._result = theirs, theirs.count, other._dtype, None
+            return self
         if type(mine) is not type(theirs) or len(mine.mean) != len(theirs.mean):
             got = " and ".join(f"{s.name} of {len(s.mean)} features" for s in (mine, theirs))
             raise ValueError(f"merge: expected one method and as many features, got {got}")
@@ -296,17 +302,25 @@ class PCA:
         generator = torch.Generator().manual_seed(self.seed)
         basis = torch.randn(size, features, generator=generator, dtype=dtype).to(x.device)
         shift = mean.to(dtype)
+        # Where the mean is large, what rounding took from it is not small beside the deviations.
+        rest = (mean - shift.double()).to(dtype)
+
+        def tall_of(basis: Tensor) -> Tensor:
+            product: Tensor = ops.pca_project(x, basis, shift)
+            tall: Tensor = torch.linalg.qr(product - basis @ rest)[0]
+            return tall
+
         for _ in range(_ITERATIONS):
-            tall = torch.linalg.qr(ops.pca_project(x, basis, shift))[0]
-            basis = torch.linalg.qr(_transposed_product(tall, x, shift).T)[0].T
-        tall = torch.linalg.qr(ops.pca_project(x, basis, shift))[0]
-        _, values, components = torch.linalg.svd(_transposed_product(tall, x, shift), full_matrices=False)
+            basis = torch.linalg.qr(_transposed_product(tall_of(basis), x, shift, rest).T)[0].T
+        _, values, components = torch.linalg.svd(
+            _transposed_product(tall_of(basis), x, shift, rest), full_matrices=False
+        )
         return values, components
 
 
-def _transposed_product(tall: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    """tallᵀ·(x − mean), without a centred copy of x."""
+def _transposed_product(tall: Tensor, x: Tensor, mean: Tensor, rest: Tensor) -> Tensor:
+    """tallᵀ·(x − mean − rest), without a centred copy of x."""
     out = tall.new_zeros(tall.shape[1], x.shape[1])
     for rows, part in zip(torch.split(tall, 1024), torch.split(x, 1024), strict=True):
-        out.addmm_(rows.T, part.to(tall.dtype) - mean)
+        out.addmm_(rows.T, part.to(tall.dtype) - mean - rest)
     return out
