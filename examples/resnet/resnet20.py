@@ -175,7 +175,8 @@ def main() -> None:
         ("patches", PATCH, k) for k in arguments.patches
     ]:
         print(f"{kind}, {k} components")
-        pca = PCA(k).fit(to_patches(splits[0].images, size).flatten(0, 1))
+        seen = to_patches(splits[0].images, size).flatten(0, 1)
+        pca = PCA(k, method="exact" if len(seen) < seen.shape[1] else "auto").fit(seen)
         tokens = [tokenize(split, pca, size) for split in splits]
         numbers = tokens[0].data[0].numel()
         rows.append((f"{kind} {k}", numbers, float(pca.explained_variance_ratio_.sum()), 0.0))
