@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from infold._library import CorruptWeightError, ops
 from infold.tokenizers._files import load_state, save_state, take
-from infold.tokenizers.monotone import MonotoneSpline
+from infold.tokenizers.monotone import MAX_SAMPLES, MonotoneSpline
 from infold.tokenizers.patches import from_patches, to_patches
 from infold.tokenizers.pca import PCA, Method
 
@@ -206,6 +206,7 @@ class SplinePCATokenizer(PCATokenizer):
         if spline.dimensions != pca.n_features_in_:
             raise ValueError(f"spline: expected {pca.n_features_in_} dimensions, got {spline.dimensions}")
         self.spline = spline
+        self._bends = bool(spline.bent.any())
         #: Reconstruction's mean squared error on held-out data by strength, where `fit` made this.
         self.validation: dict[float, float] = {}
 
@@ -227,7 +228,7 @@ class SplinePCATokenizer(PCATokenizer):
         """Fits splines of several strengths, each with a PCA, to a part of data, (samples, *shape), and keeps the best.
 
         strengths: 0 is the identity, which is always tried; 1 makes each dimension normal. validation: the share of
-        samples that is held out. The kept splines' PCA is fitted again to all data.
+        samples that is held out. The kept spline's PCA is fitted again to all data; up to 16,384 samples of each part make the choice.
 
         Raises ValueError for data of too few samples and a share outside 0 to 1.
         """
@@ -245,13 +246,20 @@ class SplinePCATokenizer(PCATokenizer):
             pca = PCA(n_components, method=method, whiten=whiten, seed=seed)
             rows = _rows(x, patch_size).flatten(0, -2)
             parts = torch.split(rows, max(1, _CHUNK // max(1, rows.shape[1])))
-            return cls(pca.fit(spline(part) for part in parts), spline, **options)
+            transformed = map(spline, parts) if bool(spline.bent.any()) else parts
+            return cls(pca.fit(transformed), spline, **options)
 
-        x, test = _float(data[order[held_out:]]), _float(data[order[:held_out]])
+        # To choose a spline, a part is enough.
+        x = _float(data[order[held_out : held_out + MAX_SAMPLES]])
+        test = _float(data[order[:held_out][:MAX_SAMPLES]])
         rows = _rows(x, patch_size).flatten(0, -2)
-        best, errors = None, {}
+        best: tuple[float, MonotoneSpline] | None = None
+        errors: dict[float, float] = {}
         for strength in sorted({0.0, *strengths}):
             spline = MonotoneSpline.fit(rows, knots, strength)
+            if strength and not bool(spline.bent.any()):
+                errors[strength] = errors[0.0]
+                continue
             candidate = tokenizer(spline, x)
             error = float((candidate.inverse(candidate(test)) - test).double().square().mean())
             errors[strength] = error
@@ -271,16 +279,17 @@ class SplinePCATokenizer(PCATokenizer):
     def _load_more(self, tensors: dict[str, Tensor], features: int) -> None:
         parts = [tensors[f"spline.{name}"] for name in ("x_knots", "y_knots", "slopes")]
         self.spline = MonotoneSpline(*parts)
+        self._bends = bool(self.spline.bent.any())
         self.validation = {}
         if self.spline.dimensions != features:
             raise ValueError(f"spline: expected {features} dimensions, got {self.spline.dimensions}")
 
     def _before(self, flat: Tensor) -> Tensor:
-        transformed: Tensor = self.spline(_float(flat))
+        transformed: Tensor = self.spline(_float(flat)) if self._bends else flat
         return transformed
 
     def _after(self, flat: Tensor) -> Tensor:
-        return self.spline.inverse(flat)
+        return self.spline.inverse(flat) if self._bends else flat
 
 
 #: Numbers that a spline is evaluated on at a time while fitting.

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: Samples that quantiles are taken of: of more they hardly differ.
+MAX_SAMPLES = 1 << 14
 #: No slope is below this, so that neither direction loses digits.
 MIN_SLOPE = 1e-3
 
@@ -55,7 +57,7 @@ class MonotoneSpline(nn.Module):
         """A map towards a normal distribution of x's own mean and deviation, in every dimension.
 
         x: (samples, dimensions). Knots lie on distinct quantiles; dimensions that have fewer of them (a constant one,
-        one of few values) stay as they are. strength: 0 is the identity, 1 goes all the way.
+        one of few values) stay as they are. Of many samples, up to 16,384 evenly spaced ones are read. strength: 0 is the identity, 1 goes all the way.
 
         Raises ValueError for other shapes, numbers that are not finite, and a strength outside 0 to 1.
         """
@@ -65,13 +67,14 @@ class MonotoneSpline(nn.Module):
             raise ValueError(f"strength: expected from 0 to 1, got {strength}")
         if knots < 2:
             raise ValueError(f"knots: expected two or more, got {knots}")
-        values = x.double()
-        if not bool(values.isfinite().all()):
+        if not bool(x.isfinite().all()):
             raise ValueError("x: expected finite numbers")
+        values = x[:: -(-len(x) // MAX_SAMPLES)].double()
         # The ends are not quantiles of 0 and 1: a normal distribution has none.
         share = (torch.arange(knots, dtype=torch.float64, device=x.device) + 0.5) / knots
-        order = values.sort(0).values
-        places = order[(share * len(x)).long().clamp(max=len(x) - 1)].T.contiguous()
+        # Each dimension's numbers side by side.
+        order = values.T.contiguous().sort(1).values
+        places = order[:, (share * len(values)).long()]
         mean, deviation = values.mean(0)[:, None], values.std(0, correction=0)[:, None]
         target = mean + deviation * torch.special.ndtri(share)
         # Nearer ones are not apart in float32.
@@ -85,6 +88,11 @@ class MonotoneSpline(nn.Module):
         slopes = torch.where(distinct, slopes, torch.ones_like(slopes))
         dtype = x.dtype if x.dtype.is_floating_point else torch.float32
         return cls(x_knots.to(dtype), y_knots.to(dtype), slopes.to(dtype))
+
+    @property
+    def bent(self) -> Tensor:
+        """(dimensions), whether each is changed at all."""
+        return ((self.x_knots != self.y_knots) | (self.slopes != 1)).any(-1)
 
     @property
     def dimensions(self) -> int:
