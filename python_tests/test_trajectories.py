@@ -200,6 +200,12 @@ def test_predictions() -> None:
     for wrong in (0, torch.tensor([57.0]), torch.tensor(60.0), torch.tensor([math.nan])):
         with pytest.raises(ValueError, match="steps"):
             recorder.predict(wrong)
+    short = recorded(bent[:3], 6)
+    assert torch.equal(short.predict(2, method="hold")["y"], bent[2].expand(2))
+    with pytest.raises(ValueError, match="samples: expected 6 or more"):
+        short.predict(2)
+    with pytest.raises(ValueError, match="samples: expected one or more"):
+        TrajectoryRecorder().predict(1, method="hold")
     with pytest.raises(ValueError, match="method"):
         recorder.predict(1, method="cubic")  # type: ignore[arg-type]
 
