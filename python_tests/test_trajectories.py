@@ -401,7 +401,7 @@ def test_gradient_norms() -> None:
 
 
 def test_a_unit_without_gradient_has_norm_zero() -> None:
-    model = nn.ModuleList([nn.Embedding(4, 3, sparse=True), nn.Linear(3, 3)])
+    model = nn.ModuleList([nn.Embedding(4, 3, sparse=True), nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)])
     recorder = TrajectoryRecorder.of_gradient_norms(model, n=4)
     for _ in range(4):
         # A sparse gradient that has an index twice.
@@ -411,6 +411,7 @@ def test_a_unit_without_gradient_has_norm_zero() -> None:
     found = recorder.trajectories()
     assert float(found["gradient_norm(0)"].spline(2.0)) == pytest.approx(math.sqrt(12))
     assert float(found["gradient_norm(1)"].spline(2.0)) == 0
+    assert "gradient_norm(2)" not in found
 
 
 def test_elements_tied_and_complex_parameters() -> None:

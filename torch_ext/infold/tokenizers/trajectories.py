@@ -678,15 +678,12 @@ def _on_grid(knots: Tensor, cell: float, rows: int) -> Tensor:
     """(rows, n) coefficients of a space's basis functions in the fine uniform space that holds it from 0 to its end.
 
     The coefficient for the fine function about x is f(x) − cell²·f″(x)/6 (de Boor and Fix 1973), f being twice
-    continuously differentiable; at the ends the outermost polynomials go on.
+    continuously differentiable; at the ends the outermost polynomials go on. Functions beyond the end have no sums.
     """
     middles = torch.arange(-1, rows - 1, dtype=torch.float64) * cell
     values: Tensor = ops.bspline_basis(middles, knots, 0)
     bends: Tensor = ops.bspline_basis(middles, knots, 2)
-    coefficients = values - cell**2 / 6 * bends
-    # Functions that are zero up to the end have nothing to say.
-    coefficients[middles >= float(knots[-1]) + 2 * cell] = 0
-    return coefficients
+    return values - cell**2 / 6 * bends
 
 
 def _banded_product(band: Tensor, matrix: Tensor) -> Tensor:
