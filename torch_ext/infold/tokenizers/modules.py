@@ -333,7 +333,7 @@ def _bands(ratio: Tensor, shares: tuple[float, float]) -> dict[str, slice]:
     # What rounding leaves of a share of 1.
     reach = [sum(1 for held in running if held < limit - 1e-9) for limit in (shares[0], sum(shares))]
     hot = min(len(running), reach[0] + 1) if shares[0] > 0 else 0
-    warm = max(hot, min(len(running), reach[1] + 1))
+    warm = max(hot, min(len(running), reach[1] + 1)) if shares[1] > 0 else hot
     return {"hot": slice(0, hot), "warm": slice(hot, warm), "cold": slice(warm, len(running))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from infold.tokenizers.rows import refuse_not_finite
 
 #: Rows whose int8 squares sum to less than 2³¹.
 _INTEGER_ROWS = (2**31 - 1) // 128**2
+#: Rows whose int8 squares sum to no more than float32 counts to without gaps.
+_FLOAT_ROWS = 2**24 // 128**2
 #: Rows that are summed in their own dtype before they are in float64.
 _ROWS = 4096
 #: Parts that columns are cut into: of their products with one another, those below the diagonal are not made.
@@ -79,15 +82,26 @@ def _of_bytes(x: Tensor) -> Part:
     """The moments of uint8 samples; every integer in them is exact."""
     centred = (x ^ 128).view(torch.int8)
     rows, features = x.shape
-    # What cuBLAS takes, and few columns are quick anyhow.
-    if x.is_cpu or (rows > 16 and rows % 8 == 0 and features % 8 == 0):
+    # cuBLAS takes no other sizes.
+    if (x.is_cpu or (rows > 16 and rows % 8 == 0 and features % 8 == 0)) and _multiplies_integers(x.device):
         product = torch._int_mm(centred.T.contiguous(), centred).double()
     else:
-        product = sum(
-            (_square(part.double()) for part in torch.split(centred, _ROWS)), torch.zeros((), device=x.device)
-        )
+        product = torch.zeros(features, features, dtype=torch.float64, device=x.device)
+        for part in torch.split(centred, _FLOAT_ROWS):
+            product += _square(part.float())
     sums = centred.sum(0, dtype=torch.int64).double()
     return rows, sums / rows + 128, product - torch.outer(sums, sums / rows)
+
+
+@functools.cache
+def _multiplies_integers(device: torch.device) -> bool:
+    """Whether PyTorch's product of int8 is there, and exact: instructions of older processors saturate."""
+    extremes = torch.tensor([[-128], [127]], dtype=torch.int8).repeat(16, 64)
+    try:
+        product = torch._int_mm(extremes.to(device), extremes.T.contiguous().to(device))
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(product.cpu().long(), extremes.long() @ extremes.T.long())
 
 
 def _of_floats(x: Tensor) -> Part:

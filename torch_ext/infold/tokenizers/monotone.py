@@ -74,10 +74,11 @@ class MonotoneSpline(nn.Module):
         places = order[(share * len(x)).long().clamp(max=len(x) - 1)].T.contiguous()
         mean, deviation = values.mean(0)[:, None], values.std(0, correction=0)[:, None]
         target = mean + deviation * torch.special.ndtri(share)
-        # A spread that float32 can tell apart.
+        # Nearer ones are not apart in float32.
         gaps = places.diff(dim=-1)
         distinct = (gaps > 1e-4 * deviation).all(-1, keepdim=True) & (deviation > 0)
-        plain = mean + deviation.clamp(min=1e-6) * torch.special.ndtri(share)
+        spread = torch.maximum(deviation, 1e-3 * (1 + mean.abs()))
+        plain = mean + spread * torch.special.ndtri(share)
         x_knots = torch.where(distinct, places, plain)
         y_knots = torch.where(distinct, places + strength * (target - places), plain)
         slopes = _slopes(x_knots, y_knots).clamp(MIN_SLOPE, 1 / MIN_SLOPE)
