@@ -134,6 +134,7 @@ def test_given_knots_and_dtypes() -> None:
         assert spline.control.dtype == dtype
         assert torch.equal(spline.knots, knots)
         torch.testing.assert_close(spline.control.double(), torch.from_numpy(expected), rtol=0, atol=tolerance)
+    assert fit_bspline(torch.zeros(0, 3, 20), 7).control.shape == (0, 3, 7)
     # Any strides, and knots wider than the points.
     wide = clamped_knots(6, -2.0, 5.0)
     spread = fit_bspline(values.T.contiguous().T, 6, points, wide)

@@ -200,6 +200,12 @@ def test_predictions() -> None:
     for wrong in (0, torch.tensor([57.0]), torch.tensor(60.0), torch.tensor([math.nan])):
         with pytest.raises(ValueError, match="steps"):
             recorder.predict(wrong)
+    short = recorded(bent[:3], 6)
+    assert torch.equal(short.predict(2, method="hold")["y"], bent[2].expand(2))
+    with pytest.raises(ValueError, match="samples: expected 6 or more"):
+        short.predict(2)
+    with pytest.raises(ValueError, match="samples: expected one or more"):
+        TrajectoryRecorder().predict(1, method="hold")
     with pytest.raises(ValueError, match="method"):
         recorder.predict(1, method="cubic")  # type: ignore[arg-type]
 
@@ -395,7 +401,7 @@ def test_gradient_norms() -> None:
 
 
 def test_a_unit_without_gradient_has_norm_zero() -> None:
-    model = nn.ModuleList([nn.Embedding(4, 3, sparse=True), nn.Linear(3, 3)])
+    model = nn.ModuleList([nn.Embedding(4, 3, sparse=True), nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)])
     recorder = TrajectoryRecorder.of_gradient_norms(model, n=4)
     for _ in range(4):
         # A sparse gradient that has an index twice.
@@ -405,6 +411,7 @@ def test_a_unit_without_gradient_has_norm_zero() -> None:
     found = recorder.trajectories()
     assert float(found["gradient_norm(0)"].spline(2.0)) == pytest.approx(math.sqrt(12))
     assert float(found["gradient_norm(1)"].spline(2.0)) == 0
+    assert "gradient_norm(2)" not in found
 
 
 def test_elements_tied_and_complex_parameters() -> None:

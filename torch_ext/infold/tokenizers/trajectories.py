@@ -372,7 +372,9 @@ class TrajectoryRecorder:
 
     @property
     def nbytes(self) -> int:
-        """What is kept: it does not depend on how many samples there were."""
+        """What is kept: it does not depend on how many samples there were. A fit that was asked for, n + 1 numbers of
+        float64 for each that is watched, stays until the next sample besides.
+        """
         kept = (self._products, self._sums, self._squares, self._origin, self._latest)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
@@ -432,16 +434,20 @@ class TrajectoryRecorder:
 
         steps: how many values, at the mean distance of the samples; or at which steps (1-D), none before the last.
         method: ``"linear"`` goes on from the spline's end with its slope there, ``"level"`` with none; ``"hold"``
-            repeats the last sample. Measured, ``"hold"`` was nearest for weights in training, and ``"level"`` for noisy
-            series (docs/trajectories.md).
+            repeats the last sample, and needs but one. Measured, ``"hold"`` was nearest for weights in training, and
+            ``"level"`` for noisy series (docs/trajectories.md).
+
+        Raises ValueError for other steps, and as `trajectories` does.
         """
         if method not in get_args(Method):
             raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-        knots, control, _ = self._fit()
+        if not self.samples:
+            raise ValueError("samples: expected one or more, got none")
         if isinstance(steps, int):
             if steps < 1:
                 raise ValueError(f"steps: expected one or more, got {steps}")
-            ahead = torch.arange(1, steps + 1, dtype=torch.float64) * (self._last - self._first) / (self.samples - 1)
+            distance = (self._last - self._first) / max(self.samples - 1, 1)
+            ahead = torch.arange(1, steps + 1, dtype=torch.float64) * distance
         else:
             ahead = steps.detach().to("cpu", torch.float64) - self._last
             if ahead.dim() != 1 or not bool((ahead >= 0).all()):
@@ -450,6 +456,7 @@ class TrajectoryRecorder:
         if method == "hold":
             values = self._latest[:, None].expand(-1, len(ahead))
         else:
+            knots, control, _ = self._fit()
             spline = BSpline(control, knots)
             end = spline.domain[1]
             slope = spline(end, 1) if method == "linear" else torch.zeros_like(control[:, 0])
@@ -671,15 +678,12 @@ def _on_grid(knots: Tensor, cell: float, rows: int) -> Tensor:
     """(rows, n) coefficients of a space's basis functions in the fine uniform space that holds it from 0 to its end.
 
     The coefficient for the fine function about x is f(x) − cell²·f″(x)/6 (de Boor and Fix 1973), f being twice
-    continuously differentiable; at the ends the outermost polynomials go on.
+    continuously differentiable; at the ends the outermost polynomials go on. Functions beyond the end have no sums.
     """
     middles = torch.arange(-1, rows - 1, dtype=torch.float64) * cell
     values: Tensor = ops.bspline_basis(middles, knots, 0)
     bends: Tensor = ops.bspline_basis(middles, knots, 2)
-    coefficients = values - cell**2 / 6 * bends
-    # Functions that are zero up to the end have nothing to say.
-    coefficients[middles >= float(knots[-1]) + 2 * cell] = 0
-    return coefficients
+    return values - cell**2 / 6 * bends
 
 
 def _banded_product(band: Tensor, matrix: Tensor) -> Tensor:
