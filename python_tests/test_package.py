@@ -61,12 +61,39 @@ ARGUMENTS = {
     "larger_than_memory": ["--budget", "8", "--times", "20", "--steps", "2"],
     "mnist_frequency": ["--epochs", "1", "--seeds", "1", "--out", "OUT"],
     "phase_relations": ["--steps", "5", "--seeds", "1", "--out", "OUT"],
+    "resnet/imagenet_pca": [
+        "--size",
+        "32",
+        "--images",
+        "384",
+        "--batch",
+        "128",
+        "--components",
+        "64",
+        "--threads",
+        "1",
+    ],
+    "resnet/resnet20": ["--smoke", "--out", "OUT"],
+    "resnet/resnet50": ["--smoke", "--folder", "OUT"],
+    "video_pca": ["--quick", "--out", "OUT"],
 }
 
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter", "embed", "larger_than_memory", "load_library", "mnist_frequency", "phase_relations", "train_on_packed"],
+    [
+        "adapter",
+        "embed",
+        "larger_than_memory",
+        "load_library",
+        "mnist_frequency",
+        "phase_relations",
+        "resnet/imagenet_pca",
+        "resnet/resnet20",
+        "resnet/resnet50",
+        "train_on_packed",
+        "video_pca",
+    ],
 )
 def test_example(name: str, tmp_path: Path) -> None:
     arguments = [argument.replace("OUT", str(tmp_path)) for argument in ARGUMENTS.get(name, [])]
@@ -85,7 +112,11 @@ def test_example(name: str, tmp_path: Path) -> None:
         "load_library": "gradients: x (4, 256)",
         "mnist_frequency": "circulant 8       243,722   7.6x",
         "phase_relations": "8,448 parameters in every model",
+        "resnet/imagenet_pca": "3,072 dimensions to 64 components",
+        "resnet/resnet20": "| patches 12 | 768 |",
+        "resnet/resnet50": "102.2 MB of weights; batch 1 at 64²; forwards, 1 threads; outputs are equal",
         "train_on_packed": "epoch 4",
+        "video_pca": "40 clips of 8 × 16 × 16 fitted",
     }
     assert expected[name] in result.stdout
     if name == "larger_than_memory":
@@ -95,6 +126,8 @@ def test_example(name: str, tmp_path: Path) -> None:
         "adapter": {"adapter.json"},
         "mnist_frequency": {"runs.csv", "accuracy.png"},
         "phase_relations": {"runs.csv", "layer_phases.csv", "layer_phases.png", "relations.png"},
+        "resnet/resnet20": {"runs.csv", "trajectories.png"},
+        "video_pca": {"video_pca.png"},
     }
     assert {path.name for path in tmp_path.iterdir()} == written.get(name, set())
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 METHODS = ("moments", "blocks", "randomized", "exact")
 STREAMS = ("moments", "blocks")
 EXACT = ("moments", "exact")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def spectrum(rows: int = 400, features: int = 60, decay: float = 0.8, seed: int = 0) -> Tensor:
@@ -116,6 +115,9 @@ def test_four_shards_merge_to_one_fit(method: str, dtype: torch.dtype) -> None:
         shards[0].merge(shard)
     peer = sklearn(x, 8)
     assert shards[0].n_samples_seen_ == 800
+    # One without samples adds none, and takes all.
+    empty = PCA(8, method=method)
+    assert torch.equal(empty.merge(shards[0].merge(empty)).components_, shards[0].components_)
     limit = 1e-2 if method == "blocks" else 1e-5 if dtype == torch.uint8 else 1e-7
     assert angle(shards[0], peer) < limit
     np.testing.assert_allclose(shards[0].mean_, peer.mean_, rtol=1e-6)
@@ -163,7 +165,8 @@ def test_numbers_far_from_zero_lose_nothing() -> None:
     x = spectrum(400, 20)
     far = (x + 1e6).float()
     assert angle(PCA(4).fit(far), sklearn(far, 4)) < 1e-4
-    assert angle(PCA(4, method="blocks").fit(far), sklearn(far, 4)) < 1e-3
+    assert angle(PCA(4, method="blocks").fit(far), sklearn(far, 4)) < 1e-4
+    assert angle(PCA(4, method="randomized").fit(far), sklearn(far, 4)) < 1e-4
     ill = x * torch.logspace(-4, 4, 20, dtype=torch.float64)
     assert angle(PCA(4).fit(ill), sklearn(ill, 4)) < 1e-5
 
@@ -231,6 +234,22 @@ def test_wrong_arguments_are_named(method: str) -> None:
         PCA(4, method=method).transform(spectrum())
     with pytest.raises(ValueError, match="method: expected one of"):
         PCA(4, method="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_loop_around_takes_no_digits(method: str) -> None:
+    x = spectrum().float()
+    expected = PCA(8, method=method).fit(x).components_
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            pca = PCA(8, method=method).fit(x.requires_grad_())
+            assert torch.equal(pca.components_, expected)
+            assert torch.get_float32_matmul_precision() == "medium"
+            assert pca.transform(x).dtype == torch.float32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_too_few_samples_may_become_enough() -> None:
@@ -325,15 +344,3 @@ def test_files_that_lie_are_refused(tmp_path: Path) -> None:
     path.write_bytes(buffer.getvalue())
     with pytest.raises(CorruptWeightError):
         PCA.load(path)
-
-
-@cuda
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8])
-def test_on_a_gpu(method: str, dtype: torch.dtype) -> None:
-    x = images() if dtype == torch.uint8 else spectrum().to(dtype)
-    pca = PCA(8, method=method).fit(x.cuda())
-    assert pca.components_.is_cuda
-    peer = sklearn(x, 8)
-    assert float(subspace_angles(pca.components_.double().cpu().numpy().T, peer.components_.T).max()) < 1e-2
-    assert pca.transform(x.cuda()).is_cuda

@@ -17,8 +17,6 @@ from infold.tokenizers._files import load_state, save_state
 from scipy.interpolate import make_lsq_spline
 from torch import Tensor, nn
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def skewed(rows: int = 2000, features: int = 24, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -407,15 +405,3 @@ def test_tokenizers_refuse_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()  # type: ignore[no-untyped-call]
-
-
-@cuda
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu(kind: str) -> None:
-    tokenizer, x = make(kind)
-    tokens, images = tokenizer(x), tokenizer.inverse(tokenizer(x))
-    there = tokenizer.cuda()
-    torch.testing.assert_close(there(x.cuda()).cpu(), tokens, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(there.inverse(there(x.cuda())).cpu(), images, rtol=1e-3, atol=1e-2)
-    fitted = type(tokenizer).fit(x.cuda(), 6, **({"patch_size": 4} if kind == "patches" else {}))
-    torch.testing.assert_close(fitted.components.cpu().abs(), tokenizer.cpu().components.abs(), rtol=1e-2, atol=1e-2)

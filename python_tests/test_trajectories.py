@@ -257,15 +257,18 @@ def test_wrong_arguments_are_named() -> None:
     recorder = recorded(walk(7))
     with pytest.raises(ValueError, match="samples: expected 8 or more for 8 control points, got 7"):
         recorder.trajectories()
-    for wrong in (6, 5.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"at: expected a step above 6\.0"):
+    for wrong in (6, 5.5, math.nan, math.inf, 1e301):
+        with pytest.raises(ValueError, match=r"at: expected a step above 6\.0 and below"):
             recorder.step(wrong)
     with pytest.raises(ValueError, match="late: expected series to be added before the first sample, got 7"):
         recorder.add("late", lambda: 1.0)
     with pytest.raises(ValueError, match="name: expected one that is free, got 'y'"):
         recorder.add("y", lambda: 1.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    with recorder.attach(optimizer), pytest.raises(ValueError, match="optimizer: expected one at a time"):
+        recorder.attach(optimizer)
     with pytest.raises(ValueError, match="every"):
-        recorder.attach(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), every=0)
+        recorder.attach(optimizer, every=0)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +298,15 @@ def test_steps_that_leave_a_control_point_undetermined() -> None:
     # Nothing is lost: the knots move on, and later samples make up for it.
     steps += [1002.0 + 10 * k for k in range(1, 101)]
     check(recorded(walk(123), 8, steps), walk(123), steps)
+
+
+def test_many_control_points_of_hardly_more_samples() -> None:
+    """Interpolation at even steps becomes ill-conditioned as there are more of them."""
+    for n, count in ((48, 48), (64, 65), (100, 102)):
+        check(recorded(walk(count), n), walk(count))
+    for n, count in ((64, 64), (100, 100), (100, 101)):
+        with pytest.raises(ValueError, match="steps: expected samples that determine"):
+            recorded(walk(count), n).trajectories()
 
 
 # Training runs.

@@ -6,6 +6,7 @@ from infold.tokenizers.modules import BANDS, PCATokenizer, SplinePCATokenizer
 from infold.tokenizers.monotone import MonotoneSpline
 from infold.tokenizers.patches import from_patches, to_patches
 from infold.tokenizers.pca import PCA
+from infold.tokenizers.separable_pca import SeparablePCA
 from infold.tokenizers.sparse_pca import SparsePCA
 from infold.tokenizers.splines import BSpline, FitError, clamped_knots, fit_bspline
 from infold.tokenizers.trajectories import Trajectory, TrajectoryRecorder
@@ -17,6 +18,7 @@ __all__ = [
     "FitError",
     "MonotoneSpline",
     "PCATokenizer",
+    "SeparablePCA",
     "SparsePCA",
     "SplinePCATokenizer",
     "Trajectory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from infold._library import CorruptWeightError, ops
 from infold.tokenizers._files import load_state, save_state
 from infold.tokenizers.blocks import Blocks
 from infold.tokenizers.moments import Moments
-from infold.tokenizers.rows import check_rows, refuse_not_finite
+from infold.tokenizers.rows import check_rows, full_precision, refuse_not_finite
 
 Method = Literal["auto", "moments", "blocks", "randomized", "exact"]
 #: Features up to which a scatter matrix is cheap: 134 MB in float64, and seconds to decompose.
@@ -66,7 +67,9 @@ class PCA:
         if self.method in ("randomized", "exact"):
             if not isinstance(x, Tensor):
                 raise ValueError(f"x: expected a tensor, since method {self.method!r} needs all samples at once")
-            self._fit_whole(check_rows(x))
+            check_rows(x)
+            with full_precision(x.device):
+                self._fit_whole(x.detach())
             return self
         for batch in [x] if isinstance(x, Tensor) else x:
             self.partial_fit(batch)
@@ -95,22 +98,29 @@ class PCA:
                 # The last ones kept are the least right, so a few more are.
                 kept = self.n_components_ + max(16, self.n_components_ // 8)
                 stream = Blocks(features, kept, self._dtype, x.device)
-        stream.update(x.detach())
+        with full_precision(x.device):
+            stream.update(x.detach())
         self._stream, self._count, self._result = stream, stream.count, None
         return self
 
     def merge(self, other: PCA) -> PCA:
         """Adds the samples that another PCA has seen. Of moments the result is that of one fit to all of them.
 
-        Raises ValueError where the two differ in method or features, or either has seen no samples.
+        Raises ValueError where the two differ in method or features.
         """
-        mine, theirs = self._stream, other._stream
-        if mine is None or theirs is None:
-            raise ValueError("merge: expected two PCAs that took samples by moments or blocks, got one that did not")
+        if {self.method, other.method} & {"randomized", "exact"}:
+            raise ValueError(f"merge: expected moments or blocks, got {self.method!r} and {other.method!r}")
+        mine, theirs = self._stream, copy.deepcopy(other._stream)
+        if theirs is None:
+            return self
+        if mine is None:
+            self._stream, self._count, self._dtype, self._result = theirs, theirs.count, other._dtype, None
+            return self
         if type(mine) is not type(theirs) or len(mine.mean) != len(theirs.mean):
             got = " and ".join(f"{s.name} of {len(s.mean)} features" for s in (mine, theirs))
             raise ValueError(f"merge: expected one method and as many features, got {got}")
-        mine.merge(theirs)  # type: ignore[arg-type]
+        with full_precision(mine.mean.device):
+            mine.merge(theirs)  # type: ignore[arg-type]
         self._count, self._result = mine.count, None
         return self
 
@@ -249,7 +259,8 @@ class PCA:
         if self._stream is None:
             raise ValueError("PCA: expected fit or partial_fit before, got no samples")
         self._check_count()
-        components, squares, total = self._stream.spectrum(self.n_components_)
+        with full_precision(self._stream.mean.device):
+            components, squares, total = self._stream.spectrum(self.n_components_)
         return self._set(components, squares, self._stream.mean, total)
 
     def _check_count(self) -> None:
@@ -291,17 +302,25 @@ class PCA:
         generator = torch.Generator().manual_seed(self.seed)
         basis = torch.randn(size, features, generator=generator, dtype=dtype).to(x.device)
         shift = mean.to(dtype)
+        # Where the mean is large, what rounding took from it is not small beside the deviations.
+        rest = (mean - shift.double()).to(dtype)
+
+        def tall_of(basis: Tensor) -> Tensor:
+            product: Tensor = ops.pca_project(x, basis, shift)
+            tall: Tensor = torch.linalg.qr(product - basis @ rest)[0]
+            return tall
+
         for _ in range(_ITERATIONS):
-            tall = torch.linalg.qr(ops.pca_project(x, basis, shift))[0]
-            basis = torch.linalg.qr(_transposed_product(tall, x, shift).T)[0].T
-        tall = torch.linalg.qr(ops.pca_project(x, basis, shift))[0]
-        _, values, components = torch.linalg.svd(_transposed_product(tall, x, shift), full_matrices=False)
+            basis = torch.linalg.qr(_transposed_product(tall_of(basis), x, shift, rest).T)[0].T
+        _, values, components = torch.linalg.svd(
+            _transposed_product(tall_of(basis), x, shift, rest), full_matrices=False
+        )
         return values, components
 
 
-def _transposed_product(tall: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    """tallᵀ·(x − mean), without a centred copy of x."""
+def _transposed_product(tall: Tensor, x: Tensor, mean: Tensor, rest: Tensor) -> Tensor:
+    """tallᵀ·(x − mean − rest), without a centred copy of x."""
     out = tall.new_zeros(tall.shape[1], x.shape[1])
     for rows, part in zip(torch.split(tall, 1024), torch.split(x, 1024), strict=True):
-        out.addmm_(rows.T, part.to(tall.dtype) - mean)
+        out.addmm_(rows.T, part.to(tall.dtype) - mean - rest)
     return out

@@ -1,6 +1,9 @@
-"""What samples have to be."""
+"""What samples have to be, and how they are summed."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,3 +29,15 @@ def refuse_not_finite(x: Tensor) -> None:
         if len(wrong):
             row, column = wrong[0].tolist()
             raise ValueError(f"x: expected finite numbers, got {float(part[row, column])} at [{start + row}, {column}]")
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products as exact as their dtype is, whatever the caller allows (autocast, TF32), and no gradients."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

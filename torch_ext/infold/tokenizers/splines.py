@@ -50,8 +50,8 @@ class BSpline:
     def __call__(self, t: Tensor | float, derivative: int = 0, *, extrapolate: bool = False) -> Tensor:
         """Values, or derivatives of an order, at ``t`` of any shape: (..., *t.shape), in the control points' dtype.
 
-        extrapolate: whether the first and last polynomial go on outside of the domain. Raises ValueError for points
-        that are not finite, and without it for points outside.
+        Not differentiable in ``t``. extrapolate: whether the first and last polynomial go on outside of the domain.
+        Raises ValueError for points that are not finite, and without it for points outside.
         """
         points = _host(torch.as_tensor(t, dtype=torch.float64))
         if not extrapolate:
@@ -161,7 +161,7 @@ def clamped_knots(n: int, start: float = 0.0, end: float = 1.0, interior: Tensor
 def fit_bspline(values: Tensor, n: int, points: Tensor | None = None, knots: Tensor | None = None) -> BSpline:
     """The splines of n control points that are nearest to (..., T) values, by the sum of squares.
 
-    values: floats; the control points come in their dtype, float32 multiplied in float32.
+    values: floats; the control points come in their dtype, computed in float32 at least.
     points: (T) ascending, where the values are; None is 0, 1, …, T − 1.
     knots: (n + 4) ascending; None is clamped and uniform from the first point to the last.
 
@@ -179,7 +179,12 @@ def fit_bspline(values: Tensor, n: int, points: Tensor | None = None, knots: Ten
         knots = clamped_knots(n, float(points[0]), float(points[-1]))
     elif knots.shape != (n + 4,):
         raise ValueError(f"knots: expected {n + 4} numbers, got {_described(knots)}")
-    control = ops.bspline_fit(values, _host(knots), points)
+    matrix = ops.bspline_fit_matrix(points, _host(knots))
+    # Sums of many terms are too rough in half precision.
+    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    # The product of `bspline_fit`, but with the few rows on the left: a matrix product of eight columns is slower.
+    product = matrix.to(wide) @ wide.reshape(-1, len(points)).T
+    control = product.T.reshape(*values.shape[:-1], n).to(values.dtype).contiguous()
     # A value that is not finite spoils its series' control points, which are far fewer to look at.
     if not bool(torch.isfinite(control.detach()).all()):
         bad = (~torch.isfinite(values.detach())).nonzero()

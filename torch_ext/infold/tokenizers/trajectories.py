@@ -33,8 +33,10 @@ Method = Literal["linear", "level", "hold"]
 _KIND, _VERSION = "TrajectoryRecorder", 1
 #: Of a coarse basis function in the five fine ones under it.
 _TWO_SCALE = (0.125, 0.5, 0.75, 0.5, 0.125)
-#: A pivot of the normal equations below this share of its diagonal is rounding: nothing determines its control point.
-_SINGULAR = 1e-12
+#: Steps are nearer to zero than this: lengths that double stay finite.
+_FARTHEST = 1e300
+#: A pivot of the normal equations below this share of its diagonal leaves the control points less than eight digits.
+_SINGULAR = 1e-7
 
 
 @dataclass(frozen=True)
@@ -241,10 +243,12 @@ class TrajectoryRecorder:
     def attach(self, optimizer: torch.optim.Optimizer, *, every: int = 1) -> TrajectoryRecorder:
         """Samples after every ``every``-th step of an optimizer, until `close` or the end of a ``with`` block.
 
-        Steps are counted on from the last one that was recorded.
+        Steps are counted on from the last one that was recorded. Raises ValueError while another one is attached.
         """
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
+        if self._handles:
+            raise ValueError("optimizer: expected one at a time, got a second; `close` the recorder before")
         passed = 0
 
         def after(*_: Any) -> None:
@@ -283,9 +287,9 @@ class TrajectoryRecorder:
         if at is None:
             at = self._last + 1 if self.samples else 0.0
         at = float(at)
-        if not math.isfinite(at) or (self.samples and at <= self._last):
-            least = f"above {self._last}" if self.samples else "that is finite"
-            raise ValueError(f"at: expected a step {least}, got {at}")
+        least = self._last if self.samples else -_FARTHEST
+        if not least < at < _FARTHEST:
+            raise ValueError(f"at: expected a step above {least} and below {_FARTHEST}, got {at}")
         row = self._row()
         finite = torch.isfinite(row)
         if not bool(finite.all()):
@@ -377,8 +381,8 @@ class TrajectoryRecorder:
     def trajectories(self) -> dict[str, Trajectory]:
         """Every series as a spline: the least-squares fit to all samples so far.
 
-        Raises ValueError for fewer samples than control points, and where steps are so uneven that no samples determine
-        one of them.
+        Raises ValueError for fewer samples than control points, and where they do not determine each of these to eight
+        digits: for steps that are too uneven, and for 50 control points or more of hardly more samples.
         """
         knots, control, residual = self._fit()
         count = self.samples
