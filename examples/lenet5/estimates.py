@@ -18,7 +18,8 @@ class Estimate(NamedTuple):
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if self.count > 1 else "")
+        # Adding zero takes the sign from what is rounded to zero.
+        return f"{round(self.mean, 2) + 0.0:.2f}" + (f" ± {self.half:.2f}" if self.count > 1 else "")
 
     def within(self, low: float = -math.inf, high: float = math.inf) -> str:
         """Met where the whole interval lies from ``low`` to ``high``, not met where all of it lies outside."""

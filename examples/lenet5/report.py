@@ -55,7 +55,7 @@ def _accuracy(results: Results) -> str:
         "`tokens-k`: the first k components into a network of one hidden layer with about LeNet-5's parameters. "
         "`rebuilt-k`: LeNet-5 on images of which only these components are left. `pixels`: the former network on all "
         "pixels. `spline-k`: monotone splines before the PCA, as `SplinePCATokenizer.fit` keeps them; `bent-k`: with "
-        "evenly spaced knots.\n\n"
+        "evenly spaced knots, of the strength with the least validation error.\n\n"
         + table(("variant", "parameters", "tokenizer", "accuracy", "− LeNet-5", "s a training"), rows)
         + "\n![Accuracy](accuracy.png)\n"
     )
@@ -157,7 +157,7 @@ def _components(results: Results) -> str:
     ]
     return (
         "The columns of `tokens-64`'s first layer in three tiers: *mild* holds them as float32, int8 and int4, *harsh* "
-        "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is classifier's memory. "
+        "as int8, int4 and not at all. Points are lost (−) against the whole network; saved is of its memory. "
         "All columns have one size, so ranking by size alone is ranking at random: that row is both controls. "
         "`contribution` is the trajectory's variance times the token's; `ablation` ranks by the validation loss "
         "without each component, which no training gives for nothing.\n"
@@ -211,13 +211,13 @@ def _latency(results: Results) -> str:
         [
             row["what"],
             row["batch"],
-            *(f"{row[name]:.3f}" if name in row else "" for name in ("plain", "emulated", "packed")),
+            *(f"{row[name]:.3f}" if name in row else "" for name in ("plain", "emulated", "mild", "harsh")),
         ]
         for row in results.rows("latency")
         if "plain" in row
     ]
     return (
         "Median milliseconds, in turn. *emulated*: 30/50/20 by Adam's state in RAM, behind PCIe 4 and on an NVMe "
-        "drive, which are waited for (`tier_hints.json` is that plan); *packed*: layers in float32, int8 and int4.\n\n"
-        + table(("", "batch", "plain", "emulated", "packed"), rows)
+        "drive, which are waited for (`tier_hints.json` is that plan); *mild*, *harsh*: packed layers.\n\n"
+        + table(("", "batch", "plain", "emulated", "mild", "harsh"), rows)
     )

@@ -239,7 +239,8 @@ def layers(data: Mnist, results: Results, seed: int) -> Outcome:
             form_of = {name: forms[tier_of[name]] for name in sizes}
             key = tuple(form_of.values())
             if key not in found:
-                nbytes, (accuracy, loss) = converted(model, form_of, test)
+                packed, nbytes = converted(model, form_of)
+                accuracy, loss = evaluate(packed, test)
                 found[key] = {"accuracy": accuracy, "loss": loss, "bytes": nbytes}
             tiering = " ".join(f"{name}:{form}" for name, form in form_of.items())
             rows.append({"cut": cut, "scheme": scheme, "order": order, "draw": draw, **found[key], "tiers": tiering})
@@ -248,13 +249,12 @@ def layers(data: Mnist, results: Results, seed: int) -> Outcome:
     return Outcome(rows, f"{len(found)} different plans; Spearman {tiers.spearman(*signals.values()):.2f}")
 
 
-def converted(model: nn.Module, form_of: Mapping[str, str], test: Part) -> tuple[int, tuple[float, float]]:
-    """Bytes of the whole model and its quality on ``test`` with layers in these forms."""
+def converted(model: nn.Module, form_of: Mapping[str, str]) -> tuple[nn.Module, int]:
+    """A copy with layers in these forms, and the bytes of the whole."""
     copied = copy.deepcopy(model)
     bits = {"ecsq": 2.0}
     configs = {name: FusedConfig(form, bits=bits.get(form)) for name, form in form_of.items() if form != "float32"}  # type: ignore[arg-type]
-    report = infold.convert(copied, configs, progress=False)
-    return report.model_bytes_after, evaluate(copied, test)
+    return copied, infold.convert(copied, configs, progress=False).model_bytes_after
 
 
 # --- latency ---
@@ -269,16 +269,17 @@ def latency(data: Mnist, results: Results, seconds: float) -> Outcome:
     tiers.save(plan, results.folder / "tier_hints.json")
     sizes = {unit.name: unit.nbytes for unit in tiers.units(model)}
     tier_of = tiers.tiers_by_rank(scores, CUTS["30/50/20"], sizes)
-    packed = copy.deepcopy(model)
-    forms = {name: FusedConfig(SCHEMES["mild"][tier]) for name, tier in tier_of.items() if tier}  # type: ignore[arg-type]
-    infold.convert(packed, forms, progress=False)
+    packed = {
+        scheme: converted(model, {name: forms[tier] for name, tier in tier_of.items()})[0]
+        for scheme, forms in LAYER_SCHEMES.items()
+    }
     test = as_images(data.images)["test"]
     rows: list[Row] = []
     emulated = copy.deepcopy(model)
     with tiers.attach(emulated, plan, mode="emulated"):
         for batch in (1, BATCH):
             x = test.x[:batch]
-            models = {"plain": model, "emulated": emulated, "packed": packed}
+            models = {"plain": model, "emulated": emulated, **packed}
             times = in_turn({name: lambda each=each, x=x: each(x) for name, each in models.items()}, seconds)
             rows.append({"what": "forward", "batch": batch, **times})
         steps = {"plain": step_of(model, test), "emulated": step_of(emulated, test)}
