@@ -132,17 +132,18 @@ def test_supports_are_whole_groups(options) -> None:
 
 def test_groups_shrink_by_their_norms() -> None:
     x = spread(100, 20, 9)
-    groups = torch.arange(20) // 4
-    pca = SparsePCA(1, penalty=0.5, groups=groups, refit=False, tol=1e-13).fit(x)
+    sizes = [2, 3, 4, 5, 6]
+    pca = SparsePCA(1, penalty=0.5, groups=np.repeat(range(5), sizes).tolist(), refit=False, tol=1e-13).fit(x)
     centred = x.numpy() - x.numpy().mean(0)
-    blocks = np.split(centred, 5, axis=1)
-    gamma = 0.5 * max(np.linalg.norm(block, 2) / 2 for block in blocks)
+    blocks = np.split(centred, np.cumsum(sizes)[:-1], axis=1)
+    gamma = 0.5 * max(np.linalg.norm(block, 2) / np.sqrt(size) for block, size in zip(blocks, sizes, strict=True))
     component = pca.components_[0].numpy()
     scores = centred @ component
     loads = [block.T @ (scores / np.linalg.norm(scores)) for block in blocks]
-    shrunk = np.concatenate([load * max(0, 1 - 2 * gamma / np.linalg.norm(load)) for load in loads])
+    shares = [max(0, 1 - gamma * np.sqrt(len(load)) / np.linalg.norm(load)) for load in loads]
+    shrunk = np.concatenate([load * share for load, share in zip(loads, shares, strict=True)])
     np.testing.assert_allclose(component, shrunk / np.linalg.norm(shrunk), atol=1e-10)
-    assert 0 < (component.reshape(5, 4) == 0).all(1).sum() < 5
+    assert 0 < shares.count(0) < 5
 
 
 def test_groups_of_one_are_no_groups() -> None:
@@ -160,6 +161,24 @@ def test_a_large_penalty_leaves_a_component(penalty) -> None:
     x = np.concatenate([x + 0.01 * random.standard_normal(x.shape), 3 * random.standard_normal((300, 1))], 1)
     component = SparsePCA(1, penalty=penalty).fit(torch.from_numpy(x)).components_[0]
     assert component.nonzero().flatten().tolist() == [50]
+
+
+def test_the_strongest_feature_does_not_hide_weaker_ones_that_agree() -> None:
+    """Power iterations that start at a feature orthogonal to all others would never leave it."""
+    scores = np.random.default_rng(14).standard_normal((100, 2))
+    scores = np.linalg.qr(scores - scores.mean(0))[0]
+    x = torch.from_numpy(np.concatenate([3 * scores[:, :1], np.outer(scores[:, 1], np.full(10, 2))], 1))
+    for options in ({"penalty": 0.0}, {"penalty": 0.1}, {"sparsity": 10}):
+        component = SparsePCA(1, **options).fit(x).components_[0].numpy()
+        np.testing.assert_allclose(component, [0] + [10**-0.5] * 10, atol=1e-9)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_of_features_that_are_the_same_some_are_chosen(refit) -> None:
+    """Thresholding at the next feature's load would leave nothing."""
+    x = torch.tensor([1.0, -1.0]).double().outer(torch.ones(6).double())
+    component = SparsePCA(1, sparsity=2, refit=refit).fit(x).components_[0]
+    torch.testing.assert_close(component[component != 0], torch.full((2,), 0.5).double().sqrt())
 
 
 def test_results_repeat_and_follow_the_sign_and_dtype_of_the_data() -> None:
