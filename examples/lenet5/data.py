@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from infold.tokenizers import PCA, MonotoneSpline, PCATokenizer, SplinePCATokenizer
+from infold.tokenizers import PCA, PCATokenizer, SplinePCATokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,8 +19,6 @@ import mnist
 #: The largest tokenizer; smaller ones are its first components.
 MOST = 128
 COMPONENTS = (16, 32, 64, MOST)
-#: How far the bent spline goes towards normal pixels, the one of least validation error.
-STRENGTHS = (0.25, 0.5, 1.0)
 KNOTS = 8
 CHUNK = 4096
 SUBSET = mnist.SUBSET
@@ -65,28 +63,14 @@ class Mnist:
         return self._made[name]
 
     def tokenizer(self, name: str) -> PCATokenizer:
-        """``pca-k``; ``spline-k``, as `SplinePCATokenizer.fit` makes it; ``bent-k``, with `bent` splines."""
+        """``pca-k``; ``spline-k``, as `SplinePCATokenizer.fit` makes it."""
         kind, k, x = *name.split("-"), self.images["train"].x
         fits: dict[str, Callable[[], PCATokenizer]] = {
             "pca": lambda: PCATokenizer.fit(x, int(k)),
             "spline": lambda: SplinePCATokenizer.fit(x, int(k), knots=KNOTS),
-            "bent": lambda: min(self.bent(int(k)).values(), key=lambda each: each[1])[0],
         }
         found = self._once(name, fits[kind])
         assert isinstance(found, PCATokenizer)
-        return found
-
-    def bent(self, k: int) -> dict[float, tuple[SplinePCATokenizer, float]]:
-        """By strength: a tokenizer with `bent` splines, and its mean squared error on the validation part."""
-        x, test = self.images["train"].x, self.images["validation"].x
-
-        def fit(strength: float) -> tuple[SplinePCATokenizer, float]:
-            spline = bent(x, strength)
-            tokenizer = SplinePCATokenizer(PCA(k).fit(spline(part) for part in x.split(CHUNK)), spline)
-            return tokenizer, float((tokenizer.inverse(tokenizer(test)) - test).square().mean())
-
-        found = self._once(f"all bent-{k}", lambda: {strength: fit(strength) for strength in STRENGTHS})
-        assert isinstance(found, dict)
         return found
 
     def tokens(self, name: str) -> dict[str, Part]:
@@ -114,26 +98,3 @@ class Mnist:
 def as_images(parts: dict[str, Part]) -> dict[str, Part]:
     """(count, 784) as (count, 1, 28, 28)."""
     return {name: Part(x.view(-1, 1, 28, 28), y) for name, (x, y) in parts.items()}
-
-
-def bent(x: Tensor, strength: float) -> MonotoneSpline:
-    """Towards normal pixels, for (count, dimensions) of few values, most of which are one: as pixels are.
-
-    `MonotoneSpline.fit` puts knots on quantiles and leaves dimensions alone in which these coincide: all of MNIST's.
-    Here knots are spaced evenly over the values, and each goes to the normal quantile of its place among them.
-    """
-    low, high = x.amin(0), x.amax(0)
-    knots = low + (high - low) * torch.linspace(0, 1, KNOTS)[:, None]
-    place = torch.stack([((x < knot).double().mean(0) + (x <= knot).double().mean(0)) / 2 for knot in knots])
-    # The last knot may be rounded to above all values.
-    place = place.clamp(0.5 / len(x), 1 - 0.5 / len(x))
-    normal = x.mean(0) + x.std(0) * torch.special.ndtri(place).float()
-    target = torch.lerp(knots, normal, strength)
-    rises = (target.diff(dim=0) > 1e-3 * x.std(0)).all(0) & (low < high)
-    # Constant pixels, and those without a value between two knots, stay as they are.
-    plain = torch.linspace(-1, 1, KNOTS)[:, None].expand_as(knots)
-    x_knots, y_knots = torch.where(rises, knots, plain).T, torch.where(rises, target, plain).T
-    secants = y_knots.diff(dim=1) / x_knots.diff(dim=1)
-    # At a knot, the mean of the secants on either side; at the ends the only one.
-    slopes = torch.cat([secants[:, :1], (secants[:, 1:] + secants[:, :-1]) / 2, secants[:, -1:]], 1)
-    return MonotoneSpline(x_knots.contiguous(), y_knots.contiguous(), slopes.clamp(1e-3, 1e3))

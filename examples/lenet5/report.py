@@ -54,8 +54,7 @@ def _accuracy(results: Results) -> str:
     return (
         "`tokens-k`: the first k components into a network of one hidden layer with about LeNet-5's parameters. "
         "`rebuilt-k`: LeNet-5 on images of which only these components are left. `pixels`: the former network on all "
-        "pixels. `spline-k`: monotone splines before the PCA, as `SplinePCATokenizer.fit` keeps them; `bent-k`: with "
-        "evenly spaced knots, of the strength with the least validation error.\n\n"
+        "pixels. `spline-k`: monotone splines before the PCA, as `SplinePCATokenizer.fit` keeps them.\n\n"
         + table(("variant", "parameters", "tokenizer", "accuracy", "− LeNet-5", "s a training"), rows)
         + "\n![Accuracy](accuracy.png)\n"
     )
@@ -74,20 +73,16 @@ def _variance(results: Results) -> str:
 
 def _splines(results: Results) -> str:
     every = results.rows("splines")
-    kept = next(row for row in every if row["spline"] == "kept")
-    plain, clipped = (row["error"] for row in every if row["spline"] in ("none", "clipped"))
-    rows = [
-        [row["spline"], row["strength"], row.get("moved", ""), f"{row['error']:.5f}"]
-        for row in every
-        if row["spline"] in ("fit", "bent")
-    ]
+    chosen = next(row for row in every if row["spline"] == "chosen")
+    tried = [[f"{row['strength']:g}", f"{row['error']:.5f}"] for row in every if row["spline"] == "fit"]
+    rebuilt = [[row["spline"], f"{row['error']:.5f}"] for row in every if row["spline"] not in ("fit", "chosen")]
     return (
-        f"Mean squared error of rebuilt images, 64 components; of PCA alone {plain:.5f} on the validation part, "
-        f"clipped to the range of pixels {clipped:.5f}. `fit` is `SplinePCATokenizer.fit`, on a tenth of the training "
-        "part held out: knots lie on quantiles, and a pixel of which these coincide stays as it is. It keeps strength "
-        f"{kept['strength']:g}, which changes {kept['moved']} of 784 pixels. `bent` has knots evenly over each pixel's "
-        "values instead, on the validation part.\n\n"
-        + table(("splines", "strength", "pixels that change", "error"), rows)
+        "Mean squared error of rebuilt images, 64 components. `SplinePCATokenizer.fit` tries strengths on a tenth of "
+        f"the training part, held out, and keeps {chosen['strength']:g}, which changes {chosen['moved']} of 784 "
+        "pixels:\n\n"
+        + table(("strength", "error"), tried)
+        + "\nOn the validation part, of PCA alone (`none`) and with the splines that were kept; a spline keeps images to "
+        "the range of pixels, and so does clipping:\n\n" + table(("splines", "error"), rebuilt)
     )
 
 

@@ -86,12 +86,9 @@ for _k in COMPONENTS:
         f"pca-{_k}",
     )
     VARIANTS[f"rebuilt-{_k}"] = Variant(lenet5, lambda data, k=_k: as_images(data.rebuilt(k)), tokenizer=f"pca-{_k}")
-for _kind in ("spline", "bent"):
-    VARIANTS[f"{_kind}-{TOKENS}"] = Variant(
-        partial(perceptron, TOKENS),
-        lambda data, name=f"{_kind}-{TOKENS}": data.tokens(name),
-        tokenizer=f"{_kind}-{TOKENS}",
-    )
+VARIANTS[f"spline-{TOKENS}"] = Variant(
+    partial(perceptron, TOKENS), lambda data: data.tokens(f"spline-{TOKENS}"), tokenizer=f"spline-{TOKENS}"
+)
 
 
 def tokenizer_bytes(tokenizer: PCATokenizer) -> int:
@@ -168,15 +165,13 @@ def splines(data: Mnist) -> Outcome:
     rows: list[Row] = [
         {"spline": "fit", "strength": strength, "error": error} for strength, error in fitted.validation.items()
     ]
-    rows += [
-        {"spline": "bent", "strength": strength, "error": error, "moved": moved(tokenizer)}
-        for strength, (tokenizer, error) in data.bent(TOKENS).items()
-    ]
-    plain = data.tokenizer(f"pca-{TOKENS}")
     x = data.images["validation"].x
-    rebuilt = plain.inverse(plain(x))
+    rebuilt = {
+        name: made.inverse(made(x)) for name, made in (("none", data.tokenizer(f"pca-{TOKENS}")), ("kept", fitted))
+    }
     # A spline keeps to the range of pixels, which clipping does as well.
-    for name, image in (("none", rebuilt), ("clipped", rebuilt.clamp(float(x.min()), float(x.max())))):
-        rows.append({"spline": name, "error": float((image - x).square().mean())})
-    rows.append({"spline": "kept", "strength": fitted.strength, "moved": moved(fitted)})
+    for name, image in list(rebuilt.items()):
+        rebuilt[f"{name}, clipped"] = image.clamp(float(x.min()), float(x.max()))
+    rows += [{"spline": name, "error": float((image - x).square().mean())} for name, image in rebuilt.items()]
+    rows.append({"spline": "chosen", "strength": fitted.strength, "moved": moved(fitted)})
     return Outcome(rows, f"fit keeps strength {fitted.strength}, moves {rows[-1]['moved']} of 784 pixels")

@@ -228,7 +228,8 @@ class SplinePCATokenizer(PCATokenizer):
         """Fits splines of several strengths, each with a PCA, to a part of data, (samples, *shape), and keeps the best.
 
         strengths: 0 is the identity, which is always tried; 1 makes each dimension normal. validation: the share of
-        samples that is held out. The kept spline's PCA is fitted again to all data; up to 16,384 samples of each part make the choice.
+        samples that is held out. Up to 16,384 samples of each part make the choice; the kept spline has its PCA fitted
+        again, to all data.
 
         Raises ValueError for data of too few samples and a share outside 0 to 1.
         """

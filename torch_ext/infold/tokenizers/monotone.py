@@ -56,8 +56,10 @@ class MonotoneSpline(nn.Module):
     def fit(cls, x: Tensor, knots: int = 8, strength: float = 1.0) -> MonotoneSpline:
         """A map towards a normal distribution of x's own mean and deviation, in every dimension.
 
-        x: (samples, dimensions). Knots lie on distinct quantiles; dimensions that have fewer of them (a constant one,
-        one of few values) stay as they are. Of many samples, up to 16,384 evenly spaced ones are read. strength: 0 is the identity, 1 goes all the way.
+        x: (samples, dimensions); of more than 16,384 samples, as many evenly spaced ones. Knots lie on quantiles where
+        these are distinct, else evenly between the extremes, and each goes to the normal quantile of its place among
+        the numbers, ties halved. Dimensions in which neither ascends, such as a constant one, stay as they are.
+        strength: 0 is the identity, 1 goes all the way.
 
         Raises ValueError for other shapes, numbers that are not finite, and a strength outside 0 to 1.
         """
@@ -70,22 +72,29 @@ class MonotoneSpline(nn.Module):
         if not bool(x.isfinite().all()):
             raise ValueError("x: expected finite numbers")
         values = x[:: -(-len(x) // MAX_SAMPLES)].double()
-        # The ends are not quantiles of 0 and 1: a normal distribution has none.
-        share = (torch.arange(knots, dtype=torch.float64, device=x.device) + 0.5) / knots
+        mean, deviation = values.mean(0)[:, None], values.std(0, correction=0)[:, None]
         # Each dimension's numbers side by side.
         order = values.T.contiguous().sort(1).values
-        places = order[:, (share * len(values)).long()]
-        mean, deviation = values.mean(0)[:, None], values.std(0, correction=0)[:, None]
-        target = mean + deviation * torch.special.ndtri(share)
-        # Nearer ones are not apart in float32.
-        gaps = places.diff(dim=-1)
-        distinct = (gaps > 1e-4 * deviation).all(-1, keepdim=True) & (deviation > 0)
+        share = (torch.arange(knots, dtype=torch.float64, device=x.device) + 0.5) / knots
+        quantiles = order[:, (share * len(values)).long()]
+        even = order[:, :1].lerp(order[:, -1:], torch.linspace(0, 1, knots, dtype=torch.float64, device=x.device))
+
+        # As they are, where nothing else ascends.
         spread = torch.maximum(deviation, 1e-3 * (1 + mean.abs()))
-        plain = mean + spread * torch.special.ndtri(share)
-        x_knots = torch.where(distinct, places, plain)
-        y_knots = torch.where(distinct, places + strength * (target - places), plain)
-        slopes = _slopes(x_knots, y_knots).clamp(MIN_SLOPE, 1 / MIN_SLOPE)
-        slopes = torch.where(distinct, slopes, torch.ones_like(slopes))
+        x_knots = y_knots = mean + spread * torch.special.ndtri(share)
+        slopes = torch.ones_like(x_knots)
+        for places in (even, quantiles):
+            below, up_to = (torch.searchsorted(order, places.contiguous(), right=right) for right in (False, True))
+            # A normal distribution has no quantiles of 0 and 1.
+            middle = ((below + up_to) / (2 * len(values))).clamp(0.5 / len(values), 1 - 0.5 / len(values))
+            target = places.lerp(mean + deviation * torch.special.ndtri(middle), strength)
+            # Nearer ones are hardly apart in float32.
+            apart = (places.diff(dim=-1) > 1e-4 * deviation) & (target.diff(dim=-1) > 1e-4 * deviation)
+            ascends = apart.all(-1, keepdim=True) & (deviation > 0)
+            bend = _slopes(places, target).clamp(MIN_SLOPE, 1 / MIN_SLOPE)
+            x_knots, y_knots, slopes = (
+                torch.where(ascends, new, old) for new, old in ((places, x_knots), (target, y_knots), (bend, slopes))
+            )
         dtype = x.dtype if x.dtype.is_floating_point else torch.float32
         return cls(x_knots.to(dtype), y_knots.to(dtype), slopes.to(dtype))
 

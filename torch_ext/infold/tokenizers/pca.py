@@ -95,8 +95,8 @@ class PCA:
             if self.method == "moments" or (self.method == "auto" and features <= MAX_MOMENT_FEATURES):
                 stream = Moments(features, x.device)
             else:
-                # The last ones kept are the least right, so a few more are.
-                kept = self.n_components_ + max(16, self.n_components_ // 8)
+                # The last ones kept are the least right, so more are; fewer lost 0.2% of a thousand images' variance.
+                kept = self.n_components_ + max(64, self.n_components_ // 8)
                 stream = Blocks(features, kept, self._dtype, x.device)
         with full_precision(x.device):
             stream.update(x.detach())
