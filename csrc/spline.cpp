@@ -157,21 +157,27 @@ Tensor fit_matrix(const Tensor& points, const Tensor& knots) {
 }
 
 /// A product with a matrix that points and knots give: linear in `numbers`, and differentiable in them alone.
-Tensor times(const Tensor& numbers, const Tensor& matrix, int64_t expected, const char* what) {
+Tensor times(const Tensor& matrix, const Tensor& numbers, int64_t expected, const char* what) {
   TORCH_CHECK_VALUE(numbers.dim() > 0 && numbers.sym_size(-1).sym_eq(expected).expect_true(__FILE__, __LINE__), what,
                     ": expected a last dimension of ", expected, ", got shape ", numbers.sym_sizes());
   TORCH_CHECK_VALUE(at::isFloatingType(numbers.scalar_type()), what, ": expected a float tensor, got ",
                     numbers.scalar_type());
-  return at::matmul(numbers, matrix.to(numbers.options()).t());
+  // Sums of many terms are too rough in half precision.
+  const Tensor wide = numbers.to(compute_dtype(numbers));
+  // The few rows of a fit on the left: a product of eight columns is slower.
+  const Tensor product = at::mm(matrix.to(wide.options()), flat(wide).t()).t();
+  auto sizes = numbers.sym_sizes().vec();
+  sizes.back() = matrix.sym_size(0);
+  return product.reshape_symint(sizes).to(numbers.scalar_type()).contiguous();
 }
 
 Tensor eval(const Tensor& control, const Tensor& knots, const Tensor& points, int64_t derivative) {
-  return times(control, op<BasisOp>().call(points, knots, derivative), control_points(knots), "control");
+  const int64_t count = control_points(knots);
+  return times(op<BasisOp>().call(points, knots, derivative), control, count, "control");
 }
 
 Tensor fit(const Tensor& values, const Tensor& knots, const Tensor& points) {
-  const Tensor matrix = op<FitMatrixOp>().call(points, knots);
-  return times(values, matrix, points.size(0), "values");
+  return times(op<FitMatrixOp>().call(points, knots), values, points.size(0), "values");
 }
 
 TORCH_LIBRARY_IMPL(infold, CPU, m) {
@@ -181,9 +187,12 @@ TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("bspline_fit_matrix", fit_matrix);
 }
 
+// Places are looked at on the host: Rust says so where they are not there.
 TORCH_LIBRARY_IMPL(infold, CUDA, m) {
   m.impl("pca_project", project);
   m.impl("pca_reconstruct", reconstruct);
+  m.impl("bspline_basis", basis);
+  m.impl("bspline_fit_matrix", fit_matrix);
 }
 
 TORCH_LIBRARY_IMPL(infold, Meta, m) {

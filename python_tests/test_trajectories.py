@@ -187,13 +187,14 @@ def test_predictions() -> None:
     t = torch.arange(0, 60, 2, dtype=torch.float64)
     bent = walk(30)
     recorder = recorded(torch.stack([3 - 0.5 * t, bent], 1), 6, steps=t.tolist())
-    predicted = recorder.predict(4)["y"]
+    predicted = recorder.predict(4, method="linear")["y"]
     assert predicted.shape == (2, 4)
     torch.testing.assert_close(predicted[0], 3 - 0.5 * torch.tensor([60.0, 62, 64, 66], dtype=torch.float64))
     spline = recorder.trajectories()["y"].spline
     ahead = torch.tensor([58.0, 60, 61], dtype=torch.float64)
     end, slope = spline(58.0), spline(58.0, 1)
-    torch.testing.assert_close(recorder.predict(ahead)["y"], end[:, None] + slope[:, None] * (ahead - 58))
+    on = end[:, None] + slope[:, None] * (ahead - 58)
+    torch.testing.assert_close(recorder.predict(ahead, method="linear")["y"], on)
     torch.testing.assert_close(recorder.predict(ahead, method="level")["y"], end[:, None].expand(2, 3))
     held = recorder.predict(3, method="hold")["y"]
     assert torch.equal(held[1], bent[-1].expand(3))
@@ -203,7 +204,7 @@ def test_predictions() -> None:
     short = recorded(bent[:3], 6)
     assert torch.equal(short.predict(2, method="hold")["y"], bent[2].expand(2))
     with pytest.raises(ValueError, match="samples: expected 6 or more"):
-        short.predict(2)
+        short.predict(2, method="linear")
     with pytest.raises(ValueError, match="samples: expected one or more"):
         TrajectoryRecorder().predict(1, method="hold")
     with pytest.raises(ValueError, match="method"):

@@ -81,8 +81,8 @@ def _splines(results: Results) -> str:
         f"the training part, held out, and keeps {chosen['strength']:g}, which changes {chosen['moved']} of 784 "
         "pixels:\n\n"
         + table(("strength", "error"), tried)
-        + "\nOn the validation part, of PCA alone (`none`) and with the splines that were kept; a spline keeps images to "
-        "the range of pixels, and so does clipping:\n\n" + table(("splines", "error"), rebuilt)
+        + "\nOn the validation part, of PCA alone (`none`) and with the splines that were kept; a spline keeps images "
+        "to the range of pixels, and so does clipping:\n\n" + table(("splines", "error"), rebuilt)
     )
 
 

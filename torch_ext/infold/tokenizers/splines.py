@@ -179,12 +179,7 @@ def fit_bspline(values: Tensor, n: int, points: Tensor | None = None, knots: Ten
         knots = clamped_knots(n, float(points[0]), float(points[-1]))
     elif knots.shape != (n + 4,):
         raise ValueError(f"knots: expected {n + 4} numbers, got {_described(knots)}")
-    matrix = ops.bspline_fit_matrix(points, _host(knots))
-    # Sums of many terms are too rough in half precision.
-    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
-    # The product of `bspline_fit`, but with the few rows on the left: a matrix product of eight columns is slower.
-    product = matrix.to(wide) @ wide.reshape(-1, len(points)).T
-    control = product.T.reshape(*values.shape[:-1], n).to(values.dtype).contiguous()
+    control: Tensor = ops.bspline_fit(values, _host(knots), points)
     # A value that is not finite spoils its series' control points, which are far fewer to look at.
     if not bool(torch.isfinite(control.detach()).all()):
         bad = (~torch.isfinite(values.detach())).nonzero()
