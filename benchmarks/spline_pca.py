@@ -95,7 +95,8 @@ def explained(images: Tensor, components: object) -> float:
     x = images.double() / 255
     x -= x.mean(0)
     scatter = x.T @ x
-    rows = torch.as_tensor(np.array(components), dtype=torch.float64)
+    # scikit-learn's arrays may run backwards, which tensors cannot.
+    rows = torch.as_tensor(components.copy() if isinstance(components, np.ndarray) else components, dtype=torch.float64)
     return float((rows @ scatter * rows).sum() / scatter.trace())
 
 
