@@ -58,7 +58,7 @@ build: $(LIBRARY)
 
 bench: $(LIBRARY)
 	@mkdir -p build/bench
-	$(call step,benchmarks,$(PYTHON) benchmarks/codec_sizes.py --json build/bench/codec_sizes.json && $(PYTHON) benchmarks/codec.py --json build/bench/codec.json && $(PYTHON) benchmarks/fused_linear.py --json build/bench/fused_linear.json && $(PYTHON) benchmarks/convolution.py --json build/bench/convolution.json && $(PYTHON) benchmarks/frequency.py --json build/bench/frequency.json && $(PYTHON) benchmarks/frequency_conv.py --json build/bench/frequency_conv.json && $(PYTHON) benchmarks/log8.py --json build/bench/log8.json && $(PYTHON) benchmarks/disk.py --folder build && $(PYTHON) benchmarks/tiering.py --json build/bench/tiering.json)
+	$(call step,benchmarks,$(PYTHON) benchmarks/codec_sizes.py --json build/bench/codec_sizes.json && $(PYTHON) benchmarks/codec.py --json build/bench/codec.json && $(PYTHON) benchmarks/fused_linear.py --json build/bench/fused_linear.json && $(PYTHON) benchmarks/convolution.py --json build/bench/convolution.json && $(PYTHON) benchmarks/frequency.py --json build/bench/frequency.json && $(PYTHON) benchmarks/frequency_conv.py --json build/bench/frequency_conv.json && $(PYTHON) benchmarks/log8.py --json build/bench/log8.json && $(PYTHON) benchmarks/spline_fits.py --json build/bench/spline_fits.json && $(PYTHON) benchmarks/spline_pca.py --json build/bench/spline_pca.json && $(PYTHON) benchmarks/disk.py --folder build && $(PYTHON) benchmarks/tiering.py --json build/bench/tiering.json)
 
 lint: $(LIBRARY)
 	@cargo clippy --version >/dev/null 2>&1 && cargo fmt --version >/dev/null 2>&1 || { echo "clippy or rustfmt is missing: rustup component add clippy rustfmt"; exit 1; }
