@@ -62,9 +62,9 @@ pub fn project(x: &Tensor, components: &Tensor, mean: Option<&Tensor>, scale: Op
             Some(mean) => part.f_to_kind(kind)?.f_sub(mean)?,
             None => part.f_to_kind(kind)?,
         };
-        centred.f_mm_out(out, &transposed)?;
+        let _ = centred.f_mm_out(out, &transposed)?;
         if let Some(scale) = &scale {
-            out.f_mul_(scale)?;
+            let _ = out.f_mul_(scale)?;
         }
         Ok(())
     })?;
@@ -84,9 +84,9 @@ pub fn reconstruct(z: &Tensor, components: &Tensor, mean: Option<&Tensor>, scale
             Some(scale) => part.f_mul(scale)?,
             None => part,
         };
-        scaled.f_mm_out(out, components)?;
+        let _ = scaled.f_mm_out(out, components)?;
         if let Some(mean) = &mean {
-            out.f_add_(mean)?;
+            let _ = out.f_add_(mean)?;
         }
         Ok(())
     })?;
