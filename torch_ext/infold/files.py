@@ -39,12 +39,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     if isinstance(model, PackedModule):
         raise ValueError(f"model: expected a module that contains layers, got a {type(model).__name__}")
-    # What a link names is replaced, not the link.
-    path = Path(path).resolve()
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "expected a folder", str(path.parent))
+    path = destination(path)
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule):
@@ -76,6 +71,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     metadata["metadata_checksum"] = str(_metadata_checksum(metadata))
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def destination(path: str | Path) -> Path:
+    """Where a file can be written: what a link names is replaced, not the link. Raises OSError where none can be."""
+    path = Path(path).resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "expected a folder", str(path.parent))
+    return path
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infold._library import CorruptWeightError
-from infold.files import replacing
+from infold.files import destination, replacing
 
 #: Beside the tensors: ``kind`` and ``version`` of the state, its ``metadata`` and the tensors' ``checksums`` as JSON.
 _FIELDS = ("kind", "version", "metadata", "checksums")
@@ -30,12 +30,7 @@ def save_state(
     kind, version: what `load_state` will ask for. Raises OSError where no file can be written, ValueError for a number
     that JSON does not have and TypeError for a value of another type.
     """
-    # What a link names is replaced, not the link.
-    path = Path(path).resolve()
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "expected a folder", str(path.parent))
+    path = destination(path)
     # Copies, since safetensors stores no views.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     fields = {

@@ -50,13 +50,8 @@ class PCATokenizer(nn.Module):
         bands: tuple[float, float] = (0.8, 0.15),
     ) -> None:
         super().__init__()
-        scale = None
-        if pca.whiten:
-            scale = pca.explained_variance_.rsqrt()
-            if not bool(scale.isfinite().all()):
-                raise ValueError("pca: expected components of some variance to whiten, got one of none")
         ratio = pca.explained_variance_ratio_
-        self._set(pca.components_, pca.mean_, scale, ratio, input_shape, patch_size, bands)
+        self._set(pca.components_, pca.mean_, pca.scale(), ratio, input_shape, patch_size, bands)
 
     def _set(
         self,
@@ -73,7 +68,7 @@ class PCATokenizer(nn.Module):
         self.patch_size = patch_size if patch_size is None or isinstance(patch_size, int) else tuple(patch_size)
         found = math.prod(self.input_shape)
         if self.patch_size is not None:
-            found = self._flat(torch.empty((1, *self.input_shape), device="meta")).shape[-1]
+            found = self._flat(self._empty()).shape[-1]
         if found != features:
             of = "input_shape" if self.patch_size is None else "input_shape, patch_size"
             raise ValueError(f"{of}: expected {features} numbers, as in the PCA, got {found} of {self.input_shape}")

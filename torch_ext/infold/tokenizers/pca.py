@@ -15,7 +15,7 @@ from infold._library import CorruptWeightError, ops
 from infold.tokenizers._files import load_state, save_state
 from infold.tokenizers.blocks import Blocks
 from infold.tokenizers.moments import Moments
-from infold.tokenizers.rows import check_rows, full_precision, refuse_not_finite
+from infold.tokenizers.rows import check_rows, full_precision, refuse_not_finite, with_signs
 
 Method = Literal["auto", "moments", "blocks", "randomized", "exact"]
 #: Features up to which a scatter matrix is cheap: 134 MB in float64, and seconds to decompose.
@@ -188,16 +188,17 @@ class PCA:
 
     def transform(self, x: Tensor) -> Tensor:
         """(..., features) → (..., k), with gradients. Raises ValueError for other features, and as `components_`."""
-        tokens: Tensor = ops.pca_project(x, self.components_, self.mean_, self._scale())
+        tokens: Tensor = ops.pca_project(x, self.components_, self.mean_, self.scale())
         return tokens
 
     def inverse_transform(self, z: Tensor) -> Tensor:
         """(..., k) → (..., features), with gradients."""
-        scale = self._scale()
+        scale = self.scale()
         x: Tensor = ops.pca_reconstruct(z, self.components_, self.mean_, None if scale is None else 1 / scale)
         return x
 
-    def _scale(self) -> Tensor | None:
+    def scale(self) -> Tensor | None:
+        """(k), what whitening multiplies tokens by, or None. Raises ValueError for a component of no variance."""
         if not self.whiten:
             return None
         variance = self.explained_variance_
@@ -269,11 +270,13 @@ class PCA:
             raise ValueError(f"x: expected {expected}, got {self._count}")
 
     def _set(self, components: Tensor, squares: Tensor, mean: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        signed = components * torch.where(largest < 0, -1.0, 1.0).to(components)
         variance = squares / (self._count - 1)
         self._total = total / (self._count - 1)
-        self._result = (signed.to(self._dtype).contiguous(), variance.to(self._dtype), mean.to(self._dtype))
+        self._result = (
+            with_signs(components).to(self._dtype).contiguous(),
+            variance.to(self._dtype),
+            mean.to(self._dtype),
+        )
         return self._result
 
     def _fit_whole(self, x: Tensor) -> None:

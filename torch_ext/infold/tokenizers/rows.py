@@ -1,4 +1,4 @@
-"""What samples have to be, and how they are summed."""
+"""What PCAs of any kind share: what samples have to be, how they are summed, components' signs."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def with_signs(components: Tensor) -> Tensor:
+    """Rows (k, features) with the sign that makes each one's largest entry positive."""
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    return components * torch.where(largest < 0, -1.0, 1.0).to(components)

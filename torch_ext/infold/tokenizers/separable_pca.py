@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from infold.tokenizers.rows import with_signs
+
 
 class SeparablePCA:
     """The truncated higher-order SVD (De Lathauwer et al. 2000) of centred samples: x − mean → core of ranks r_1 … r_m.
@@ -135,8 +137,7 @@ class SeparablePCA:
         for scatter, rank in zip(self._scatter, self.ranks, strict=True):
             values, vectors = torch.linalg.eigh(scatter / (self.n_samples_seen_ - 1))
             values, component = values.flip(0).clamp_min(0), vectors.mT.flip(0)[:rank]
-            largest = component.gather(1, component.abs().argmax(1, keepdim=True))
-            components.append((component * largest.sign()).to(self._dtype).contiguous())
+            components.append(with_signs(component).to(self._dtype).contiguous())
             variances.append(values.to(self._dtype))
             total = float(values.sum())
             discarded.append(float(values[rank:].sum()) / total if total else 0.0)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from infold.tokenizers.rows import with_signs
+
 
 class SparsePCA:
     """Sparse components of data, one after the other.
@@ -102,10 +104,10 @@ class SparsePCA:
             variances.append(float(scores.square().sum()) / (n - 1))
             unit = scores / scores.norm()
             rest = rest - torch.outer(unit, unit @ rest)
-            components.append(component * (1.0 if component[component.abs().argmax()] > 0 else -1.0))
+            components.append(component)
             self.n_iter_.append(iterations)
         dtype = x.dtype if x.is_floating_point() else torch.float32
-        stacked = torch.stack(components)
+        stacked = with_signs(torch.stack(components))
         self.components_ = stacked.to(dtype)
         self._projection = torch.linalg.pinv(stacked).to(dtype)
         self.mean_ = mean.to(dtype)
