@@ -74,6 +74,7 @@ TORCH_LIBRARY(infold, m) {
   m.def("pca_reconstruct(Tensor z, Tensor components, Tensor? mean=None, Tensor? scale=None) -> Tensor", compute);
   m.def("bspline_basis(Tensor points, Tensor knots, int derivative=0) -> Tensor", compute);
   m.def("bspline_fit_matrix(Tensor points, Tensor knots) -> Tensor", compute);
+  m.def("bspline_control(Tensor values, Tensor matrix) -> Tensor", compute);
   m.def("bspline_eval(Tensor control, Tensor knots, Tensor points, int derivative=0) -> Tensor", compute);
   m.def("bspline_fit(Tensor values, Tensor knots, Tensor points) -> Tensor", compute);
   // Encode. Results are (codes, words), of sizes that x's shape gives.

@@ -37,6 +37,11 @@ struct FitMatrixOp {
   using Signature = Tensor(const Tensor& points, const Tensor& knots);
 };
 
+struct ControlOp {
+  static constexpr const char* name = "infold::bspline_control";
+  using Signature = Tensor(const Tensor& values, const Tensor& matrix);
+};
+
 void check_components(const Tensor& components) {
   TORCH_CHECK_VALUE(components.dim() == 2, "components: expected shape [components, features], got ",
                     components.sym_sizes());
@@ -156,28 +161,53 @@ Tensor fit_matrix(const Tensor& points, const Tensor& knots) {
   return run(points, [&](Outputs& out) { return bspline_fit_matrix(points, knots, out); });
 }
 
-/// A product with a matrix that points and knots give: linear in `numbers`, and differentiable in them alone.
-Tensor times(const Tensor& matrix, const Tensor& numbers, int64_t expected, const char* what) {
-  TORCH_CHECK_VALUE(numbers.dim() > 0 && numbers.sym_size(-1).sym_eq(expected).expect_true(__FILE__, __LINE__), what,
-                    ": expected a last dimension of ", expected, ", got shape ", numbers.sym_sizes());
+void check_floats(const Tensor& numbers, const char* what) {
   TORCH_CHECK_VALUE(at::isFloatingType(numbers.scalar_type()), what, ": expected a float tensor, got ",
                     numbers.scalar_type());
-  // Sums of many terms are too rough in half precision.
-  const Tensor wide = numbers.to(compute_dtype(numbers));
-  // The few rows of a fit on the left: a product of eight columns is slower.
-  const Tensor product = at::mm(matrix.to(wide.options()), flat(wide).t()).t();
-  auto sizes = numbers.sym_sizes().vec();
-  sizes.back() = matrix.sym_size(0);
-  return product.reshape_symint(sizes).to(numbers.scalar_type()).contiguous();
 }
+
+/// numbers · matrix', in the numbers' dtype. Half precision is too rough for sums of many terms.
+Tensor times(const Tensor& numbers, const Tensor& matrix) {
+  const Tensor wide = numbers.to(compute_dtype(numbers));
+  return at::matmul(wide, matrix.to(wide.options()).t()).to(numbers.scalar_type());
+}
+
+Tensor meta_control(const Tensor& values, const Tensor& matrix) {
+  check_floats(values, "values");
+  TORCH_CHECK_VALUE(matrix.dim() == 2, "matrix: expected shape [control points, points], got ", matrix.sym_sizes());
+  return values.new_empty_symint(
+      with_last(values, matrix.size(1), matrix.size(0), "values"));
+}
+
+Tensor control(const Tensor& values, const Tensor& matrix) {
+  return run(values, [&](Outputs& out) { return bspline_control(values, matrix, out); });
+}
+
+/// Linear in values, and differentiable in them alone: the matrix is of points and knots.
+struct ControlFunction : Function<ControlFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& values, const Tensor& matrix) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({matrix});
+    return op<ControlOp>().call(values, matrix);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    return {times(gradients[0], ctx->get_saved_variables()[0].t()), Tensor()};
+  }
+};
 
 Tensor eval(const Tensor& control, const Tensor& knots, const Tensor& points, int64_t derivative) {
   const int64_t count = control_points(knots);
-  return times(op<BasisOp>().call(points, knots, derivative), control, count, "control");
+  TORCH_CHECK_VALUE(control.dim() > 0 && control.sym_size(-1).sym_eq(count).expect_true(__FILE__, __LINE__),
+                    "control: expected a last dimension of ", count, ", got shape ", control.sym_sizes());
+  check_floats(control, "control");
+  return times(control, op<BasisOp>().call(points, knots, derivative));
 }
 
 Tensor fit(const Tensor& values, const Tensor& knots, const Tensor& points) {
-  return times(op<FitMatrixOp>().call(points, knots), values, points.size(0), "values");
+  return op<ControlOp>().call(values, op<FitMatrixOp>().call(points, knots));
 }
 
 TORCH_LIBRARY_IMPL(infold, CPU, m) {
@@ -185,6 +215,7 @@ TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("pca_reconstruct", reconstruct);
   m.impl("bspline_basis", basis);
   m.impl("bspline_fit_matrix", fit_matrix);
+  m.impl("bspline_control", control);
 }
 
 // Places are looked at on the host: Rust says so where they are not there.
@@ -193,6 +224,7 @@ TORCH_LIBRARY_IMPL(infold, CUDA, m) {
   m.impl("pca_reconstruct", reconstruct);
   m.impl("bspline_basis", basis);
   m.impl("bspline_fit_matrix", fit_matrix);
+  m.impl("bspline_control", control);
 }
 
 TORCH_LIBRARY_IMPL(infold, Meta, m) {
@@ -200,11 +232,13 @@ TORCH_LIBRARY_IMPL(infold, Meta, m) {
   m.impl("pca_reconstruct", meta_reconstruct);
   m.impl("bspline_basis", meta_basis);
   m.impl("bspline_fit_matrix", meta_fit_matrix);
+  m.impl("bspline_control", meta_control);
 }
 
 TORCH_LIBRARY_IMPL(infold, Autograd, m) {
   m.impl("pca_project", Apply<ProjectFunction, MapSignature>::call);
   m.impl("pca_reconstruct", Apply<ReconstructFunction, MapSignature>::call);
+  m.impl("bspline_control", Apply<ControlFunction, ControlOp::Signature>::call);
 }
 
 TORCH_LIBRARY_IMPL(infold, CompositeImplicitAutograd, m) {

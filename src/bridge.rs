@@ -151,6 +151,7 @@ mod ffi {
         ) -> Status;
         fn bspline_basis(points: &Tensor, knots: &Tensor, derivative: i64, out: Pin<&mut Outputs>) -> Status;
         fn bspline_fit_matrix(points: &Tensor, knots: &Tensor, out: Pin<&mut Outputs>) -> Status;
+        fn bspline_control(values: &Tensor, matrix: &Tensor, out: Pin<&mut Outputs>) -> Status;
         fn frequency_conv(
             x: &Tensor,
             weight: &Tensor,
@@ -458,6 +459,10 @@ fn bspline_basis(points: &Tensor, knots: &Tensor, derivative: i64, out: Pin<&mut
 
 fn bspline_fit_matrix(points: &Tensor, knots: &Tensor, out: Pin<&mut Outputs>) -> Status {
     call(out, |_| Ok(vec![ops::spline::fit_matrix(&need(points, "points")?, &need(knots, "knots")?)?]))
+}
+
+fn bspline_control(values: &Tensor, matrix: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| Ok(vec![ops::spline::control(&need(values, "values")?, &need(matrix, "matrix")?, pool)?]))
 }
 
 fn frequency_conv(

@@ -5,7 +5,7 @@
 //! | [`codec`] | the packed weight: format, quantisers, entropy coder | nothing above |
 //! | [`linear`] | decode-and-multiply on the CPU | `codec` |
 //! | [`spectral`] | products of spectra: block-circulant maps | `codec`, for its vectors |
-//! | [`spline`] | cubic B-splines | nothing above |
+//! | [`spline`] | cubic B-splines | `spectral`, for its vectors |
 //! | [`cuda`] | the embedded GPU kernels | nothing above |
 //! | [`parallel`] | how these split work over threads | nothing |
 //! | [`memory`] | their scratch: in whole cache lines, and counted | nothing |

@@ -4,7 +4,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::tensor::{contiguous, slice, slice_mut};
-use crate::spline::{Knots, ORDER};
+use super::{compute_kind, float_kind, rows_of, with_last, with_real};
+use crate::parallel::Pool;
+use crate::spline::{Knots, ORDER, control_points};
 use crate::{Error, Result};
 
 fn vector(tensor: &Tensor, what: &'static str) -> Result<Tensor> {
@@ -49,4 +51,26 @@ pub fn fit_matrix(points: &Tensor, knots: &Tensor) -> Result<Tensor> {
     }
     let (q, r) = Tensor::f_linalg_qr(&basis, "reduced")?;
     Ok(r.f_linalg_solve_triangular(&q.f_transpose(0, 1)?, true, true, false)?)
+}
+
+/// The control points of `values`, in their dtype, by a fit's matrix. Half precision is too rough for sums of many terms.
+pub fn control(values: &Tensor, matrix: &Tensor, pool: &dyn Pool) -> Result<Tensor> {
+    let kind = float_kind(values, "values")?;
+    let [count, points] = matrix.size()[..] else {
+        return Err(Error::argument("matrix", "shape [control points, points]", format!("{:?}", matrix.size())));
+    };
+    let rows = rows_of(values, "values", points)? as i64;
+    let (compute, device) = (compute_kind(kind), values.device());
+    let out = if device == Device::Cpu {
+        let (values, matrix) = (contiguous(values, "values", compute)?, contiguous(matrix, "matrix", compute)?);
+        let mut out = Tensor::f_empty([rows, count], (compute, device))?;
+        with_real!(compute, T => {
+            control_points::<T>(slice(&values)?, slice(&matrix)?, points as usize, slice_mut(&mut out)?, pool);
+        });
+        out
+    } else {
+        let flat = values.f_reshape([rows, points])?.f_to_kind(compute)?;
+        flat.f_mm(&matrix.f_to_device(device)?.f_to_kind(compute)?.f_transpose(0, 1)?)?
+    };
+    Ok(out.f_view(&with_last(values, count)[..])?.f_to_kind(kind)?)
 }

@@ -19,7 +19,7 @@ pub mod sparse;
 mod terms;
 mod tile;
 mod transform;
-mod vector;
+pub(crate) mod vector;
 mod whole;
 
 pub use circulant::{Circulant, input_gradient, product, spectrum_gradient};

@@ -188,9 +188,9 @@ impl Vectors for f32 {
 
 impl Vectors for f64 {
     #[cfg(target_arch = "x86_64")]
-    type Avx512 = Array<f64, 8, 32, true>;
+    type Avx512 = x86::Avx512Double;
     #[cfg(target_arch = "x86_64")]
-    type Avx = Array<f64, 4, 16, true>;
+    type Avx = x86::AvxDouble;
     type Fused = Array<f64, 2, 32, true>;
     type Portable = Array<f64, 2, 16, false>;
 }

@@ -1,0 +1,134 @@
+//! Control points of many series: each series times the few rows of a fit's matrix.
+//!
+//! The series are read once, and sums of some series with some rows stay in registers meanwhile. A series' sums are in one
+//! order whatever is computed beside it.
+
+use crate::parallel::{DisjointSlice, Pool};
+use crate::spectral::Real;
+use crate::spectral::vector::{Kernel, MOST_LANES, Vector, dispatch, lanes, load_part};
+
+/// Numbers of the series that a thread takes at a time: enough to be worth its start.
+const GRAIN: usize = 1 << 15;
+
+/// `out[series, row] = Σ values[series, point] · matrix[row, point]`, of `points` points.
+pub fn control_points<T: Real>(values: &[T], matrix: &[T], points: usize, out: &mut [T], pool: &dyn Pool) {
+    if points == 0 || out.is_empty() {
+        return out.fill(T::default());
+    }
+    let (series, rows) = (values.len() / points, matrix.len() / points);
+    let grain = GRAIN.div_ceil(points);
+    let out = DisjointSlice::new(out);
+    pool.for_ranges(series.div_ceil(grain), &|range| {
+        let range = range.start * grain..(range.end * grain).min(series);
+        // SAFETY: a pool visits each range once.
+        #[allow(unsafe_code)]
+        let out = unsafe { out.range_mut(range.start * rows..range.end * rows) };
+        let values = &values[range.start * points..range.end * points];
+        dispatch(lanes::<T>(points), Fit { values, matrix, points, rows, out });
+    });
+}
+
+struct Fit<'a, T> {
+    values: &'a [T],
+    matrix: &'a [T],
+    points: usize,
+    rows: usize,
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel<T> for Fit<'_, T> {
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        if V::REGISTERS >= 32 {
+            self.tiles::<V, 3, 8>();
+        } else {
+            self.tiles::<V, 3, 4>();
+        }
+    }
+}
+
+impl<T: Real> Fit<'_, T> {
+    #[inline(always)]
+    fn tiles<V: Vector<T>, const SERIES: usize, const ROWS: usize>(self) {
+        let Self { values, matrix, points, rows, out } = self;
+        let mut values = values.chunks_exact(SERIES * points);
+        let mut outs = out.chunks_exact_mut(SERIES * rows);
+        for (values, out) in values.by_ref().zip(outs.by_ref()) {
+            some_series::<T, V, SERIES, ROWS>(values, matrix, points, out);
+        }
+        let (values, out) = (values.remainder(), outs.into_remainder());
+        for (values, out) in values.chunks_exact(points).zip(out.chunks_exact_mut(rows)) {
+            some_series::<T, V, 1, ROWS>(values, matrix, points, out);
+        }
+    }
+}
+
+#[inline(always)]
+fn some_series<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
+    values: &[T],
+    matrix: &[T],
+    points: usize,
+    out: &mut [T],
+) {
+    let rows = matrix.len() / points;
+    let mut row = 0;
+    while rows - row >= ROWS {
+        tile::<T, V, SERIES, ROWS>(values, &matrix[row * points..], points, &mut out[row..], rows);
+        row += ROWS;
+    }
+    while row < rows {
+        tile::<T, V, SERIES, 1>(values, &matrix[row * points..], points, &mut out[row..], rows);
+        row += 1;
+    }
+}
+
+/// The sums of `SERIES` series with `ROWS` rows; a series' results lie `stride` apart.
+#[inline(always)]
+fn tile<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
+    values: &[T],
+    matrix: &[T],
+    points: usize,
+    out: &mut [T],
+    stride: usize,
+) {
+    let whole = points - points % V::LANES;
+    assert!(values.len() >= SERIES * points && matrix.len() >= ROWS * points);
+    let mut sums = [[V::splat(T::default()); ROWS]; SERIES];
+    for point in (0..whole).step_by(V::LANES) {
+        // SAFETY: inside the last row, as the assertion says.
+        #[allow(unsafe_code)]
+        let at = |from: &[T], row: usize| unsafe { V::load_at(from, row * points + point) };
+        add_products(&mut sums, |series| at(values, series), |row| at(matrix, row));
+    }
+    if whole < points {
+        let rest = |from: &[T], row: usize| load_part::<T, V>(&from[row * points + whole..(row + 1) * points]);
+        add_products(&mut sums, |series| rest(values, series), |row| rest(matrix, row));
+    }
+    // No loop: sums that are looked up by a variable would lie in memory all along.
+    let totals: [[T; ROWS]; SERIES] = std::array::from_fn(|i| std::array::from_fn(|j| total(sums[i][j])));
+    for (totals, out) in totals.iter().zip(out.chunks_mut(stride)) {
+        out[..ROWS].copy_from_slice(totals);
+    }
+}
+
+#[inline(always)]
+fn add_products<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
+    sums: &mut [[V; ROWS]; SERIES],
+    series: impl Fn(usize) -> V,
+    row: impl Fn(usize) -> V,
+) {
+    let series: [V; SERIES] = std::array::from_fn(series);
+    for j in 0..ROWS {
+        let row = row(j);
+        for i in 0..SERIES {
+            sums[i][j] = series[i].multiply_add(row, sums[i][j]);
+        }
+    }
+}
+
+#[inline(always)]
+fn total<T: Real, V: Vector<T>>(vector: V) -> T {
+    let mut lanes = [T::default(); MOST_LANES];
+    vector.store(&mut lanes);
+    lanes[..V::LANES].iter().fold(T::default(), |total, &lane| total + lane)
+}
