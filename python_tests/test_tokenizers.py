@@ -116,6 +116,7 @@ def test_splines_are_scipys(count: int) -> None:
     for op, arguments in (
         (ops.bspline_basis, (points, knots, 1)),
         (ops.bspline_fit_matrix, (points, knots)),
+        (ops.bspline_control, (values, ops.bspline_fit_matrix(points, knots))),
         (ops.bspline_fit, (values, knots, points)),
         (ops.bspline_eval, (control.detach().requires_grad_(), knots, places, 2)),
     ):
@@ -135,6 +136,8 @@ def test_splines_refuse_by_name() -> None:
         (lambda: ops.bspline_fit(values[:3], knots, points[:3]), "got none for control point 3"),
         (lambda: ops.bspline_fit(values[1:], knots, points), "values: expected a last dimension of 9"),
         (lambda: ops.bspline_eval(values, knots, points), "control: expected a last dimension of 4"),
+        (lambda: ops.bspline_control(values, points), r"matrix: expected shape \[control points, points\]"),
+        (lambda: ops.bspline_control(values.long(), points[None]), "values: expected a float32"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,6 +1,8 @@
-//! Basis functions against their truncated powers' divided differences in the textbook form, and known values.
+//! Basis functions against their truncated powers' divided differences in the textbook form, and known values; fits against
+//! plain sums.
 
-use infold::spline::Knots;
+use infold::parallel::{Serial, Threads};
+use infold::spline::{Knots, control_points};
 
 fn clamped(count: usize, end: f64) -> Vec<f64> {
     let inner = (0..=count - 3).map(|i| end * i as f64 / (count - 3) as f64);
@@ -81,5 +83,43 @@ fn control_points_without_a_point_of_their_own_are_named() {
 fn wrong_knots_are_refused() {
     for knots in [vec![0.0; 8], vec![0.0; 7], vec![0.0, 0.0, 0.0, 0.0, 2.0, 1.0, 3.0, 3.0, 3.0], vec![f64::NAN; 9]] {
         assert!(Knots::new(&knots).is_err_and(|error| error.to_string().starts_with("knots: expected")));
+    }
+}
+
+/// Numbers from −1 to 1 that depend on a seed and a place.
+fn numbers(count: usize, seed: usize) -> Vec<f64> {
+    (0..count).map(|i| ((i * 7919 + seed * 104_729) % 10_007) as f64 / 5003.0 - 1.0).collect()
+}
+
+#[test]
+fn fits_are_sums_of_products_in_any_company() {
+    // More and fewer than there are lanes, registers and numbers to a thread.
+    for (series, points, rows) in [
+        (1, 1, 1),
+        (2, 9, 4),
+        (7, 31, 5),
+        (10, 64, 8),
+        (11, 100, 9),
+        (3, 1000, 17),
+        (100, 1003, 8),
+        (4, 0, 3),
+        (0, 5, 3),
+    ] {
+        let (values, matrix) = (numbers(series * points, 1), numbers(rows * points, 2));
+        let (mut out, mut single) = (vec![f64::NAN; series * rows], vec![f32::NAN; series * rows]);
+        control_points(&values, &matrix, points, &mut out, &Threads(3));
+        let narrow = |numbers: &[f64]| numbers.iter().map(|&x| x as f32).collect::<Vec<_>>();
+        control_points(&narrow(&values), &narrow(&matrix), points, &mut single, &Serial);
+        for index in 0..series * rows {
+            let (i, j) = (index / rows, index % rows);
+            let expected: f64 = (0..points).map(|k| values[i * points + k] * matrix[j * points + k]).sum();
+            assert!((out[index] - expected).abs() <= 1e-15 * points as f64, "{series} {points} {rows}: {index}");
+            assert!((f64::from(single[index]) - expected).abs() <= 2e-6 * points as f64, "{series} {points} {rows}");
+        }
+        for i in 0..series {
+            let mut alone = vec![f64::NAN; rows];
+            control_points(&values[i * points..(i + 1) * points], &matrix, points, &mut alone, &Serial);
+            assert_eq!(alone, out[i * rows..(i + 1) * rows]);
+        }
     }
 }

@@ -93,11 +93,14 @@ fn tile<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
 ) {
     let whole = points - points % V::LANES;
     assert!(values.len() >= SERIES * points && matrix.len() >= ROWS * points);
-    let mut sums = [[V::splat(T::default()); ROWS]; SERIES];
+    let mut sums = [[V::splat(T::default()); SERIES]; ROWS];
     for point in (0..whole).step_by(V::LANES) {
         // SAFETY: inside the last row, as the assertion says.
         #[allow(unsafe_code)]
         let at = |from: &[T], row: usize| unsafe { V::load_at(from, row * points + point) };
+        for series in 0..SERIES {
+            V::prefetch(values, (SERIES + series) * points + point);
+        }
         add_products(&mut sums, |series| at(values, series), |row| at(matrix, row));
     }
     if whole < points {
@@ -105,7 +108,7 @@ fn tile<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
         add_products(&mut sums, |series| rest(values, series), |row| rest(matrix, row));
     }
     // No loop: sums that are looked up by a variable would lie in memory all along.
-    let totals: [[T; ROWS]; SERIES] = std::array::from_fn(|i| std::array::from_fn(|j| total(sums[i][j])));
+    let totals: [[T; ROWS]; SERIES] = std::array::from_fn(|i| std::array::from_fn(|j| total(sums[j][i])));
     for (totals, out) in totals.iter().zip(out.chunks_mut(stride)) {
         out[..ROWS].copy_from_slice(totals);
     }
@@ -113,15 +116,15 @@ fn tile<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
 
 #[inline(always)]
 fn add_products<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
-    sums: &mut [[V; ROWS]; SERIES],
+    sums: &mut [[V; SERIES]; ROWS],
     series: impl Fn(usize) -> V,
     row: impl Fn(usize) -> V,
 ) {
     let series: [V; SERIES] = std::array::from_fn(series);
-    for j in 0..ROWS {
+    for (j, sums) in sums.iter_mut().enumerate() {
         let row = row(j);
-        for i in 0..SERIES {
-            sums[i][j] = series[i].multiply_add(row, sums[i][j]);
+        for (sum, series) in sums.iter_mut().zip(&series) {
+            *sum = series.multiply_add(row, *sum);
         }
     }
 }
