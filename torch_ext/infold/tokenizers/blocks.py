@@ -78,6 +78,11 @@ class Blocks:
             "total": self.total.reshape(1),
         }
 
+    def to(self, device: torch.device) -> None:
+        """Moves what is kept, in place."""
+        self.mean, self.components = self.mean.to(device), self.components.to(device)
+        self.singular_values, self.total = self.singular_values.to(device), self.total.to(device)
+
     @classmethod
     def of(cls, count: int, kept: int, tensors: Mapping[str, Tensor], path: Path) -> Blocks:
         """The inverse of `tensors`."""

@@ -29,9 +29,10 @@ class PCA:
     """Principal component analysis, with scikit-learn's names.
 
     n_components: how many, k.
-    method: ``"moments"``, exact from a stream by the d × d scatter matrix; ``"blocks"``, from a stream in O(k·d)
-        memory, close to exact; ``"auto"``, the first for up to 4,096 features, else the second. Of all samples at once:
-        ``"exact"``, an SVD in float64; ``"randomized"`` (Halko et al. 2011).
+    method: ``"moments"``, exact from a stream by the d × d scatter matrix (an SVD while one batch of few samples is
+        all); ``"blocks"``, from a stream in O(k·d) memory, close to exact; ``"auto"``, the first for up to 4,096
+        features, else the second. Of all samples at once: ``"exact"``, an SVD in float64; ``"randomized"`` (Halko et
+        al. 2011).
     whiten: `transform` divides by each component's standard deviation; components_ stay orthonormal.
     seed: of ``"randomized"``.
 
@@ -141,8 +142,7 @@ class PCA:
             merged.merge(state)
         self._stream, self._count, self._dtype, self._result = merged._stream, merged._count, merged._dtype, None
         if device is not None and self._stream is not None:
-            for name, tensor in self._stream.tensors().items():
-                setattr(self._stream, name, tensor.to(device).reshape(getattr(self._stream, name).shape))
+            self._stream.to(device)
         return self
 
     @property
