@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infold.tokenizers._files import take
-from infold.tokenizers.rows import refuse_not_finite
+from infold.tokenizers.rows import combined, refuse_not_finite
 
 #: Rows whose int8 squares sum to less than 2³¹.
 _INTEGER_ROWS = (2**31 - 1) // 128**2
@@ -25,7 +25,7 @@ _FEW = 4
 
 
 class Moments:
-    """Streams samples of d features into (d) and (d, d) float64, combined as in Chan, Golub and LeVeque (1982).
+    """Streams samples of d features into (d) and (d, d) float64.
 
     uint8 is summed in integers, exactly; float16, bfloat16 and float32 in float32, 4,096 rows at a time, about the
     mean of the batch's first rows. A first batch of few samples is kept instead of its scatter, until there are more.
@@ -93,13 +93,10 @@ class Moments:
         return state
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total = self.count + count
-        delta = mean - self.mean
         joint = self.scatter
+        self.count, self.mean, step = combined(self.count, self.mean, count, mean)
         joint += scatter
-        joint.addr_(delta, delta, alpha=self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count = total
+        joint.addr_(step, step)
 
 
 Part = tuple[int, Tensor, Tensor]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from infold.tokenizers.rows import with_signs
+from infold.tokenizers.rows import combined, with_signs
 
 
 class SeparablePCA:
@@ -116,19 +116,15 @@ class SeparablePCA:
             raise ValueError(f"x: expected finite numbers, got others in sample {int((~finite).nonzero()[0])}")
         if not len(data):
             return
-        mean = data.mean(0)
-        scatter = [_mode_scatter(data - mean, n) for n in range(len(sizes))]
         if self._mean is None:
-            self._shape, self._mean, self._scatter = x.shape[1:], mean, scatter
+            self._shape, self._mean = x.shape[1:], data.new_zeros(sizes)
+            self._scatter = [data.new_zeros(size, size) for size in sizes]
             self._dtype = x.dtype if x.is_floating_point() else torch.float32
-        else:
-            # Of two sets of samples about their joint mean (Chan et al. 1983).
-            before, now = self.n_samples_seen_, len(data)
-            shift = mean - self._mean
-            for n, (total, new) in enumerate(zip(self._scatter, scatter, strict=True)):
-                total += new + before * now / (before + now) * _mode_scatter(shift[None], n)
-            self._mean = self._mean + shift * (now / (before + now))
-        self.n_samples_seen_ += len(data)
+        mean = data.mean(0)
+        self.n_samples_seen_, self._mean, step = combined(self.n_samples_seen_, self._mean, len(data), mean)
+        centred = data - mean
+        for n, scatter in enumerate(self._scatter):
+            scatter += _mode_scatter(centred, n) + _mode_scatter(step[None], n)
 
     def _solve(self) -> None:
         if self._mean is None or self.n_samples_seen_ < 2:
