@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,22 @@ def take(
         want = f"{dtype} of shape ({', '.join('any' if size is None else str(size) for size in shape)})"
         raise CorruptWeightError(f"{path}: {name}", "tensor", f"expected {want}, got {tensor.dtype} of {tensor.shape}")
     return tensor
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises CorruptWeightError for a tensor with a number that is not finite."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CorruptWeightError(f"{path}: {name}", "tensor", "expected finite numbers")
+
+
+@contextlib.contextmanager
+def reading_metadata(path: str | Path) -> Iterator[None]:
+    """Raises CorruptWeightError where metadata lack something, or say what no object of theirs can be."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptWeightError(str(path), "metadata", f"expected what a state has, got {error!r}") from error
 
 
 def _checksum(tensor: Tensor) -> int:

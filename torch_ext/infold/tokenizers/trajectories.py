@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from infold._library import CorruptWeightError, ops
+from infold._library import ops
 from infold.tiers.units import units
-from infold.tokenizers._files import load_state, save_state, take
+from infold.tokenizers._files import load_state, reading_metadata, save_state, take
 from infold.tokenizers.splines import BSpline, FitError, clamped_knots
 
 #: What gives a series' next value: a number, or a tensor of always one shape.
@@ -535,7 +535,7 @@ class TrajectoryRecorder:
         Raises CorruptWeightError for a damaged file, and ValueError for another version and for another kind of file.
         """
         tensors, metadata = load_state(path, _KIND, _VERSION)
-        try:
+        with reading_metadata(path):
             n, resolution = int(metadata["n"]), int(metadata["resolution"])
             # Before anything of this size is made.
             products = take(tensors, "products", torch.float64, (_cells(n, resolution) + 3, 4), path)
@@ -551,8 +551,6 @@ class TrajectoryRecorder:
                 start, end = end, end + (math.prod(series.shape) if recorder.samples else 0)
                 series.columns = slice(start, end)
                 recorder._series[each["name"]] = series
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptWeightError(str(path), "metadata", f"expected a recorder's, got {error!r}") from error
         rows = len(products)
         shapes = {"sums": (rows, end), "squares": (end,), "origin": (end,), "latest": (end,)}
         recorder._products = products
