@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,11 @@ def test_damage_is_named(file: Path) -> None:
         load_state(file, "Thing", 2)
 
 
-def forge(file: Path, fields: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Writes metadata with the checksum that fits them."""
+def forge(file: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Changes metadata and the checksum that fits them."""
+    with safe_open(file, "pt") as opened:
+        fields = change(opened.metadata())
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     order = ("kind", "version", "metadata", "checksums")
     checksum = str(zlib.crc32("\n".join(fields[name] for name in order).encode()))
     save_file(tensors, file, {**fields, "metadata_checksum": checksum})
@@ -122,9 +126,7 @@ def forge(file: Path, fields: dict[str, str], tensors: dict[str, Tensor]) -> Non
     ("field", "text"), [("metadata", "[]"), ("metadata", "{"), ("checksums", "3"), ("checksums", '{"gone": 1}')]
 )
 def test_a_forged_field_is_named(file: Path, field: str, text: str) -> None:
-    with safe_open(file, "pt") as opened:
-        fields = opened.metadata()
-    forge(file, {**fields, field: text}, {})
+    forge(file, lambda fields: {**fields, field: text})
     with pytest.raises(CorruptWeightError, match=f"`{field}`"):
         load_state(file, "Thing", 2)
 
@@ -223,10 +225,6 @@ def test_pcas_that_make_no_sense_are_refused(
 def test_a_number_without_end_is_refused(file: Path) -> None:
     """JSON may hold one that no JSON of ours does."""
     FITTED["sparse-pca"]().save(file)
-    with safe_open(file, "pt") as opened:
-        fields = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    fields["metadata"] = fields["metadata"].replace('"count": 9', '"count": 1e999')
-    forge(file, fields, tensors)
+    forge(file, lambda f: {**f, "metadata": f["metadata"].replace('"count": 9', '"count": 1e999')})
     with pytest.raises(CorruptWeightError, match="`metadata`"):
         SparsePCA.load(file)
