@@ -247,8 +247,8 @@ class SplinePCATokenizer(PCATokenizer):
         rows = _rows(x, patch_size).flatten(0, -2)
         best: tuple[float, MonotoneSpline] | None = None
         errors: dict[float, float] = {}
-        for strength in sorted({0.0, *strengths}):
-            spline = MonotoneSpline.fit(rows, knots, strength)
+        ascending = sorted({0.0, *strengths})
+        for strength, spline in zip(ascending, MonotoneSpline.fit_all(rows, knots, ascending), strict=True):
             if strength and not bool(spline.bent.any()):
                 errors[strength] = errors[0.0]
                 continue
