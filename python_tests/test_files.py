@@ -18,7 +18,7 @@ from conftest import CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from infold import CorruptWeightError, FusedConfig
-from infold.files import _checksum, _metadata_checksum
+from infold.checked_files import metadata_checksum, tensor_checksum
 from infold.nn import PackedModule
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -118,7 +118,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("infold.files.os.fsync", fail)
+    monkeypatch.setattr("infold.checked_files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         infold.save(model, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before
@@ -148,7 +148,7 @@ def rewritten(path: Path, change: Any) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(tensors, metadata)
     if "metadata_checksum" in metadata:
-        metadata["metadata_checksum"] = str(_metadata_checksum(metadata))
+        metadata["metadata_checksum"] = metadata_checksum(metadata, ("format", "modules", "aliases", "checksums"))
     save_file(tensors, path, metadata)
 
 
@@ -193,7 +193,7 @@ def test_wrong_dtypes_are_named(tmp_path: Path) -> None:
         def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
             tensors[name] = tensors[name].to(dtype)
             checksums = json.loads(metadata["checksums"])
-            checksums[name] = _checksum(tensors[name])
+            checksums[name] = tensor_checksum(tensors[name])
             metadata["checksums"] = json.dumps(checksums)
 
         return change

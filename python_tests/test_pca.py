@@ -85,6 +85,59 @@ def test_bytes_are_summed_alike_without_integer_products(monkeypatch: pytest.Mon
     assert torch.equal(PCA(8).fit(x)._stream.scatter, expected._stream.scatter)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
+def test_few_samples_are_not_decomposed_by_features(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = spectrum(100, 200, 0.95)
+    x = (x * 20 + 60).clamp(0, 255).to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    limit = 1e-7 if dtype == torch.float64 else 1e-5
+    sizes: list[int] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix))
+    few = x[:50]
+    pca = PCA(8).fit(passed := few.clone())
+    passed.zero_()
+    check_fit(pca, few, limit)
+    assert not sizes
+    check_fit(pca.partial_fit(x[50:]), x, limit)
+    assert sizes == [200]
+    check_fit(PCA(8).fit([x[:60], x[60:]]), x, limit)
+    check_fit(PCA(8).fit(few).merge(PCA(8).fit(x[50:])), x, limit)
+    check_fit(PCA(8).fit(x[50:]).merge(PCA(8).fit(few)), x, limit)
+    check_fit(PCA(8).merge(PCA(8).fit(few)), few, limit)
+
+
+def check_fit(pca: PCA, x: Tensor, limit: float) -> None:
+    peer = sklearn(x, 8)
+    assert pca.n_samples_seen_ == len(x)
+    assert angle(pca, peer) < limit
+    np.testing.assert_allclose(pca.explained_variance_, peer.explained_variance_, rtol=limit)
+    np.testing.assert_allclose(pca.explained_variance_ratio_, peer.explained_variance_ratio_, rtol=limit)
+    np.testing.assert_allclose(pca.mean_, peer.mean_, rtol=limit)
+
+
+def test_few_samples_that_are_wrong_are_refused() -> None:
+    x = spectrum(10, 60).float()
+    bad = x.clone()
+    bad[7, 5] = float("inf")
+    pca = PCA(4)
+    with pytest.raises(ValueError, match=r"x: expected finite numbers, got inf at \[7, 5\]"):
+        pca.partial_fit(bad)
+    with pytest.raises(ValueError, match="pass float64"):
+        pca.partial_fit(x * 1e30)
+    assert pca.n_samples_seen_ == 0
+    assert torch.equal(pca.partial_fit(x).components_, PCA(4).fit(x).components_)
+
+
+def test_few_samples_are_saved_and_go_on(tmp_path: Path) -> None:
+    x = spectrum(40, 60)
+    pca = PCA(4, whiten=True).fit(x[:15])
+    pca.save(tmp_path / "pca.safetensors")
+    loaded = PCA.load(tmp_path / "pca.safetensors")
+    assert torch.equal(loaded.components_, pca.components_)
+    assert torch.equal(loaded.partial_fit(x[15:]).components_, pca.partial_fit(x[15:]).components_)
+    assert angle(loaded, sklearn(x, 4)) < 1e-7
+
+
 @pytest.mark.parametrize("method", STREAMS)
 def test_batches_give_what_one_fit_gives(method: str) -> None:
     x = spectrum(600)

@@ -163,6 +163,26 @@ def test_few_clips_favour_separable_components_and_many_values_plain_ones(monkey
     assert pca.explained_variance_ratio(seen) < explained(seen)
 
 
+@pytest.mark.parametrize("modes", [None, ((2, 0), (1,))])
+def test_a_saved_one_is_the_same_and_goes_on(modes, tmp_path: Path) -> None:
+    x = (smooth(40, (3, 4, 5), 8) * 20 + 128).clamp(0, 255).to(torch.uint8)
+    pca = SeparablePCA((2, 3) if modes else (2, 3, 2), modes=modes)
+    with pytest.raises(ValueError, match="call fit first"):
+        pca.save(tmp_path / "pca")
+    pca.fit(x[:25]).save(tmp_path / "pca")
+    loaded = SeparablePCA.load(tmp_path / "pca")
+    for _ in range(2):
+        assert torch.equal(loaded.mean_, pca.mean_)
+        for name in ("components_", "mode_variance_"):
+            pairs = zip(getattr(loaded, name), getattr(pca, name), strict=True)
+            assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+        for name in ("ranks", "modes", "discarded_variance_ratio_", "n_samples_seen_"):
+            assert getattr(loaded, name) == getattr(pca, name)
+        assert torch.equal(loaded.inverse_transform(loaded.transform(x)), pca.inverse_transform(pca.transform(x)))
+        loaded.partial_fit(x[25:])
+        pca.partial_fit(x[25:])
+
+
 def test_bad_input_is_refused_by_name() -> None:
     x = smooth(10, (4, 5), 7)
     for ranks, modes in [((), None), ((0, 2), None)]:

@@ -1,5 +1,7 @@
 """SparsePCA, against scikit-learn, planted components and dense float64 linear algebra."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -194,6 +196,25 @@ def test_results_repeat_and_follow_the_sign_and_dtype_of_the_data() -> None:
     of_bytes, of_floats = (SparsePCA(2, penalty=0.2).fit(data) for data in (images, images.float()))
     assert torch.equal(of_bytes.components_, of_floats.components_)
     assert torch.equal(of_bytes.transform(images), of_floats.transform(images.float()))
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 2, "groups": [0, 0, 0, 1, 1, 2, 2, 3]}, {"penalty": 0.2}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_saved_one_is_the_same(options, dtype, tmp_path: Path) -> None:
+    x = spread(30, 8, 0).to(dtype)
+    pca = SparsePCA(3, max_iter=500, tol=1e-8, refit=False, **options)
+    with pytest.raises(ValueError, match="call fit first"):
+        pca.save(tmp_path / "pca")
+    pca.fit(x).save(tmp_path / "pca")
+    loaded = SparsePCA.load(tmp_path / "pca")
+    for name in ("components_", "mean_", "explained_variance_", "explained_variance_ratio_"):
+        assert torch.equal(getattr(loaded, name), getattr(pca, name))
+    for name in ("n_iter_", "n_samples_seen_", "n_features_in_", "penalty", "sparsity", "refit", "max_iter", "tol"):
+        assert getattr(loaded, name) == getattr(pca, name)
+    assert torch.equal(loaded.transform(x), pca.transform(x))
+    assert torch.equal(loaded.inverse_transform(loaded.transform(x)), pca.inverse_transform(pca.transform(x)))
+    more = spread(30, 8, 1).to(dtype)
+    assert torch.equal(loaded.fit(more).components_, pca.fit(more).components_)
 
 
 def test_bad_input_is_refused_by_name() -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from infold import CorruptWeightError
+from infold.tokenizers import SeparablePCA, SparsePCA
 from infold.tokenizers._files import load_state, save_state, take
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -109,16 +112,21 @@ def test_damage_is_named(file: Path) -> None:
         load_state(file, "Thing", 2)
 
 
+def forge(file: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Changes metadata and the checksum that fits them."""
+    with safe_open(file, "pt") as opened:
+        fields = change(opened.metadata())
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    order = ("kind", "version", "metadata", "checksums")
+    checksum = str(zlib.crc32("\n".join(fields[name] for name in order).encode()))
+    save_file(tensors, file, {**fields, "metadata_checksum": checksum})
+
+
 @pytest.mark.parametrize(
     ("field", "text"), [("metadata", "[]"), ("metadata", "{"), ("checksums", "3"), ("checksums", '{"gone": 1}')]
 )
 def test_a_forged_field_is_named(file: Path, field: str, text: str) -> None:
-    with safe_open(file, "pt") as opened:
-        fields = opened.metadata()
-    fields[field] = text
-    order = ("kind", "version", "metadata", "checksums")
-    fields["metadata_checksum"] = str(zlib.crc32("\n".join(fields[name] for name in order).encode()))
-    save_file({}, file, fields)
+    forge(file, lambda fields: {**fields, field: text})
     with pytest.raises(CorruptWeightError, match=f"`{field}`"):
         load_state(file, "Thing", 2)
 
@@ -134,3 +142,89 @@ def test_take_checks_dtype_and_shape(file: Path) -> None:
     ):
         with pytest.raises(CorruptWeightError, match=name):
             take(found, name, dtype, shape, file)
+
+
+def samples(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+FITTED = {
+    "sparse-pca": lambda: SparsePCA(2, sparsity=2, groups=[0, 0, 1, 1, 2]).fit(samples(9, 5)),
+    "separable-pca": lambda: SeparablePCA((2, 1), modes=((1,), (0, 2))).fit(samples(9, 2, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", FITTED)
+def test_damaged_pcas_are_refused(kind: str, file: Path) -> None:
+    pca = FITTED[kind]()
+    with pytest.raises(ValueError, match=f"expected a file of kind '{kind}', got 'Thing'"):
+        type(pca).load(file)
+    pca.save(file)
+    data = file.read_bytes()
+    for length in range(0, len(data), 7):
+        file.write_bytes(data[:length])
+        with pytest.raises(CorruptWeightError):
+            type(pca).load(file)
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        with pytest.raises((CorruptWeightError, ValueError)):
+            type(pca).load(file)
+    file.write_bytes(data)
+    save_state(file, kind, 2, *load_state(file, kind, 1))
+    with pytest.raises(ValueError, match=f"expected version 1 of '{kind}', got 2"):
+        type(pca).load(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "said"),
+    [
+        ("sparse-pca", {"components": torch.zeros(2, 4).double()}, {}),
+        ("sparse-pca", {"components": torch.zeros(2, 5)}, {}),
+        ("sparse-pca", {"projection": torch.zeros(2, 5).double()}, {}),
+        ("sparse-pca", {"variance": torch.tensor([1, torch.nan]).double()}, {}),
+        ("sparse-pca", {"mean": torch.zeros(5, dtype=torch.int64)}, {}),
+        ("sparse-pca", {"mean": None}, {}),
+        ("sparse-pca", {"groups": torch.zeros(4, dtype=torch.int64)}, {}),
+        ("sparse-pca", {"groups": torch.zeros(5)}, {}),
+        ("sparse-pca", {}, {"n_components": 3}),
+        ("sparse-pca", {}, {"n_components": "many"}),
+        ("sparse-pca", {}, {"sparsity": None}),
+        ("sparse-pca", {}, {"penalty": 0.1}),
+        ("sparse-pca", {}, {"n_iter": [3]}),
+        ("sparse-pca", {}, {"count": None}),
+        ("separable-pca", {"mean": torch.zeros(2, 3).double()}, {}),
+        ("separable-pca", {"mean": torch.zeros(2, 2, 3).double()}, {}),
+        ("separable-pca", {"mean": torch.full((2, 3, 2), torch.inf).double()}, {}),
+        ("separable-pca", {"scatter.1": torch.zeros(4, 3).double()}, {}),
+        ("separable-pca", {"scatter.1": None}, {}),
+        ("separable-pca", {"components.0": torch.zeros(2, 3, dtype=torch.int64)}, {}),
+        ("separable-pca", {"components.1": torch.zeros(1, 4)}, {}),
+        ("separable-pca", {"variance.0": torch.zeros(2).double()}, {}),
+        ("separable-pca", {"discarded": torch.zeros(3).double()}, {}),
+        ("separable-pca", {}, {"ranks": [4, 1]}),
+        ("separable-pca", {}, {"ranks": 2}),
+        ("separable-pca", {}, {"modes": [[0], [0, 2]]}),
+        ("separable-pca", {}, {"modes": None}),
+        ("separable-pca", {}, {"count": 1}),
+    ],
+)
+def test_pcas_that_make_no_sense_are_refused(
+    kind: str, changed: dict[str, Tensor | None], said: dict[str, Any], file: Path
+) -> None:
+    pca = FITTED[kind]()
+    pca.save(file)
+    tensors, metadata = load_state(file, kind, 1)
+    forged = {name: tensor for name, tensor in {**tensors, **changed}.items() if tensor is not None}
+    save_state(file, kind, 1, forged, {**metadata, **said})
+    with pytest.raises(CorruptWeightError):
+        type(pca).load(file)
+
+
+def test_a_number_without_end_is_refused(file: Path) -> None:
+    """JSON may hold one that no JSON of ours does."""
+    FITTED["sparse-pca"]().save(file)
+    forge(file, lambda f: {**f, "metadata": f["metadata"].replace('"count": 9', '"count": 1e999')})
+    with pytest.raises(CorruptWeightError, match="`metadata`"):
+        SparsePCA.load(file)

@@ -206,6 +206,21 @@ def test_a_fit_makes_dimensions_normal() -> None:
     torch.testing.assert_close(MonotoneSpline.fit(x, 16, 0.0)(x), x, rtol=1e-5, atol=1e-5)
 
 
+def test_several_strengths_are_as_each_alone_and_sort_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.cat([skewed(500), pictures(500).flatten(1)[:, :8].float(), torch.ones(500, 1)], 1)
+    strengths = (0.0, 0.25, 0.5, 1.0)
+    alone = [MonotoneSpline.fit(x, 8, strength) for strength in strengths]
+    sorts: list[torch.Size] = []
+    sort = Tensor.sort
+    monkeypatch.setattr(Tensor, "sort", lambda self, dim: sorts.append(self.shape) or sort(self, dim))
+    together = MonotoneSpline.fit_all(x, 8, strengths)
+    assert sorts == [(33, 500)]
+    for one, other in zip(together, alone, strict=True):
+        assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert SplinePCATokenizer.fit(x, 3, strengths=strengths).validation.keys() == set(strengths)
+    assert len(sorts) == 2
+
+
 def test_dimensions_of_few_values_stay_as_they_are() -> None:
     x = skewed(500, 3)
     x[:, 1] = 5

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infold.files import replacing
+from infold.checked_files import replacing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infold._library import CorruptWeightError
+from infold.checked_files import CHECKSUMS, destination, read, read_object, tensor_checksum, verify, write
 from infold.config import Mode
 from infold.frequency_layers import FrequencyLayer, options_of, rebuilt
 from infold.layers import dense_kind, dense_weight, packed_kind, packed_like, weight_of, would_lose
@@ -25,6 +20,7 @@ from infold.nn import FusedDecompressConv, PackedModule
 from infold.packed import Packed, read_header
 
 _FORMAT = "infold-1"
+_METADATA = ("modules", "aliases", CHECKSUMS)
 _FIELDS = ("payload", "directory", "tables", "scales")
 #: Those of frequency layers, of either kind and storage.
 _SPECTRUM = ("spectrum", "codes", "words", "coefficients", "indices")
@@ -62,43 +58,8 @@ def save(model: nn.Module, path: str | Path) -> None:
             first[key] = name
             # A copy where tensors overlap without being the same: safetensors stores no views.
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    metadata = {
-        "format": _FORMAT,
-        "modules": json.dumps(modules),
-        "aliases": json.dumps(aliases),
-        "checksums": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()}),
-    }
-    metadata["metadata_checksum"] = str(_metadata_checksum(metadata))
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
-
-
-def destination(path: str | Path) -> Path:
-    """Where a file can be written: what a link names is replaced, not the link. Raises OSError where none can be."""
-    path = Path(path).resolve()
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "expected a folder", str(path.parent))
-    return path
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write in the place of ``path``, which it takes, synced, once it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # With the mode that any new file gets here; safetensors' own would be its owner's alone.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    metadata = {"format": _FORMAT, "modules": json.dumps(modules), "aliases": json.dumps(aliases)}
+    write(path, tensors, metadata, tensor_checksum)
 
 
 @torch.inference_mode(False)
@@ -109,12 +70,9 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     the tensor and the field, and ValueError where the file is of another model, or no file of `save`.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
     tensors, metadata = _read(path)
-    modules = _json(metadata, "modules", path, dict)
-    aliases = _json(metadata, "aliases", path, str)
-    _verify(tensors, _json(metadata, "checksums", path, int))
+    modules = read_object(metadata, "modules", path, dict)
+    aliases = read_object(metadata, "aliases", path, str)
     for alias, name in aliases.items():
         if name not in tensors:
             raise CorruptWeightError(alias, "aliases", f"expected a tensor of the file, got {name!r}")
@@ -151,52 +109,15 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict({name: rest[name] for name in rest.keys() - on_meta}, strict=False)
 
 
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise CorruptWeightError(str(path), "file", str(error)) from error
-    if not {"modules", "aliases", "checksums"} & metadata.keys():
+    tensors, metadata = read(path)
+    if not set(_METADATA) & metadata.keys():
         raise ValueError(f"{path}: expected a file of infold.save, got one without its metadata")
     found = metadata.get("format")
     if found != _FORMAT:
         raise CorruptWeightError(str(path), "format", f"expected {_FORMAT!r}, got {found!r}")
-    checksum = str(_metadata_checksum(metadata))
-    if metadata.get("metadata_checksum") != checksum:
-        found = metadata.get("metadata_checksum")
-        raise CorruptWeightError(str(path), "metadata_checksum", f"expected {found}, got {checksum}")
+    verify(tensors, metadata, ("format", *_METADATA), tensor_checksum, path)
     return tensors, metadata
-
-
-def _metadata_checksum(metadata: Mapping[str, str]) -> int:
-    fields = (metadata.get(field, "") for field in ("format", "modules", "aliases", "checksums"))
-    return zlib.crc32("\n".join(fields).encode())
-
-
-def _json(metadata: Mapping[str, str], field: str, path: Path, kind: type) -> dict[str, Any]:
-    """An object of the metadata, whose values are all of one kind."""
-    try:
-        value = json.loads(metadata[field])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise CorruptWeightError(str(path), field, f"expected JSON, got {type(error).__name__}") from error
-    if not isinstance(value, dict) or not all(isinstance(item, kind) for item in value.values()):
-        raise CorruptWeightError(str(path), field, f"expected an object of {kind.__name__}s")
-    return value
-
-
-def _verify(tensors: Mapping[str, Tensor], checksums: Mapping[str, int]) -> None:
-    for name in checksums.keys() - tensors.keys():
-        raise CorruptWeightError(name, "checksums", "expected the tensor in the file, got none")
-    for name, tensor in tensors.items():
-        found = _checksum(tensor)
-        if checksums.get(name) != found:
-            raise CorruptWeightError(name, "checksum", f"expected {checksums.get(name)}, got {found}")
 
 
 def _target(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infold import spectral
-from infold.files import replacing
+from infold.checked_files import replacing
 from infold.layers import is_transposed_linear
 from infold.nn import FrequencyLinear, SparseFrequencyLinear
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from infold.files import replacing
+from infold.checked_files import replacing
 from infold.tiers.gguf import gguf_name
 from infold.tiers.plan import Placement, Plan
 from infold.tiers.problem import check_names, fingerprint

@@ -9,7 +9,8 @@ from infold.tokenizers.pca import PCA
 from infold.tokenizers.separable_pca import SeparablePCA
 from infold.tokenizers.sparse_pca import SparsePCA
 from infold.tokenizers.splines import BSpline, FitError, clamped_knots, fit_bspline
-from infold.tokenizers.trajectories import Trajectory, TrajectoryRecorder
+from infold.tokenizers.trajectories import TrajectoryRecorder
+from infold.tokenizers.trajectory_report import Trajectory
 
 __all__ = [
     "BANDS",

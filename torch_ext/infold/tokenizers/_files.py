@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infold._library import CorruptWeightError
-from infold.files import destination, replacing
+from infold.checked_files import CHECKSUMS, destination, read, read_object, tensor_checksum, verify, write
 
 #: Beside the tensors: ``kind`` and ``version`` of the state, its ``metadata`` and the tensors' ``checksums`` as JSON.
-_FIELDS = ("kind", "version", "metadata", "checksums")
-_CHECKSUM = "metadata_checksum"
+_FIELDS = ("kind", "version", "metadata", CHECKSUMS)
 
 
 def save_state(
@@ -33,14 +30,8 @@ def save_state(
     path = destination(path)
     # Copies, since safetensors stores no views.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    fields = {
-        "kind": kind,
-        "version": str(version),
-        "metadata": json.dumps(dict(metadata), allow_nan=False),
-        "checksums": json.dumps({name: _checksum(tensor) for name, tensor in state.items()}),
-    }
-    with replacing(path) as temporary:
-        save_file(state, temporary, {**fields, _CHECKSUM: _text_checksum(fields)})
+    text = json.dumps(dict(metadata), allow_nan=False)
+    write(path, state, {"kind": kind, "version": str(version), "metadata": text}, _checksum)
 
 
 def load_state(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,32 +41,17 @@ def load_state(path: str | Path, kind: str, version: int) -> tuple[dict[str, Ten
     an intact file of another kind or version, or of something else.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
-    try:
-        with safe_open(path, "pt") as file:
-            fields = file.metadata() or {}
-            # Copies: what is read maps the file, which may change.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise CorruptWeightError(str(path), "file", str(error)) from error
-    if not {*_FIELDS, _CHECKSUM} <= fields.keys():
+    mapped, fields = read(path)
+    # What maps the file may change with it.
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    if not set(_FIELDS) <= fields.keys():
         raise ValueError(f"{path}: expected a file of kind {kind!r}, got one without its metadata")
-    found = _text_checksum(fields)
-    if fields[_CHECKSUM] != found:
-        raise CorruptWeightError(str(path), _CHECKSUM, f"expected {fields[_CHECKSUM]}, got {found}")
+    verify(tensors, fields, _FIELDS, _checksum, path, f"{path}: ")
     if fields["kind"] != kind:
         raise ValueError(f"{path}: expected a file of kind {kind!r}, got {fields['kind']!r}")
     if fields["version"] != str(version):
         raise ValueError(f"{path}: expected version {version} of {kind!r}, got {fields['version']}")
-    checksums, metadata = (_object(fields[name], name, path) for name in ("checksums", "metadata"))
-    for name in checksums.keys() - tensors.keys():
-        raise CorruptWeightError(f"{path}: {name}", "checksums", "expected the tensor in the file, got none")
-    for name, tensor in tensors.items():
-        if checksums.get(name) != _checksum(tensor):
-            detail = f"expected {checksums.get(name)}, got {_checksum(tensor)}"
-            raise CorruptWeightError(f"{path}: {name}", "checksum", detail)
-    return tensors, metadata
+    return tensors, read_object(fields, "metadata", path)
 
 
 def take(
@@ -97,21 +73,22 @@ def take(
     return tensor
 
 
+def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises CorruptWeightError for a tensor with a number that is not finite."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CorruptWeightError(f"{path}: {name}", "tensor", "expected finite numbers")
+
+
+@contextlib.contextmanager
+def reading_metadata(path: str | Path) -> Iterator[None]:
+    """Raises CorruptWeightError where metadata lack something, or say what no object of theirs can be."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptWeightError(str(path), "metadata", f"expected what a state has, got {error!r}") from error
+
+
 def _checksum(tensor: Tensor) -> int:
     """Of the bytes, the dtype and the shape: a header can be damaged as well."""
-    start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, start)
-
-
-def _text_checksum(fields: Mapping[str, str]) -> str:
-    return str(zlib.crc32("\n".join(fields[name] for name in _FIELDS).encode()))
-
-
-def _object(text: str, field: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptWeightError(str(path), field, f"expected JSON, got {type(error).__name__}") from error
-    if not isinstance(value, dict):
-        raise CorruptWeightError(str(path), field, f"expected an object, got {type(value).__name__}")
-    return value
+    return tensor_checksum(tensor, zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode()))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infold.tokenizers._files import take
-from infold.tokenizers.rows import refuse_not_finite
+from infold.tokenizers.rows import combined, refuse_not_finite
 
 #: Columns that are worked on at a time.
 _COLUMNS = 8192
@@ -78,6 +78,11 @@ class Blocks:
             "total": self.total.reshape(1),
         }
 
+    def to(self, device: torch.device) -> None:
+        """Moves what is kept, in place."""
+        self.mean, self.components = self.mean.to(device), self.components.to(device)
+        self.singular_values, self.total = self.singular_values.to(device), self.total.to(device)
+
     @classmethod
     def of(cls, count: int, kept: int, tensors: Mapping[str, Tensor], path: Path) -> Blocks:
         """The inverse of `tensors`."""
@@ -101,8 +106,7 @@ class Blocks:
         """
         basis, size = self.components, len(self.components)
         features = basis.shape[1]
-        all_of = self.count + count
-        step = math.sqrt(self.count * count / all_of) * (mean - self.mean)
+        all_of, joint_mean, step = combined(self.count, self.mean, count, mean)
         columns = [slice(start, start + _COLUMNS) for start in range(0, features, _COLUMNS)]
         residuals = basis.new_empty(len(x) + 1, features)
         inside = step.new_zeros(len(x) + 1, size)
@@ -143,9 +147,8 @@ class Blocks:
             updated[:, here] = old @ basis[:, here] + new @ residuals[:, here]
 
         self.components, self.singular_values = updated, values.sqrt()
-        self.mean += (mean - self.mean) * (count / all_of)
         self.total = self.total + (square.sum() if total is None else total + square[-1])
-        self.count = all_of
+        self.count, self.mean = all_of, joint_mean
         self._updates += 1
         if self._updates % _CHECK_EVERY == 0:
             self._orthonormalise()

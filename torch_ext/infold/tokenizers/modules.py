@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from infold._library import CorruptWeightError, ops
-from infold.tokenizers._files import load_state, save_state, take
+from infold._library import ops
+from infold.tokenizers._files import load_state, reading_metadata, require_finite, save_state, take
 from infold.tokenizers.monotone import MAX_SAMPLES, MonotoneSpline
 from infold.tokenizers.patches import from_patches, to_patches
 from infold.tokenizers.pca import PCA, Method
@@ -142,11 +142,12 @@ class PCATokenizer(nn.Module):
     def load(cls, path: str | Path) -> PCATokenizer:
         """Reads a file of `save`. Raises CorruptWeightError for a damaged one, ValueError for one of something else."""
         tensors, options = load_state(path, cls._kind, _VERSION)
+        require_finite(tensors, path)
         components = tensors.get("components", torch.empty(0, 0))
         dtype, (count, features) = components.dtype, components.shape if components.dim() == 2 else (0, 0)
         tokenizer = cls.__new__(cls)
         nn.Module.__init__(tokenizer)
-        try:
+        with reading_metadata(path):
             tokenizer._set(
                 take(tensors, "components", dtype, (count, features), path),
                 take(tensors, "mean", tensors["mean"].dtype, (features,), path),
@@ -157,11 +158,6 @@ class PCATokenizer(nn.Module):
                 options["bands"],
             )
             tokenizer._load_more(tensors, features)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptWeightError(str(path), "metadata", str(error)) from error
-        for name, tensor in tensors.items():
-            if not bool(tensor.isfinite().all()):
-                raise CorruptWeightError(f"{path}: {name}", "tensor", "expected finite numbers")
         return tokenizer
 
     def extra_repr(self) -> str:
@@ -251,8 +247,8 @@ class SplinePCATokenizer(PCATokenizer):
         rows = _rows(x, patch_size).flatten(0, -2)
         best: tuple[float, MonotoneSpline] | None = None
         errors: dict[float, float] = {}
-        for strength in sorted({0.0, *strengths}):
-            spline = MonotoneSpline.fit(rows, knots, strength)
+        ascending = sorted({0.0, *strengths})
+        for strength, spline in zip(ascending, MonotoneSpline.fit_all(rows, knots, ascending), strict=True):
             if strength and not bool(spline.bent.any()):
                 errors[strength] = errors[0.0]
                 continue

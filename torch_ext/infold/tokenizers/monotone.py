@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,10 +65,16 @@ class MonotoneSpline(nn.Module):
 
         Raises ValueError for other shapes, numbers that are not finite, and a strength outside 0 to 1.
         """
+        return cls.fit_all(x, knots, (strength,))[0]
+
+    @classmethod
+    def fit_all(cls, x: Tensor, knots: int, strengths: Sequence[float]) -> list[MonotoneSpline]:
+        """What `fit` gives for each of several strengths; sorts once."""
         if x.dim() != 2 or not len(x):
             raise ValueError(f"x: expected shape [samples, dimensions], got {list(x.shape)}")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength: expected from 0 to 1, got {strength}")
+        for strength in strengths:
+            if not 0 <= strength <= 1:
+                raise ValueError(f"strength: expected from 0 to 1, got {strength}")
         if knots < 2:
             raise ValueError(f"knots: expected two or more, got {knots}")
         if not bool(x.isfinite().all()):
@@ -79,24 +87,35 @@ class MonotoneSpline(nn.Module):
         quantiles = order[:, (share * len(values)).long()]
         even = order[:, :1].lerp(order[:, -1:], torch.linspace(0, 1, knots, dtype=torch.float64, device=x.device))
 
-        # As they are, where nothing else ascends.
-        spread = torch.maximum(deviation, 1e-3 * (1 + mean.abs()))
-        x_knots = y_knots = mean + spread * torch.special.ndtri(share)
-        slopes = torch.ones_like(x_knots)
-        for places in (even, quantiles):
+        def normal(places: Tensor) -> Tensor:
             below, up_to = (torch.searchsorted(order, places.contiguous(), right=right) for right in (False, True))
             # A normal distribution has no quantiles of 0 and 1.
             middle = ((below + up_to) / (2 * len(values))).clamp(0.5 / len(values), 1 - 0.5 / len(values))
-            target = places.lerp(mean + deviation * torch.special.ndtri(middle), strength)
-            # Nearer ones are hardly apart in float32.
-            apart = (places.diff(dim=-1) > 1e-4 * deviation) & (target.diff(dim=-1) > 1e-4 * deviation)
-            ascends = apart.all(-1, keepdim=True) & (deviation > 0)
-            bend = _slopes(places, target).clamp(MIN_SLOPE, 1 / MIN_SLOPE)
-            x_knots, y_knots, slopes = (
-                torch.where(ascends, new, old) for new, old in ((places, x_knots), (target, y_knots), (bend, slopes))
-            )
+            goal: Tensor = mean + deviation * torch.special.ndtri(middle)
+            return goal
+
+        spread = torch.maximum(deviation, 1e-3 * (1 + mean.abs()))
+        unbent = mean + spread * torch.special.ndtri(share)
+        maps = [(places, normal(places)) for places in (even, quantiles)]
         dtype = x.dtype if x.dtype.is_floating_point else torch.float32
-        return cls(x_knots.to(dtype), y_knots.to(dtype), slopes.to(dtype))
+
+        def spline(strength: float) -> MonotoneSpline:
+            # As they are, where nothing else ascends.
+            x_knots = y_knots = unbent
+            slopes = torch.ones_like(x_knots)
+            for places, goal in maps:
+                target = places.lerp(goal, strength)
+                # Nearer ones are hardly apart in float32.
+                apart = (places.diff(dim=-1) > 1e-4 * deviation) & (target.diff(dim=-1) > 1e-4 * deviation)
+                ascends = apart.all(-1, keepdim=True) & (deviation > 0)
+                bend = _slopes(places, target).clamp(MIN_SLOPE, 1 / MIN_SLOPE)
+                x_knots, y_knots, slopes = (
+                    torch.where(ascends, new, old)
+                    for new, old in ((places, x_knots), (target, y_knots), (bend, slopes))
+                )
+            return cls(x_knots.to(dtype), y_knots.to(dtype), slopes.to(dtype))
+
+        return list(map(spline, strengths))
 
     @property
     def bent(self) -> Tensor:

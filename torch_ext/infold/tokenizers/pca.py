@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infold._library import CorruptWeightError, ops
-from infold.tokenizers._files import load_state, save_state
+from infold.tokenizers._files import load_state, reading_metadata, require_finite, save_state
 from infold.tokenizers.blocks import Blocks
 from infold.tokenizers.moments import Moments
 from infold.tokenizers.rows import check_rows, full_precision, refuse_not_finite, with_signs
@@ -29,9 +29,10 @@ class PCA:
     """Principal component analysis, with scikit-learn's names.
 
     n_components: how many, k.
-    method: ``"moments"``, exact from a stream by the d × d scatter matrix; ``"blocks"``, from a stream in O(k·d)
-        memory, close to exact; ``"auto"``, the first for up to 4,096 features, else the second. Of all samples at once:
-        ``"exact"``, an SVD in float64; ``"randomized"`` (Halko et al. 2011).
+    method: ``"moments"``, exact from a stream by the d × d scatter matrix (an SVD while one batch of few samples is
+        all); ``"blocks"``, from a stream in O(k·d) memory, close to exact; ``"auto"``, the first for up to 4,096
+        features, else the second. Of all samples at once: ``"exact"``, an SVD in float64; ``"randomized"`` (Halko et
+        al. 2011).
     whiten: `transform` divides by each component's standard deviation; components_ stay orthonormal.
     seed: of ``"randomized"``.
 
@@ -141,8 +142,7 @@ class PCA:
             merged.merge(state)
         self._stream, self._count, self._dtype, self._result = merged._stream, merged._count, merged._dtype, None
         if device is not None and self._stream is not None:
-            for name, tensor in self._stream.tensors().items():
-                setattr(self._stream, name, tensor.to(device).reshape(getattr(self._stream, name).shape))
+            self._stream.to(device)
         return self
 
     @property
@@ -224,10 +224,8 @@ class PCA:
         """Reads a file of `save`. Raises CorruptWeightError for a damaged one, ValueError for one of something else."""
         tensors, metadata = load_state(path, _KIND, _VERSION)
         path = Path(path)
-        for name, tensor in tensors.items():
-            if not bool(tensor.isfinite().all()):
-                raise CorruptWeightError(f"{path}: {name}", "tensor", "expected finite numbers")
-        try:
+        require_finite(tensors, path)
+        with reading_metadata(path):
             pca = cls(
                 int(metadata["n_components"]),
                 method=metadata["method"],
@@ -247,8 +245,6 @@ class PCA:
                 pca._stream = Moments.of(pca._count, tensors, path)
             elif metadata["stream"] == Blocks.name:
                 pca._stream = Blocks.of(pca._count, int(metadata["kept"]), tensors, path)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptWeightError(str(path), "metadata", str(error)) from error
         if pca._stream is not None and len(pca._stream.mean) != features:
             raise CorruptWeightError(str(path), "mean", f"expected {features} features, got {len(pca._stream.mean)}")
         return pca

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +30,15 @@ def refuse_not_finite(x: Tensor) -> None:
         if len(wrong):
             row, column = wrong[0].tolist()
             raise ValueError(f"x: expected finite numbers, got {float(part[row, column])} at [{start + row}, {column}]")
+
+
+def combined(count: int, mean: Tensor, more: int, their_mean: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count and mean of two sets of samples, and the row whose outer product their scatters lack to be the joint one.
+
+    That of Chan, Golub and LeVeque (1982), for means of any shape.
+    """
+    total, shift = count + more, their_mean - mean
+    return total, mean + shift * (more / total), shift * math.sqrt(count * more / total)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from infold.tokenizers.rows import with_signs
+from infold.tokenizers._files import load_state, reading_metadata, require_finite, save_state, take
+from infold.tokenizers.rows import combined, with_signs
+
+_KIND, _VERSION = "separable-pca", 1
 
 
 class SeparablePCA:
@@ -33,7 +37,6 @@ class SeparablePCA:
     mode_variance_: list[Tensor]
     discarded_variance_ratio_: tuple[float, ...]
     n_samples_seen_: int
-    _shape: torch.Size
 
     def __init__(self, ranks: Sequence[int], *, modes: Sequence[Sequence[int]] | None = None) -> None:
         """Raises ValueError for ranks below 1, and modes that do not have each axis once."""
@@ -96,6 +99,42 @@ class SeparablePCA:
             return size / code
         return samples * size / (samples * code + size + sum(component.numel() for component in self.components_))
 
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, complete or not at all; `partial_fit` can go on from it.
+
+        Raises ValueError before `fit`.
+        """
+        self._fitted_mean()
+        assert self._mean is not None
+        tensors = {"mean": self._mean, "discarded": torch.tensor(self.discarded_variance_ratio_, dtype=torch.float64)}
+        for name, parts in (
+            ("scatter", self._scatter), ("components", self.components_), ("variance", self.mode_variance_)
+        ):  # fmt: skip
+            tensors |= {f"{name}.{n}": part for n, part in enumerate(parts)}
+        metadata = {"ranks": self.ranks, "modes": self.modes, "count": self.n_samples_seen_}
+        save_state(path, _KIND, _VERSION, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SeparablePCA:
+        """Reads a file of `save`. Raises CorruptWeightError for a damaged one, ValueError for one of something else."""
+        tensors, metadata = load_state(path, _KIND, _VERSION)
+        require_finite(tensors, path)
+        with reading_metadata(path):
+            modes = [[int(axis) for axis in mode] for mode in metadata["modes"]]
+            pca = cls([int(rank) for rank in metadata["ranks"]], modes=modes)
+            pca.n_samples_seen_, pca._dtype = int(metadata["count"]), tensors["components.0"].dtype
+            if pca.n_samples_seen_ < 2 or not pca._dtype.is_floating_point:
+                raise ValueError(f"expected floats of 2 samples, got {pca._dtype} of {pca.n_samples_seen_}")
+            pca._mean = take(tensors, "mean", torch.float64, [None] * len(pca._axes), path)
+            sizes = pca._by_mode(pca._mean[None], "mean").shape[1:]
+        components, variances = [], []
+        for n, (rank, size) in enumerate(zip(pca.ranks, sizes, strict=True)):
+            pca._scatter.append(take(tensors, f"scatter.{n}", torch.float64, (size, size), path))
+            components.append(take(tensors, f"components.{n}", pca._dtype, (rank, size), path))
+            variances.append(take(tensors, f"variance.{n}", pca._dtype, (size,), path))
+        pca._set(components, variances, take(tensors, "discarded", torch.float64, (len(sizes),), path).tolist())
+        return pca
+
     def _reset(self) -> None:
         self.n_samples_seen_ = 0
         self._mean: Tensor | None = None
@@ -106,34 +145,27 @@ class SeparablePCA:
     @torch.no_grad()
     def _add(self, x: Tensor) -> None:
         data = self._by_mode(x, "x").double()
-        if self._mean is not None and x.shape[1:] != self._shape:
-            raise ValueError(f"x: expected (batch, {', '.join(map(str, self._shape))}), got {list(x.shape)}")
-        sizes = data.shape[1:]
-        if any(rank > size for rank, size in zip(self.ranks, sizes, strict=True)):
-            raise ValueError(f"ranks: expected at most the sizes of modes, {list(sizes)}, got {list(self.ranks)}")
+        if self._mean is not None and x.shape[1:] != self._mean.shape:
+            raise ValueError(f"x: expected (batch, {', '.join(map(str, self._mean.shape))}), got {list(x.shape)}")
         finite = data.isfinite().flatten(1).all(1)
         if not finite.all():
             raise ValueError(f"x: expected finite numbers, got others in sample {int((~finite).nonzero()[0])}")
         if not len(data):
             return
-        mean = data.mean(0)
-        scatter = [_mode_scatter(data - mean, n) for n in range(len(sizes))]
         if self._mean is None:
-            self._shape, self._mean, self._scatter = x.shape[1:], mean, scatter
+            self._mean = data.new_zeros(x.shape[1:])
+            self._scatter = [data.new_zeros(size, size) for size in data.shape[1:]]
             self._dtype = x.dtype if x.is_floating_point() else torch.float32
-        else:
-            # Of two sets of samples about their joint mean (Chan et al. 1983).
-            before, now = self.n_samples_seen_, len(data)
-            shift = mean - self._mean
-            for n, (total, new) in enumerate(zip(self._scatter, scatter, strict=True)):
-                total += new + before * now / (before + now) * _mode_scatter(shift[None], n)
-            self._mean = self._mean + shift * (now / (before + now))
-        self.n_samples_seen_ += len(data)
+        mean = x.mean(0, dtype=torch.float64)
+        self.n_samples_seen_, self._mean, step = combined(self.n_samples_seen_, self._mean, len(data), mean)
+        centred, step = data - self._by_mode(mean[None], "mean"), self._by_mode(step[None], "mean")
+        for n, scatter in enumerate(self._scatter):
+            scatter += _mode_scatter(centred, n) + _mode_scatter(step, n)
 
     def _solve(self) -> None:
         if self._mean is None or self.n_samples_seen_ < 2:
             raise ValueError(f"x: expected at least 2 samples, got {self.n_samples_seen_}")
-        components, variances, discarded = [], [], []
+        components, variances, discarded = [], [], list[float]()
         for scatter, rank in zip(self._scatter, self.ranks, strict=True):
             values, vectors = torch.linalg.eigh(scatter / (self.n_samples_seen_ - 1))
             values, component = values.flip(0).clamp_min(0), vectors.mT.flip(0)[:rank]
@@ -141,19 +173,22 @@ class SeparablePCA:
             variances.append(values.to(self._dtype))
             total = float(values.sum())
             discarded.append(float(values[rank:].sum()) / total if total else 0.0)
-        self.components_, self.mode_variance_ = components, variances
+        self._set(components, variances, discarded)
+
+    def _set(self, components: list[Tensor], variances: list[Tensor], discarded: Sequence[float]) -> None:
+        assert self._mean is not None
+        self.components_, self.mode_variance_, self.mean_ = components, variances, self._mean.to(self._dtype)
         self.discarded_variance_ratio_ = tuple(discarded)
-        shape = [self._shape[axis] for axis in self._axes]
-        order = [self._axes.index(axis) for axis in range(len(shape))]
-        self.mean_ = self._mean.reshape(shape).permute(order).to(self._dtype).contiguous()
 
     def _by_mode(self, x: Tensor, name: str) -> Tensor:
         """Samples with one axis for each mode."""
         fitted = hasattr(self, "components_")
-        if x.ndim != 1 + len(self._axes) or (fitted and x.shape[1:] != self._shape):
-            wanted = ", ".join(map(str, self._shape)) if fitted else f"{len(self._axes)} axes"
+        if x.ndim != 1 + len(self._axes) or (fitted and x.shape[1:] != self.mean_.shape):
+            wanted = ", ".join(map(str, self.mean_.shape)) if fitted else f"{len(self._axes)} axes"
             raise ValueError(f"{name}: expected (batch, {wanted}), got {list(x.shape)}")
         sizes = [math.prod(x.shape[1 + axis] for axis in mode) for mode in self.modes]
+        if any(rank > size for rank, size in zip(self.ranks, sizes, strict=True)):
+            raise ValueError(f"ranks: expected at most the sizes of modes, {sizes}, got {list(self.ranks)}")
         return x.permute(0, *(1 + axis for axis in self._axes)).reshape(len(x), *sizes)
 
     def _fitted_mean(self) -> Tensor:

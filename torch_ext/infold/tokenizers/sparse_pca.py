@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from infold.tokenizers._files import load_state, reading_metadata, require_finite, save_state, take
 from infold.tokenizers.rows import with_signs
+
+_KIND, _VERSION = "sparse-pca", 1
 
 
 class SparsePCA:
@@ -130,6 +134,46 @@ class SparsePCA:
             raise ValueError(f"z: expected (samples, {self.n_components_}), got {list(z.shape)}")
         return z @ self.components_ + self.mean_
 
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, complete or not at all. Raises ValueError before `fit`."""
+        self._require_fitted()
+        tensors = {name: getattr(self, attribute) for name, attribute in _TENSORS.items()}
+        if self.groups is not None:
+            tensors["groups"] = self.groups
+        options = {"n_components": self.n_components_, "penalty": self.penalty, "sparsity": self.sparsity,
+                   "refit": self.refit, "max_iter": self.max_iter, "tol": self.tol}  # fmt: skip
+        save_state(path, _KIND, _VERSION, tensors, {**options, "n_iter": self.n_iter_, "count": self.n_samples_seen_})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsePCA:
+        """Reads a file of `save`. Raises CorruptWeightError for a damaged one, ValueError for one of something else."""
+        tensors, metadata = load_state(path, _KIND, _VERSION)
+        require_finite(tensors, path)
+        with reading_metadata(path):
+            penalty, sparsity = metadata["penalty"], metadata["sparsity"]
+            pca = cls(
+                int(metadata["n_components"]),
+                penalty=None if penalty is None else float(penalty),
+                sparsity=None if sparsity is None else int(sparsity),
+                groups=tensors.get("groups"),
+                refit=bool(metadata["refit"]),
+                max_iter=int(metadata["max_iter"]),
+                tol=float(metadata["tol"]),
+            )
+            pca.n_iter_, pca.n_samples_seen_ = list(map(int, metadata["n_iter"])), int(metadata["count"])
+            if len(pca.n_iter_) != pca.n_components_:
+                raise ValueError(f"n_iter: expected {pca.n_components_}, got {len(pca.n_iter_)}")
+            dtype, k, d = tensors["mean"].dtype, pca.n_components_, tensors["mean"].numel()
+            if not dtype.is_floating_point:
+                raise ValueError(f"mean: expected floats, got {dtype}")
+            pca.n_features_in_ = d
+        shapes = {"components": (k, d), "projection": (d, k), "mean": (d,), "variance": (k,), "ratio": (k,)}
+        for name, shape in shapes.items():
+            setattr(pca, _TENSORS[name], take(tensors, name, dtype, shape, path))
+        if pca.groups is not None:
+            take(tensors, "groups", pca.groups.dtype, (d,), path)
+        return pca
+
     def _require_fitted(self) -> None:
         if not hasattr(self, "components_"):
             raise ValueError("SparsePCA: expected a fitted one, got one without components: call fit first")
@@ -168,6 +212,11 @@ class SparsePCA:
             if step <= self.tol:
                 break
         return _Run(component, support, float(norm if threshold is not None else variance), iterations)
+
+
+#: What a file holds, and the attributes that it is.
+_TENSORS = {"components": "components_", "projection": "_projection", "mean": "mean_",
+            "variance": "explained_variance_", "ratio": "explained_variance_ratio_"}  # fmt: skip
 
 
 class _Run(NamedTuple):
