@@ -19,9 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from infold.config import WEIGHT_DTYPES
+from infold.storages import storage_key
 from infold.tiers.pinned import PinnedStash
 from infold.tiers.stash import ActivationCounters, ActivationPacking, DiskStash, Entry, Rows, Stash
-from infold.tiers.units import storage_key
 
 
 def offload_activations(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from infold.storages import enter, leave, refuse_attached
 from infold.tiers.arena import Arena
 from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
 from infold.tiers.codecs import RAW, config_of
@@ -27,13 +28,11 @@ from infold.tiers.ring import Buffers, Ring, host_memory
 from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
 from infold.tiers.training import state_name, step_by_units
-from infold.tiers.units import ATOMIC, Unit, storage_key, units
+from infold.tiers.units import ATOMIC, Unit, units
 from infold.tiers.unpacking import PackedPiece, can_pack
 
 Mode = Literal["real", "emulated"]
 
-#: The storages of all models that are attached.
-_attached: set[int] = set()
 #: Weights that are freed before the system is given back their memory.
 _TRIM_BYTES = 4 << 20
 
@@ -75,9 +74,7 @@ def attach(
             raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
     if plan.fingerprint != fingerprint(model):
         raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
-    for name, parameter in model.named_parameters():
-        if storage_key(parameter) in _attached:
-            raise ValueError(f"model: expected one whose weights are not in tiers already, got {name!r} of one that is")
+    refuse_attached(model, "call remove() of its handle first")
     handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:
         handle._place_all(open_weights(weights))
@@ -125,7 +122,6 @@ class Handle:
         self._links = {spec.name: link_for(spec, self._device) for spec in plan.tiers if not spec.resident}
         self._lane = Lane(self._device, self._executor) if mode == "real" and self._device.type == "cuda" else None
         self._tier_of: dict[str, str] = {}
-        self._keys: dict[str, set[int]] = {}
         self._removed = False
 
     # --- placing ---
@@ -139,6 +135,7 @@ class Handle:
         freed = 0
         for name, unit in self._units.items():
             self._units[name] = filled(unit, weights)
+            enter(self._units[name].parameters.values())
             self._place(self._units[name], self.plan.tier_of(name))
             freed += unit.nbytes
             if freed > _TRIM_BYTES:
@@ -159,8 +156,6 @@ class Handle:
                 raise ValueError(f"plan: {unit.name}: expected buffer_bytes of at least {needed}, got {got}{why}")
             self._engine.add(unit.name, piece)
             self._hooks.add(unit)
-            self._keys[unit.name] = {storage_key(parameter) for parameter in parameters}
-            _attached.update(self._keys[unit.name])
         self._tier_of[unit.name] = spec.name
 
     def _piece(self, name: str, tensors: Sequence[Tensor], nbytes: int, spec: TierSpec) -> Piece:
@@ -262,7 +257,8 @@ class Handle:
                 errors.append(error)
             # An interrupt before this leaves the rest to a second call.
             self._engine.forget(name)
-            _attached.difference_update(self._keys.pop(name, ()))
+        for unit in self._units.values():
+            leave(unit.parameters.values())
         self._removed = True
         self._ring.clear()
         self._executor.shutdown()
@@ -286,7 +282,6 @@ class Handle:
                 self._engine.send_home(name).restore()
                 self._engine.forget(name)
         self._hooks.remove(unit)
-        _attached.difference_update(self._keys.pop(unit.name, ()))
 
     def _require_attached(self) -> None:
         if self._removed:
