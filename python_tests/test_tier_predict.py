@@ -139,6 +139,9 @@ def test_a_streamed_model_is_as_fast_as_its_link(name: str, bits: int) -> None:
     transfers = round(streamed / (result.weight_bytes / 120))
     expected = streamed / (spec.bandwidth_gb_s * 1e9) + transfers * spec.setup_us * 1e-6
     assert result.seconds_per_token == pytest.approx(expected, rel=1e-9)
+    for wrong in (-3.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="parameters: expected a positive number"):
+            stream(wrong, bits, spec, device_bytes=6_000_000_000)
     with pytest.raises(ValueError, match="device_bytes: expected at least"):
         stream(120e9, bits, spec, device_bytes=10**8)
 

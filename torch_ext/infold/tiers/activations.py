@@ -39,7 +39,7 @@ def offload_activations(
     of the host. The backward may come after it.
 
     model: whose parameters and buffers, and views of them, stay where they are; or just those tensors.
-    folder: where the file lies; the default is the folder for temporary files.
+    folder: where the file lies; the default is that of `attach`.
     min_bytes: storages of at least this size are offloaded, each once, however many views of it are saved.
     limit_bytes: of the file, or of the pinned memory of a GPU; a tensor that would exceed it stays where it is.
     buffer_bytes: memory for what is being written or read ahead; a storage that is larger has it to itself.

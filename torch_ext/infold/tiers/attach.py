@@ -23,7 +23,7 @@ from infold.tiers.emulate import EmulatedPiece, link_for, no_memory
 from infold.tiers.engine import Counters, Engine
 from infold.tiers.hooks import Hooks
 from infold.tiers.pieces import DiskPiece, Piece, RamPiece
-from infold.tiers.plan import Plan, fingerprint
+from infold.tiers.plan import Plan, require_plan_of
 from infold.tiers.ring import Buffers, Ring, host_memory
 from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
@@ -52,7 +52,8 @@ def attach(
     """Moves a model's weights to the tiers of ``plan``, and fetches them while the model runs.
 
     mode: ``"real"`` moves them; ``"emulated"`` leaves them and waits as the tiers' specifications say.
-    folder: where a tier on disk keeps its file; the default is the folder for temporary files.
+    folder: where a tier on disk keeps its file; the default is `tempfile.gettempdir`, ``$TMPDIR`` or else /tmp, which
+        on some systems is in RAM.
     weights: what a model on the meta device is filled with, a unit at a time, so that it is never whole in memory: a
         safetensors file, a folder of them, or a mapping from qualified names to tensors.
     materialize: stores weights packed and decodes each layer into a buffer just before it runs: by the codec that the
@@ -66,14 +67,7 @@ def attach(
     if mode not in ("real", "emulated"):
         raise ValueError(f"mode: expected 'real' or 'emulated', got {mode!r}")
     found = {unit.name: unit for unit in units(model, atomic)}
-    for what, names in (
-        ("of the plan's is not in the model", set(plan.placements) - set(found)),
-        ("of the model's is not in the plan", set(found) - set(plan.placements)),
-    ):
-        if names:
-            raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
-    if plan.fingerprint != fingerprint(model):
-        raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
+    require_plan_of("plan", plan, model, found)
     refuse_attached(model, "call remove() of its handle first")
     handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:

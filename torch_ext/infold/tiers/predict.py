@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -264,7 +265,9 @@ def stream(
 
     Raises ValueError if the ring does not fit.
     """
-    nbytes = round(parameters * bits / 8 / layers)
+    if not (0 < parameters * bits < math.inf and layers >= 1):
+        raise ValueError(f"parameters: expected a positive number, got {parameters} of {bits} bits in {layers} layers")
+    nbytes = math.ceil(parameters * bits / 8 / layers)
     ring = buffers * pages(nbytes)
     if ring > device_bytes:
         raise ValueError(f"device_bytes: expected at least {ring} for {buffers} buffers, got {device_bytes}")
