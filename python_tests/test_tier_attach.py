@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import infold
 import pytest
@@ -374,6 +375,18 @@ def test_units_move_between_tiers_while_attached(tokens: Tensor) -> None:
         with pytest.raises(ValueError, match="expected a unit"):
             handle.move("blocks.9", "RAM")
     assert_same_state(model, reference)
+
+
+@pytest.mark.parametrize("mode", ["real", "emulated"])
+def test_a_handle_says_what_lies_where(mode: Literal["real", "emulated"], tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    with attach(model, spread(model, [FAST, RAM, DISK]), mode=mode, folder=tmp_path) as handle:
+        file = f"; file in {tmp_path}" if mode == "real" else ""
+        said = "ring of 32.77 KB; FAST: 1 units, 16.38 KB; RAM: 1 units, 16.38 KB; DISK: 1 units, 16.38 KB"
+        assert repr(handle) == f"<Handle: {mode}; {said}{file}>"
+        handle.move("1", "DISK")
+        assert "RAM: 0 units, 0 B; DISK: 2 units, 32.77 KB" in str(handle)
+    assert repr(handle) == "<Handle: removed>"
 
 
 def test_a_move_that_fails_leaves_the_unit_in_the_first_tier(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

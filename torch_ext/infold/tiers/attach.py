@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from infold.report import format_bytes
 from infold.storages import enter, leave, refuse_attached
 from infold.tiers.arena import Arena
 from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
@@ -98,7 +99,7 @@ class Handle:
         self.model = model
         self.plan = plan
         self.mode = mode
-        self._materialize = materialize
+        self.materialize = materialize
         self._units = dict(found)
         self._folder = Path(folder or tempfile.gettempdir())
         self._backend = backend
@@ -140,7 +141,7 @@ class Handle:
     def _place(self, unit: Unit, spec: TierSpec) -> None:
         if not spec.resident:
             parameters = list(unit.parameters.values())
-            packs = self._materialize and self.mode == "real" and any(map(can_pack, parameters))
+            packs = self.materialize and self.mode == "real" and any(map(can_pack, parameters))
             packed = self._packed_piece(unit, spec) if packs else None
             piece = packed or self._piece(unit.name, parameters, unit.nbytes, spec)
             if piece.nbytes > self._ring.capacity:
@@ -261,6 +262,17 @@ class Handle:
         _trim()
         if errors:
             raise errors[0]
+
+    def __repr__(self) -> str:
+        """The mode, what lies in each tier now (bytes as they are computed on), the ring, and where the file is."""
+        if self._removed:
+            return "<Handle: removed>"
+        parts = ["materialized" if self.materialize else "", f"ring of {format_bytes(self.plan.buffer_bytes)}"]
+        for tier in self.plan.tiers:
+            held = [unit.nbytes for name, unit in self._units.items() if self._tier_of.get(name) == tier.name]
+            parts.append(f"{tier.name}: {len(held)} units, {format_bytes(sum(held))}")
+        parts.append(f"file in {self._folder}" if self._store else "")
+        return f"<Handle: {self.mode}; {'; '.join(filter(None, parts))}>"
 
     def __enter__(self) -> Handle:
         return self
