@@ -49,8 +49,9 @@ def offload_activations(
     depth, backend: of `infold.tiers.Store`.
 
     What is offloaded to disk does not change if the tensor is written to afterwards; on a GPU, that is the error that
-    it is without offloading. Raises ValueError for a wrong argument; a forward or backward in it, RuntimeError with the
-    file's name where the disk has no room or fails.
+    it is without offloading. Nothing notes writes by way of ``tensor.data``, not even PyTorch's version: what is saved
+    before and after one waits once, as it was before. Raises ValueError for a wrong argument; a forward or backward in
+    it, RuntimeError with the file's name where the disk has no room or fails.
     """
     for name, value in (("min_bytes", min_bytes), ("buffer_bytes", buffer_bytes), ("limit_bytes", limit_bytes or 0)):
         if value < 0:
