@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import infold
 import pytest
@@ -376,6 +377,18 @@ def test_units_move_between_tiers_while_attached(tokens: Tensor) -> None:
     assert_same_state(model, reference)
 
 
+@pytest.mark.parametrize("mode", ["real", "emulated"])
+def test_a_handle_says_what_lies_where(mode: Literal["real", "emulated"], tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    with attach(model, spread(model, [FAST, RAM, DISK]), mode=mode, folder=tmp_path) as handle:
+        file = f"; file in {tmp_path}" if mode == "real" else ""
+        said = "ring of 32.77 KB; FAST: 1 units, 16.38 KB; RAM: 1 units, 16.38 KB; DISK: 1 units, 16.38 KB"
+        assert repr(handle) == f"<Handle: {mode}; {said}{file}>"
+        handle.move("1", "DISK")
+        assert "RAM: 0 units, 0 B; DISK: 2 units, 32.77 KB" in str(handle)
+    assert repr(handle) == "<Handle: removed>"
+
+
 def test_a_move_that_fails_leaves_the_unit_in_the_first_tier(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = make().eval(), make().eval()
     with attach(model, spread(model, [RAM, DISK])) as handle:
@@ -400,14 +413,14 @@ def test_wrong_plans_are_refused_by_name(tokens: Tensor) -> None:
     plan = spread(model, [DISK])
     other = dict(plan.placements)
     other.pop("blocks.1.left")
-    with pytest.raises(ValueError, match=r"not in the plan: blocks\.1\.left"):
+    with pytest.raises(ValueError, match=r"of another: the plan has no units 'blocks\.1\.left'"):
         attach(model, dataclasses.replace(plan, placements=other))
-    with pytest.raises(ValueError, match="not in the model: nothing"):
+    with pytest.raises(ValueError, match="of another: the model has no units 'nothing'"):
         attach(model, dataclasses.replace(plan, placements={**plan.placements, "nothing": Placement("RAM", 1)}))
     small = {name: placement._replace(nbytes=1) for name, placement in plan.placements.items()}
     with pytest.raises(ValueError, match="buffer_bytes of at least"):
         attach(model, dataclasses.replace(plan, placements=small, buffer_bytes=4096))
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="of another: shapes or dtypes"):
         attach(make(width=64), dataclasses.replace(plan, buffer_bytes=1 << 20))
     with pytest.raises(ValueError, match="expected 'real' or 'emulated', got 'dreamt'"):
         attach(model, plan, mode="dreamt")  # type: ignore[arg-type]

@@ -57,7 +57,18 @@ def test_plan_writes_hints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps({name: float(index) for index, name in enumerate(loaded.placements)}))
     text = run(
-        capsys, *common, "--objective", "fractions", "--scores", scores, "--fractions", 0.5, 0.5, "--tiers", "A100,CXL"
+        capsys,
+        *common,
+        "--force",
+        "--objective",
+        "fractions",
+        "--scores",
+        scores,
+        "--fractions",
+        0.5,
+        0.5,
+        "--tiers",
+        "A100,CXL",
     )
     assert "written to" in text
     assert "CXL" in text
@@ -74,30 +85,99 @@ def test_plan_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert "budgets: expected one of the tiers" in refusal(capsys, *common, "--budget", "TAPE=1GB")
     assert "expected a size" in refusal(capsys, *common, "--budget", "HBM=lots")
     assert "tiers: expected some of A100" in refusal(capsys, *common, "--tiers", "H100,floppy")
-    assert "scores: expected all" in refusal(capsys, *common, "--objective", "importance")
-    wrong = tmp_path / "scores.json"
-    for text, message in (("[]", "expected a JSON object"), ('{"0": "a"}', "expected a number"), ("{", "Expecting")):
-        wrong.write_text(text)
-        assert message in refusal(capsys, *common, "--objective", "importance", "--scores", wrong)
-    assert "expected a file of calibrate" in refusal(capsys, *common, "--specs", _json_file(tmp_path, {"tiers": [{}]}))
-    assert "No such file" in refusal(capsys, *common, "--specs", tmp_path / "absent")
+    for objective in ("importance", "inverse", "fractions"):
+        expected = f"scores: expected a number for each unit for objective '{objective}', got none"
+        assert expected in refusal(capsys, *common, "--objective", objective)
+    some = tmp_path / "scores.json"
+    some.write_text('{"0": 1}')
+    expected = "scores: expected all of the model's units, '11', '3', '7', '9' missing"
+    assert expected in refusal(capsys, *common, "--objective", "importance", "--scores", some)
     assert "batch size" in refusal(capsys, *common, "--batch-size", 0)
     assert not (tmp_path / "hints.json").exists()
+    assert "expected a folder" in refusal(capsys, *common[:-1], tmp_path / "absent" / "hints.json")
 
 
-def _json_file(folder: Path, content: Any) -> Path:
-    path = folder / "content.json"
-    path.write_text(json.dumps(content))
-    return path
+#: What is in a file that is none, and what is said of it.
+NO_JSON = {
+    "": "expected JSON, got nothing",
+    "{": "expected JSON, got something else: Expecting",
+    "[" * 100_000: "nests too deep",
+    "[]": "JSON: expected an object, got list",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "messages"),
+    [
+        (("analyze", "FILE"), {"{}": "format: expected 'infold-tiers', got none"}),
+        (("predict", "FILE", "--model", "lenet5"), {"{}": "format: expected 'infold-tiers', got none"}),
+        (("bench", "--model", "lenet5", "--tier-hints", "FILE"), {"{}": "format: expected 'infold-tiers', got none"}),
+        (
+            ("plan", "--model", "lenet5", "--specs", "FILE"),
+            {
+                "{}": "tiers: expected a list, got none",
+                '{"tiers": 3}': "tiers: expected a list, got int",
+                '{"tiers": [3]}': "tiers[0]: expected an object, got int",
+                '{"tiers": [{}]}': "tiers[0]: expected the fields bandwidth_gb_s",
+                '{"tiers": [{"name": "A", "setup_us": "1", "bandwidth_gb_s": 1}]}': "tiers[0].setup_us: expected",
+                '{"tiers": [{"name": "A", "setup_us": 1, "bandwidth_gb_s": 0}]}': "A: bandwidth_gb_s: expected",
+            },
+        ),
+        (
+            ("plan", "--model", "lenet5", "--objective", "importance", "--scores", "FILE"),
+            {'{"0": "a"}': "expected a number for each unit, got something else for '0'"},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_files_that_are_none_are_named_in_a_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    messages: dict[str, str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "content.json"
+
+    def line() -> str:
+        [said] = refusal(capsys, *(path if word == "FILE" else word for word in command)).splitlines()
+        return said
+
+    assert "No such file" in line()
+    for text, message in {**NO_JSON, **messages}.items():
+        path.write_text(text)
+        assert line().startswith(f"infold: {path}: {message}" if message in messages.values() else f"infold: {path}: ")
+        assert message in line()
+    path.unlink()
+    path.mkdir()
+    assert str(path) in line()
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_plan_overwrites_no_file_unless_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ("plan", "--model", "lenet5", "--objective", "size")
+    assert "written to tier_hints.json" in run(capsys, *common)
+    first = Path("tier_hints.json").read_bytes()
+    again = (*common, "--budget", "HBM=420KB")
+    for named in ((), ("--out", "tier_hints.json")):
+        assert "tier_hints.json: expected a file that is not there yet, or --force" in refusal(capsys, *again, *named)
+        assert Path("tier_hints.json").read_bytes() == first
+    run(capsys, *again, "--force")
+    assert tiers.load("tier_hints.json").budgets["HBM"] == 420_000
 
 
 def test_analyze(capsys: pytest.CaptureFixture[str], hints: Path) -> None:
     text = run(capsys, "analyze", hints, "--model", "lenet5")
     assert "of the weights stay resident" in text
     assert json.loads(run(capsys, "analyze", hints, "--json"))["bytes"] == tiers.load(hints).bytes_by_tier()
-    assert "expected names of the model's units" in refusal(capsys, "analyze", hints, "--model", "mlp")
-    hints.write_text("{}")
-    assert "format: expected 'infold-tiers'" in refusal(capsys, "analyze", hints)
+    for command in (("analyze", hints), ("predict", hints), ("bench", "--tier-hints", hints)):
+        said = refusal(capsys, *command, "--model", "mlp")
+        assert "expected a plan of this model, got one of another: the model has no units '11', '3', '7', '9';" in said
+        assert len(said.splitlines()) == 1
 
 
 def test_predict(capsys: pytest.CaptureFixture[str], hints: Path, tmp_path: Path) -> None:
@@ -134,7 +214,7 @@ def test_calibrate_feeds_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path
     out = tmp_path / "hints.json"
     run(capsys, "plan", "--model", "lenet5", "--specs", specs, "--budget", "RAM=300KB", "--out", out)
     assert tiers.load(out).tiers == tuple(measured.values())
-    some = ("plan", "--model", "lenet5", "--specs", specs, "--out", out)
+    some = ("plan", "--model", "lenet5", "--specs", specs, "--out", out, "--force")
     run(capsys, *some, "--tiers", "RAM")
     assert tiers.load(out).tiers == (measured["RAM"],)
     assert "tiers: expected some of RAM, SSD, got H100" in refusal(capsys, *some, "--tiers", "H100")

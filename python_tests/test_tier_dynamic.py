@@ -300,6 +300,11 @@ def test_wrong_arguments_and_scores_are_refused() -> None:
             with pytest.raises(ValueError, match=what):
                 DynamicTiering(handle, scores, **options()).replan()
         assert letters(handle) == "FD"
+    with (
+        attach(model.requires_grad_(False), placed(model, "FD", fast=1), materialize=True) as handle,
+        pytest.raises(ValueError, match="handle: expected one of attach without materialize"),
+    ):
+        DynamicTiering(handle, given(1, 2), **options())
 
 
 @pytest.mark.parametrize("source", ["GradientEma", "AdamStateAnalyzer"])

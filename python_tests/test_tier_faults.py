@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import infold
 import pytest
 import torch
 from infold.tiers import Handle, Placement, Plan, TierSpec, attach, fingerprint, units
@@ -227,10 +228,30 @@ def test_a_model_is_attached_once(tmp_path: Path) -> None:
     model = make()
     with (
         attach(model, on_disk(model), folder=tmp_path),
-        pytest.raises(ValueError, match=r"'0\.weight' of one that is"),
+        pytest.raises(ValueError, match=r"'0\.weight' of an attached one; call remove\(\)"),
     ):
         attach(model, on_disk(model), folder=tmp_path)
     attach(model, on_disk(model), folder=tmp_path).remove()
+
+
+@pytest.mark.parametrize("tier", ["DISK", "FAST"])
+def test_the_layers_of_an_attached_model_are_not_replaced(tier: str, tmp_path: Path) -> None:
+    model, lazy = make().requires_grad_(False), nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with attach(model, on_disk(model), folder=tmp_path) as handle:
+        handle.move("1", tier)
+        for replace, advice in (
+            (lambda m: infold.convert(m, infold.FusedConfig("lossless"), progress=False), "convert before"),
+            (infold.prepare, "lay out before"),
+        ):
+            # A part of it that is in the fastest tier is the handle's as well.
+            for part in (model, nn.Sequential(model[1])):
+                with pytest.raises(ValueError, match=rf"of an attached one; {advice} infold\.tiers\.attach"):
+                    replace(part)
+        assert all(type(module) is nn.Linear for module in model[:2])
+        # Other models are converted as ever.
+        with pytest.warns(UserWarning, match="left dense: 0: LazyLinear"):
+            infold.convert(lazy, infold.FusedConfig("lossless"), progress=False)
+    assert len(infold.convert(model, infold.FusedConfig("lossless"), progress=False).layers) > 1
 
 
 @pytest.mark.parametrize("inside", [False, True])

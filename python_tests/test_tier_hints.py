@@ -17,7 +17,7 @@ import transformers
 from accelerate.utils import check_device_map
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from infold.tiers import TierSpec, load, plan, save, to_device_map, to_llama_cpp
+from infold.tiers import TierSpec, attach, load, plan, save, to_device_map, to_llama_cpp
 from infold.tiers.gguf import gguf_name
 from infold.tiers.hints import parse
 from infold.tiers.plan import Plan
@@ -82,12 +82,49 @@ def test_scores_that_json_has_not_are_refused(tmp_path: Path) -> None:
 
 def test_another_model_is_refused_by_name(hints: Path) -> None:
     longer = nn.Sequential(*network(), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="units: expected all of the model's units, '5' missing"):
+    another = rf"{hints}: expected a plan of this model, got one of another: "
+    with pytest.raises(ValueError, match=another + "the plan has no units '5'$"):
         load(hints, longer)
-    with pytest.raises(ValueError, match="units: expected names of the model's units, got '4'"):
+    with pytest.raises(ValueError, match=another + "the model has no units '4'$"):
         load(hints, network()[:4])
-    with pytest.raises(ValueError, match="fingerprint: expected"):
+    with pytest.raises(ValueError, match=another + "shapes or dtypes of parameters differ"):
         load(hints, network().double())
+    # Of hundreds, a few are named.
+    many = nn.ModuleDict({f"layer{index:03}": nn.Linear(2, 2) for index in range(300)})
+    some = "'layer000', 'layer001', 'layer002', 'layer003', 'layer004' and 295 more"
+    with pytest.raises(ValueError, match=another + f"the model has no units '0', '2', '3', '4'; .* no units {some}$"):
+        load(hints, many)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{}", "format: expected 'infold-tiers', got none"),
+        (b"", "expected JSON, got nothing"),
+        (b" \n", "expected JSON, got nothing"),
+        (b"hello", r"expected JSON, got something else: Expecting value: line 1"),
+        (b"\xff\xfe", "expected JSON, got something else: 'utf-8' codec"),
+        (b"[" * 100_000, "expected JSON, got some that nests too deep"),
+        (b"[1]", "JSON: expected an object, got list"),
+    ],
+    ids=lambda value: repr(value[:8]),
+)
+def test_a_file_that_is_no_plan_is_named(text: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"^{path}: {message}") as caught:
+        load(path)
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_file(hints: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=str(hints.parent)):
+        load(hints.parent)
+    with pytest.raises(IsADirectoryError, match=f"expected a file: '{hints.parent}'"):
+        save(three_tiers(network()), hints.parent)
+    with pytest.raises(FileNotFoundError, match=f"expected a folder: '{hints.parent / 'absent'}'"):
+        save(three_tiers(network()), hints.parent / "absent" / "hints.json")
 
 
 def changed(hints: Path, *path: str | int, to: Any) -> bytes:
@@ -250,8 +287,16 @@ def test_device_map_of_modules_inside_modules() -> None:
     check_device_map(model, to_device_map(together, model))
     ranks = {"0": 2.0, "0.inner": 1.0}
     apart = plan(model, [HBM, CPU], None, "fractions", scores=ranks, fractions=(0.3, 0.7))
-    with pytest.raises(ValueError, match=r"0: expected one device for its own .* got 0 and, for 0.inner, 'cpu'"):
+    with pytest.raises(
+        ValueError, match=r"0: expected one device for its own .* got 0 and, for 0.inner, 'cpu'"
+    ) as caught:
         to_device_map(apart, model)
+    # What it says to do helps.
+    assert "give their tiers the same of the devices, or run the plan by infold.tiers.attach" in str(caught.value)
+    assert to_device_map(apart, model, {"HBM": 0, "CPU": 0}) == {"0": 0}
+    x = torch.ones(3)
+    with attach(model, apart):
+        assert torch.equal(model(x), x)
 
 
 def llama(tie: bool = False) -> nn.Module:

@@ -263,7 +263,7 @@ MODEL = pages(1, 2)
     ("options", "message"),
     [
         ({"objective": "best"}, "objective: expected one of traffic"),
-        ({"objective": "importance"}, "scores: expected all of the model's units, 'layers.0', 'layers.1' missing"),
+        ({"objective": "importance"}, "scores: expected a number for each unit for objective 'importance', got none"),
         ({"objective": "inverse", "scores": {"layers.0": 1.0}}, "scores: .*'layers.1' missing"),
         ({"objective": "importance", "scores": {"layers.0": 1.0, "layers.1": float("nan")}}, "scores: .*NaN"),
         ({"scores": {"layers.7": 1.0}}, "scores: expected names of the model's units, got 'layers.7'"),

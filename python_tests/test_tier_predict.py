@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from infold.tiers import PRESETS, Access, TierSpec, calibrate, measure_compute, plan, predict, simulate, stream
+from infold.tiers import PRESETS, Access, TierSpec, attach, calibrate, measure_compute, plan, predict, simulate, stream
 from infold.tiers.calibrate import fit, read_seconds
 from infold.tiers.store import Store
 from torch import Tensor, nn
@@ -116,6 +117,51 @@ def test_a_prediction_is_the_schedule_of_its_plan(tmp_path: Path) -> None:
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_overhead_is_that_of_uses_that_are_away() -> None:
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(6)])
+    uses = [(str(index), 1e-6) for index in range(6)]
+    made = plan(model, [HBM, CPU], {"HBM": 4 * 16384}, "layer-order")
+    prediction = predict(model, made, compute_seconds=uses, overhead_seconds=20e-6)
+    # By hand: four of six are away, and 21 us of computing and overhead hide all of their transfers of 5.6 us.
+    assert prediction.overhead_seconds == pytest.approx(4 * 20e-6, rel=1e-9)
+    assert prediction.resident_seconds == pytest.approx(6e-6, rel=1e-9)
+    assert prediction.exposed_seconds == pytest.approx(0, abs=1e-12)
+    assert prediction.seconds == prediction.bound_seconds == pytest.approx(86e-6, rel=1e-9)
+    # Two are fetched at the start, while the two resident layers compute: the first of them is waited for.
+    assert prediction.first_seconds == pytest.approx(86e-6 + 5e-6 + 16384 / 26e9 - 2e-6, rel=1e-9)
+    content = prediction.as_dict()
+    assert content["overhead_seconds"] == prediction.overhead_seconds
+    assert [layer["overhead_seconds"] for layer in content["layers"]] == [0.0, 0.0, 20e-6, 20e-6, 20e-6, 20e-6]
+    assert all(layer["compute_seconds"] == 1e-6 for layer in content["layers"])
+    assert "overhead 0.080 ms, 20.0 us a use" in str(prediction)
+    for wrong in (-1e-9, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="overhead_seconds: expected zero or more"):
+            predict(model, made, compute_seconds=uses, overhead_seconds=wrong)
+
+
+def test_many_small_units_take_as_long_as_predicted() -> None:
+    torch.set_num_threads(1)
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(150)]).requires_grad_(False)
+    # Transfers of nothing: all that the emulator adds is what a use costs.
+    at_once = TierSpec("RAM", 0, 1e6)
+    made = plan(model, [HBM, at_once], {"HBM": 8 * 4096}, "layer-order", buffers=8)
+    assert sum(placement.tier == "RAM" for placement in made.placements.values()) == 150
+    x = torch.zeros(1, 16)
+    ratios = []
+    for _ in range(3):
+        prediction = predict(model, made, x, repeats=10)
+        with torch.inference_mode(), attach(model, made, mode="emulated"):
+            times = []
+            for _ in range(20):
+                begun = time.perf_counter()
+                model(x)
+                times.append(time.perf_counter() - begun)
+        ratios.append(statistics.median(times) / prediction.seconds)
+        # Without it, it would be a third of the time.
+        assert prediction.overhead_seconds > prediction.resident_seconds
+    assert 0.5 < statistics.median(ratios) < 2
+
+
 def test_prediction_measures_if_it_is_not_told() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     made = plan(model, [HBM, CPU], {"HBM": 40_000}, "layer-order")
@@ -139,6 +185,9 @@ def test_a_streamed_model_is_as_fast_as_its_link(name: str, bits: int) -> None:
     transfers = round(streamed / (result.weight_bytes / 120))
     expected = streamed / (spec.bandwidth_gb_s * 1e9) + transfers * spec.setup_us * 1e-6
     assert result.seconds_per_token == pytest.approx(expected, rel=1e-9)
+    for wrong in (-3.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="parameters: expected a positive number"):
+            stream(wrong, bits, spec, device_bytes=6_000_000_000)
     with pytest.raises(ValueError, match="device_bytes: expected at least"):
         stream(120e9, bits, spec, device_bytes=10**8)
 

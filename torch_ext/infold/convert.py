@@ -32,6 +32,7 @@ from infold.layout import prepare_modules
 from infold.nn import PackedModule
 from infold.packed import pack
 from infold.report import ConversionReport, LayerReport
+from infold.storages import refuse_attached
 
 FilterFn = Callable[[nn.Module, str], bool]
 Config = FusedConfig | FrequencyConfig
@@ -59,9 +60,11 @@ def convert(
     Tied weights stay tied and a shared module is converted once. Layers that cannot be converted, or are over
     ``max_error``, are left as they are and listed in the report with the reason; one warning names them. Raises
     ValueError if ``model`` is itself such a layer, and if a name in ``skip`` or a pattern in ``config`` matches none,
-    and TypeError for arguments of another type; nothing is converted then.
+    and TypeError for arguments of another type; nothing is converted then. A model whose weights are in tiers
+    (`infold.tiers.attach`) is refused: convert it before.
     """
     _check_types(model, config, skip)
+    refuse_attached(model, "convert before infold.tiers.attach, or after remove() of its handle")
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)

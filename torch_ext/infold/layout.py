@@ -16,6 +16,7 @@ from infold._library import ops
 from infold.config import DeviceLayout, Layout, MemoryLayout
 from infold.nn import FusedDecompressLinear, PackedModule
 from infold.packed import CPU_LAYOUTS, Packed, lay_out
+from infold.storages import refuse_attached
 
 #: ``auto`` takes a faster layout only if it is at most this many times the size...
 _SIZE_LIMIT = 1.3
@@ -67,7 +68,8 @@ def prepare(
     Layers that share a weight keep sharing it. Results do not depend on the layout; on CUDA, where sums are taken in
     the order of the layout, their last bits may. As with any change to a module's parameters, nobody may run the model
     meanwhile. Raises ValueError for another layout, for a budget with a layout other than ``"auto"``, where even the
-    compact form of all weights is over the budget, and on CUDA for a weight that has no such layout.
+    compact form of all weights is over the budget, on CUDA for a weight that has no such layout, and for a model whose
+    weights are in tiers (`infold.tiers.attach`): the tiers would move the old form.
     """
     if layout not in (*get_args(Layout), *get_args(DeviceLayout)):
         raise ValueError(f"layout: expected auto, compact or fast, or {_ON_CUDA} on CUDA, got {layout!r}")
@@ -75,6 +77,7 @@ def prepare(
         raise TypeError(f"budget: expected bytes as an int, got {budget!r}")
     if budget is not None and layout != "auto":
         raise ValueError(f"budget: expected only with layout 'auto', got it with {layout!r}")
+    refuse_attached(model, "lay out before infold.tiers.attach, or after remove() of its handle")
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
     prepare_modules(modules.values(), layout, budget)
     return {name: module.layout for name, module in modules.items()}

@@ -19,7 +19,7 @@ from infold.tiers.precision import (
     measure_precision,
     plan_precision,
 )
-from infold.tiers.predict import Prediction, Stream, measure_compute, predict, stream
+from infold.tiers.predict import Prediction, Stream, measure_compute, measure_overhead, predict, stream
 from infold.tiers.presets import PRESETS
 from infold.tiers.problem import fingerprint
 from infold.tiers.pruning import bitter7_scores, prune_
@@ -67,6 +67,7 @@ __all__ = [
     "fingerprint",
     "load",
     "measure_compute",
+    "measure_overhead",
     "measure_precision",
     "offload_activations",
     "plan",

@@ -19,9 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from infold.config import WEIGHT_DTYPES
+from infold.storages import storage_key
 from infold.tiers.pinned import PinnedStash
 from infold.tiers.stash import ActivationCounters, ActivationPacking, DiskStash, Entry, Rows, Stash
-from infold.tiers.units import storage_key
 
 
 def offload_activations(
@@ -39,7 +39,7 @@ def offload_activations(
     of the host. The backward may come after it.
 
     model: whose parameters and buffers, and views of them, stay where they are; or just those tensors.
-    folder: where the file lies; the default is the folder for temporary files.
+    folder: where the file lies; the default is that of `attach`.
     min_bytes: storages of at least this size are offloaded, each once, however many views of it are saved.
     limit_bytes: of the file, or of the pinned memory of a GPU; a tensor that would exceed it stays where it is.
     buffer_bytes: memory for what is being written or read ahead; a storage that is larger has it to itself.
@@ -49,8 +49,9 @@ def offload_activations(
     depth, backend: of `infold.tiers.Store`.
 
     What is offloaded to disk does not change if the tensor is written to afterwards; on a GPU, that is the error that
-    it is without offloading. Raises ValueError for a wrong argument; a forward or backward in it, RuntimeError with the
-    file's name where the disk has no room or fails.
+    it is without offloading. Nothing notes writes by way of ``tensor.data``, not even PyTorch's version: what is saved
+    before and after one waits once, as it was before. Raises ValueError for a wrong argument; a forward or backward in
+    it, RuntimeError with the file's name where the disk has no room or fails.
     """
     for name, value in (("min_bytes", min_bytes), ("buffer_bytes", buffer_bytes), ("limit_bytes", limit_bytes or 0)):
         if value < 0:

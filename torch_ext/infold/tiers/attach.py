@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from infold.report import format_bytes
+from infold.storages import enter, leave, refuse_attached
 from infold.tiers.arena import Arena
 from infold.tiers.checkpoint import Weights, fill_buffers, filled, open_weights
 from infold.tiers.codecs import RAW, config_of
@@ -22,18 +24,16 @@ from infold.tiers.emulate import EmulatedPiece, link_for, no_memory
 from infold.tiers.engine import Counters, Engine
 from infold.tiers.hooks import Hooks
 from infold.tiers.pieces import DiskPiece, Piece, RamPiece
-from infold.tiers.plan import Plan, fingerprint
+from infold.tiers.plan import Plan, require_plan_of
 from infold.tiers.ring import Buffers, Ring, host_memory
 from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
 from infold.tiers.training import state_name, step_by_units
-from infold.tiers.units import ATOMIC, Unit, storage_key, units
+from infold.tiers.units import ATOMIC, Unit, units
 from infold.tiers.unpacking import PackedPiece, can_pack
 
 Mode = Literal["real", "emulated"]
 
-#: The storages of all models that are attached.
-_attached: set[int] = set()
 #: Weights that are freed before the system is given back their memory.
 _TRIM_BYTES = 4 << 20
 
@@ -53,7 +53,8 @@ def attach(
     """Moves a model's weights to the tiers of ``plan``, and fetches them while the model runs.
 
     mode: ``"real"`` moves them; ``"emulated"`` leaves them and waits as the tiers' specifications say.
-    folder: where a tier on disk keeps its file; the default is the folder for temporary files.
+    folder: where a tier on disk keeps its file; the default is `tempfile.gettempdir`, ``$TMPDIR`` or else /tmp, which
+        on some systems is in RAM.
     weights: what a model on the meta device is filled with, a unit at a time, so that it is never whole in memory: a
         safetensors file, a folder of them, or a mapping from qualified names to tensors.
     materialize: stores weights packed and decodes each layer into a buffer just before it runs: by the codec that the
@@ -67,17 +68,8 @@ def attach(
     if mode not in ("real", "emulated"):
         raise ValueError(f"mode: expected 'real' or 'emulated', got {mode!r}")
     found = {unit.name: unit for unit in units(model, atomic)}
-    for what, names in (
-        ("of the plan's is not in the model", set(plan.placements) - set(found)),
-        ("of the model's is not in the plan", set(found) - set(plan.placements)),
-    ):
-        if names:
-            raise ValueError(f"plan: expected the model's units; {what}: {', '.join(sorted(names)[:5])}")
-    if plan.fingerprint != fingerprint(model):
-        raise ValueError("plan: it was made for another model: its shapes or dtypes differ")
-    for name, parameter in model.named_parameters():
-        if storage_key(parameter) in _attached:
-            raise ValueError(f"model: expected one whose weights are not in tiers already, got {name!r} of one that is")
+    require_plan_of("plan", plan, model, found)
+    refuse_attached(model, "call remove() of its handle first")
     handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:
         handle._place_all(open_weights(weights))
@@ -107,7 +99,7 @@ class Handle:
         self.model = model
         self.plan = plan
         self.mode = mode
-        self._materialize = materialize
+        self.materialize = materialize
         self._units = dict(found)
         self._folder = Path(folder or tempfile.gettempdir())
         self._backend = backend
@@ -125,7 +117,6 @@ class Handle:
         self._links = {spec.name: link_for(spec, self._device) for spec in plan.tiers if not spec.resident}
         self._lane = Lane(self._device, self._executor) if mode == "real" and self._device.type == "cuda" else None
         self._tier_of: dict[str, str] = {}
-        self._keys: dict[str, set[int]] = {}
         self._removed = False
 
     # --- placing ---
@@ -139,6 +130,7 @@ class Handle:
         freed = 0
         for name, unit in self._units.items():
             self._units[name] = filled(unit, weights)
+            enter(self._units[name].parameters.values())
             self._place(self._units[name], self.plan.tier_of(name))
             freed += unit.nbytes
             if freed > _TRIM_BYTES:
@@ -149,7 +141,7 @@ class Handle:
     def _place(self, unit: Unit, spec: TierSpec) -> None:
         if not spec.resident:
             parameters = list(unit.parameters.values())
-            packs = self._materialize and self.mode == "real" and any(map(can_pack, parameters))
+            packs = self.materialize and self.mode == "real" and any(map(can_pack, parameters))
             packed = self._packed_piece(unit, spec) if packs else None
             piece = packed or self._piece(unit.name, parameters, unit.nbytes, spec)
             if piece.nbytes > self._ring.capacity:
@@ -159,8 +151,6 @@ class Handle:
                 raise ValueError(f"plan: {unit.name}: expected buffer_bytes of at least {needed}, got {got}{why}")
             self._engine.add(unit.name, piece)
             self._hooks.add(unit)
-            self._keys[unit.name] = {storage_key(parameter) for parameter in parameters}
-            _attached.update(self._keys[unit.name])
         self._tier_of[unit.name] = spec.name
 
     def _piece(self, name: str, tensors: Sequence[Tensor], nbytes: int, spec: TierSpec) -> Piece:
@@ -262,7 +252,8 @@ class Handle:
                 errors.append(error)
             # An interrupt before this leaves the rest to a second call.
             self._engine.forget(name)
-            _attached.difference_update(self._keys.pop(name, ()))
+        for unit in self._units.values():
+            leave(unit.parameters.values())
         self._removed = True
         self._ring.clear()
         self._executor.shutdown()
@@ -271,6 +262,17 @@ class Handle:
         _trim()
         if errors:
             raise errors[0]
+
+    def __repr__(self) -> str:
+        """The mode, what lies in each tier now (bytes as they are computed on), the ring, and where the file is."""
+        if self._removed:
+            return "<Handle: removed>"
+        parts = ["materialized" if self.materialize else "", f"ring of {format_bytes(self.plan.buffer_bytes)}"]
+        for tier in self.plan.tiers:
+            held = [unit.nbytes for name, unit in self._units.items() if self._tier_of.get(name) == tier.name]
+            parts.append(f"{tier.name}: {len(held)} units, {format_bytes(sum(held))}")
+        parts.append(f"file in {self._folder}" if self._store else "")
+        return f"<Handle: {self.mode}; {'; '.join(filter(None, parts))}>"
 
     def __enter__(self) -> Handle:
         return self
@@ -286,7 +288,6 @@ class Handle:
                 self._engine.send_home(name).restore()
                 self._engine.forget(name)
         self._hooks.remove(unit)
-        _attached.difference_update(self._keys.pop(unit.name, ()))
 
     def _require_attached(self) -> None:
         if self._removed:

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from infold import tiers
+from infold.checked_files import destination
 from infold.report import format_bytes
-from infold.tiers.hints import load, save
+from infold.tiers.hints import load, parse_object, parse_specs, read, save
 from infold.tiers.models import Loaded, load_model
 from infold.tiers.plan import Objective, Plan
 from infold.tiers.presets import PRESETS
@@ -42,7 +44,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--file-bytes", type=parse_bytes, default=2**28, metavar="SIZE", help="of the file that is read")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the specs, for plan --specs")
 
-    made = command("plan", _plan, "place a model's weights, and write tier_hints.json")
+    made = command("plan", _plan, "place a model's weights, and write the plan into a file")
     _add_model(made)
     made.add_argument(
         "--tiers",
@@ -54,12 +56,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--budget", action="append", default=[], metavar="TIER=SIZE", help="bytes of a tier: HBM=6GB; may be repeated"
     )
     made.add_argument("--objective", default="traffic", choices=get_args(Objective))
-    made.add_argument("--scores", type=Path, metavar="FILE", help="JSON: a score for each unit")
+    made.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="for importance, inverse and fractions: a JSON object, a number for each unit",
+    )
     made.add_argument("--fractions", type=float, nargs="+", default=[0.3, 0.5, 0.2], help="of bytes, one a tier")
     made.add_argument("--buffers", type=int, default=2, help="weights that the ring holds (default: %(default)s)")
     made.add_argument("--keep-largest", type=int, default=0, metavar="COUNT", help="largest weights to rank first")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--out", type=Path, default=Path("tier_hints.json"), metavar="FILE")
+    made.add_argument("--out", type=Path, default=Path("tier_hints.json"), metavar="FILE", help="default: %(default)s")
+    made.add_argument("--force", action="store_true", help="overwrite the file if it is there")
 
     made = command("predict", _predict, "time per forward under a plan, or per token of a streamed model")
     made.add_argument("hints", type=Path, nargs="?", help="a file of plan")
@@ -80,7 +88,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--mode", choices=("emulated", "real"), default="emulated")
     made.add_argument("--baseline", action="store_true", help="time the resident model too")
     made.add_argument("--num-iterations", type=int, default=100)
-    made.add_argument("--folder", type=Path, help="where a tier on disk keeps its file in real mode")
+    made.add_argument(
+        "--folder",
+        type=Path,
+        help=f"where a tier on disk keeps its file in real mode (default: {tempfile.gettempdir()})",
+    )
 
 
 def parse_bytes(text: str) -> int:
@@ -130,11 +142,7 @@ def _specs(options: argparse.Namespace) -> list[TierSpec]:
     known: Mapping[str, TierSpec] = PRESETS
     names = (options.tiers or _TIERS).split(",")
     if options.specs is not None:
-        content = _json(options.specs)
-        try:
-            known = {str(entry["name"]): TierSpec(**entry) for entry in content["tiers"]}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{options.specs}: expected a file of calibrate --out: {error!r}") from None
+        known = read(options.specs, parse_specs)
         names = options.tiers.split(",") if options.tiers else list(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"tiers: expected some of {', '.join(known)}, got {', '.join(unknown)}")
@@ -144,21 +152,16 @@ def _specs(options: argparse.Namespace) -> list[TierSpec]:
 def _scores(path: Path | None) -> dict[str, float] | None:
     if path is None:
         return None
-    scores = _json(path)
+    scores = read(path, parse_object)
     if wrong := [name for name, score in scores.items() if not isinstance(score, int | float)]:
         raise ValueError(f"{path}: expected a number for each unit, got something else for {wrong[0]!r}")
     return scores
 
 
-def _json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _plan(options: argparse.Namespace) -> None:
-    specs = _specs(options)
+    if destination(options.out).exists() and not options.force:
+        raise ValueError(f"out: {options.out}: expected a file that is not there yet, or --force to overwrite it")
+    specs, scores = _specs(options), _scores(options.scores)
     budgets: dict[str, int | None] = {}
     for text in options.budget:
         name, equals, size = text.rpartition("=")
@@ -172,7 +175,7 @@ def _plan(options: argparse.Namespace) -> None:
         specs,
         budgets,
         options.objective,
-        scores=_scores(options.scores),
+        scores=scores,
         compute_seconds=compute,
         buffers=options.buffers,
         keep_largest=options.keep_largest,

@@ -65,8 +65,8 @@ class DynamicTiering:
 
     Results do not depend on where weights lie. While a unit moves it is in plain memory, beside the budgets.
 
-    Raises ValueError for a wrong argument; at a re-plan, for scores of no unit or that are not finite, and for a
-    policy's tiers that exceed the budgets.
+    Raises ValueError for a wrong argument and a handle of `attach` with ``materialize``; at a re-plan, for scores of no
+    unit or that are not finite, and for a policy's tiers that exceed the budgets.
     """
 
     def __init__(
@@ -92,6 +92,9 @@ class DynamicTiering:
             raise ValueError("uses: expected a function for objective 'traffic', got None")
         if objective != "traffic" and scores is None:
             raise ValueError("scores: expected a function, got None")
+        if handle.materialize:
+            # Only packing tells the room that a weight needs in the ring, and the bytes that it takes in its tier.
+            raise ValueError("handle: expected one of attach without materialize, got one with it")
         self._handle, self._scores, self._uses = handle, scores, uses
         self._every, self._max_bytes, self._hysteresis, self._objective = every, max_bytes, hysteresis, objective
         plan = handle.plan

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from infold.storages import storage_key
 from infold.tiers.pieces import Wait
 from infold.tiers.ring import Buffers
 from infold.tiers.spec import TierSpec
-from infold.tiers.units import pages, storage_key
+from infold.tiers.units import pages
 
 #: The last part of a wait is spent looking at the clock, for sleeping is not that precise.
 _SPIN_SECONDS = 3e-4

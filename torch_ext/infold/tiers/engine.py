@@ -13,10 +13,11 @@ from enum import Enum, auto
 
 from torch import Tensor
 
+from infold.storages import storage_key
 from infold.tiers.order import AccessOrder
 from infold.tiers.pieces import Piece, Wait
 from infold.tiers.ring import Buffers
-from infold.tiers.units import pages, storage_key
+from infold.tiers.units import pages
 
 #: How many uses ahead are looked at.
 HORIZON = 256

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from infold.checked_files import replacing
+from infold.checked_files import destination, replacing
 from infold.tiers.gguf import gguf_name
-from infold.tiers.plan import Placement, Plan
-from infold.tiers.problem import check_names, fingerprint
+from infold.tiers.plan import Placement, Plan, require_plan_of
+from infold.tiers.problem import check_names
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import units
 
@@ -23,8 +24,11 @@ FORMAT, VERSION = "infold-tiers", 1
 MAX_BYTES = 64 * 2**20
 
 _PLAN = {"format", "version", "objective", "fingerprint", "buffer_bytes", "tiers", "units"}
-_TIER = {"name", "setup_us", "bandwidth_gb_s", "capacity_bytes", "resident", "on_disk", "depth", "budget_bytes"}
+_SPEC = {field.name for field in fields(TierSpec)}
+_DEFAULTS = {field.name: field.default for field in fields(TierSpec) if field.default is not MISSING}
 _UNIT = {"tier", "nbytes", "codec", "score"}
+
+Result = TypeVar("Result")
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -32,19 +36,7 @@ def save(plan: Plan, path: str | Path) -> None:
 
     Raises ValueError for a score that is not finite: JSON has none.
     """
-    tiers = [
-        {
-            "name": tier.name,
-            "setup_us": tier.setup_us,
-            "bandwidth_gb_s": tier.bandwidth_gb_s,
-            "capacity_bytes": tier.capacity_bytes,
-            "resident": tier.resident,
-            "on_disk": tier.on_disk,
-            "depth": tier.depth,
-            "budget_bytes": plan.budgets.get(tier.name),
-        }
-        for tier in plan.tiers
-    ]
+    tiers = [{**asdict(tier), "budget_bytes": plan.budgets.get(tier.name)} for tier in plan.tiers]
     for name, placement in plan.placements.items():
         if placement.score is not None and not math.isfinite(placement.score):
             raise ValueError(f"{name}: score: expected a finite number, got {placement.score}")
@@ -58,63 +50,78 @@ def save(plan: Plan, path: str | Path) -> None:
         "units": {name: placement._asdict() for name, placement in plan.placements.items()},
     }
     text = json.dumps(content, indent=1, allow_nan=False)
-    with replacing(Path(path).resolve()) as temporary:
+    with replacing(destination(path)) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Plan:
     """Reads a file of `save`, and checks it against a model if one is given.
 
-    Raises ValueError, which names the field or the units: for a file that is none of `save` or of a later version, for
-    values of a wrong type or out of range, and for units and a fingerprint that are not the model's. OSError if the
-    file cannot be read.
+    Raises ValueError, which names the file and the field or some units: for a file that is none of `save` or of a later
+    version, for values of a wrong type or out of range, and for a plan of another model. OSError if the file cannot be
+    read.
     """
+    plan = read(path, parse)
+    if model is not None:
+        require_plan_of(str(path), plan, model, (unit.name for unit in units(model)))
+    return plan
+
+
+def read(path: str | Path, parse: Callable[[bytes], Result]) -> Result:
+    """What ``parse`` makes of a file's bytes; ValueErrors, its own among them, name the file."""
     with open(path, "rb") as file:
         text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes, got more")
-    plan = parse(text)
-    if model is not None:
-        check_names("units", plan.placements, (unit.name for unit in units(model)), missing=True)
-        if plan.fingerprint != fingerprint(model):
-            raise ValueError(
-                f"fingerprint: expected {fingerprint(model)}, the model's, got {plan.fingerprint}: names, shapes or "
-                "dtypes of its parameters differ from those of the model that was planned for"
-            )
-    return plan
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"expected at most {MAX_BYTES} bytes, got more")
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object that a file holds; raises ValueError where it is none, or names something twice."""
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("expected JSON, got some that nests too deep") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected JSON, got {f'something else: {error}' if text.strip() else 'nothing'}") from None
+    return _object(content, "JSON", None)
+
+
+def parse_specs(text: bytes) -> dict[str, TierSpec]:
+    """Tiers by name, of a file of ``infold tiers calibrate --out``: ``{"tiers": [{"name": ..., ...}, ...]}``.
+
+    Raises ValueError, which names the field, for another file; what `TierSpec` has defaults for may be left out.
+    """
+    specs = {}
+    for number, entry in enumerate(_tier_list(parse_object(text))):
+        where = f"tiers[{number}]"
+        spec = _spec({**_DEFAULTS, **_object(entry, where, None)}, where)
+        if spec.name in specs:
+            raise ValueError(f"{where}.name: expected tiers of different names, got {spec.name!r} twice")
+        specs[spec.name] = spec
+    return specs
 
 
 def parse(text: bytes) -> Plan:
     """A plan from the bytes of a file; raises ValueError as `load` does."""
-    try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("expected a plan, got JSON that nests too deep") from None
-    content = _object(content, "plan", None)
-    if content.get("format") != FORMAT:
-        raise ValueError(f"format: expected {FORMAT!r}, got {content.get('format')!r:.60}")
+    content = parse_object(text)
+    if "format" not in content:
+        raise ValueError(f"format: expected {FORMAT!r}, got none: it is no file of infold.tiers.save")
+    if content["format"] != FORMAT:
+        raise ValueError(f"format: expected {FORMAT!r}, got {content['format']!r:.60}")
     if content.get("version") != VERSION or isinstance(content.get("version"), bool):
         raise ValueError(f"version: expected {VERSION}, got {content.get('version')!r:.60}")
     _object(content, "plan", _PLAN)
-    if not isinstance(content["tiers"], list):
-        raise ValueError(f"tiers: expected a list, got {type(content['tiers']).__name__}")
     tiers, budgets = [], {}
-    for number, entry in enumerate(content["tiers"]):
+    for number, entry in enumerate(_tier_list(content)):
         where = f"tiers[{number}]"
-        entry = _object(entry, where, _TIER)
-        name = _string(entry["name"], f"{where}.name")
-        tiers.append(
-            TierSpec(
-                name,
-                _number(entry["setup_us"], f"{where}.setup_us"),
-                _number(entry["bandwidth_gb_s"], f"{where}.bandwidth_gb_s"),
-                _optional_bytes(entry["capacity_bytes"], f"{where}.capacity_bytes"),
-                _boolean(entry["resident"], f"{where}.resident"),
-                _boolean(entry["on_disk"], f"{where}.on_disk"),
-                _bytes(entry["depth"], f"{where}.depth"),
-            )
-        )
-        budgets[name] = _optional_bytes(entry["budget_bytes"], f"{where}.budget_bytes")
+        entry = dict(_object(entry, where, _SPEC | {"budget_bytes"}))
+        budget = _optional_bytes(entry.pop("budget_bytes"), f"{where}.budget_bytes")
+        tiers.append(_spec(entry, where))
+        budgets[tiers[-1].name] = budget
     placements = {}
     for name, entry in _object(content["units"], "units", None).items():
         where = f"units.{name:.200}"
@@ -142,7 +149,8 @@ def to_device_map(plan: Plan, model: nn.Module, devices: Mapping[str, int | str]
         one that is ``on_disk`` is ``"disk"``, and others are ``"cpu"``.
 
     Raises ValueError for a tier without a device, and where a module's own parameters and those of a module inside it
-    have different devices: accelerate moves a module as a whole.
+    have different devices: accelerate moves a module as a whole. Give ``devices`` that are the same for their tiers, or
+    run such a plan by `attach`.
     """
     found = units(model)
     check_names("units", plan.placements, (unit.name for unit in found), missing=True)
@@ -164,7 +172,8 @@ def to_device_map(plan: Plan, model: nn.Module, devices: Mapping[str, int | str]
             if device_map[outer] != device_map[inner]:
                 raise ValueError(
                     f"{outer or 'the model'}: expected one device for its own parameters and all inside, got "
-                    f"{device_map[outer]!r} and, for {inner}, {device_map[inner]!r}"
+                    f"{device_map[outer]!r} and, for {inner}, {device_map[inner]!r}: accelerate moves a module as a "
+                    "whole; give their tiers the same of the devices, or run the plan by infold.tiers.attach"
                 )
             del device_map[inner]
             break
@@ -219,6 +228,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(constant: str) -> float:
     raise ValueError(f"expected numbers, got {constant}")
+
+
+def _tier_list(content: Mapping[str, Any]) -> list[Any]:
+    tiers = content.get("tiers")
+    if not isinstance(tiers, list):
+        raise ValueError(f"tiers: expected a list, got {'none' if tiers is None else type(tiers).__name__}")
+    return tiers
+
+
+def _spec(value: Any, where: str) -> TierSpec:
+    entry = _object(value, where, _SPEC)
+    return TierSpec(
+        _string(entry["name"], f"{where}.name"),
+        _number(entry["setup_us"], f"{where}.setup_us"),
+        _number(entry["bandwidth_gb_s"], f"{where}.bandwidth_gb_s"),
+        _optional_bytes(entry["capacity_bytes"], f"{where}.capacity_bytes"),
+        _boolean(entry["resident"], f"{where}.resident"),
+        _boolean(entry["on_disk"], f"{where}.on_disk"),
+        _bytes(entry["depth"], f"{where}.depth"),
+    )
 
 
 def _object(value: Any, where: str, fields: set[str] | None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from infold.storages import storage_key
 from infold.tiers.engine import Engine, Use
-from infold.tiers.units import Unit, storage_key
+from infold.tiers.units import Unit
 
 
 class Hooks:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from infold._library import ops
+from infold.storages import storage_key
 from infold.tiers.ring import Buffers, host_memory
 from infold.tiers.store import Store
-from infold.tiers.units import PAGE, aligned, pages, room, storage_key
+from infold.tiers.units import PAGE, aligned, pages, room
 
 #: Returns when a transfer is done, and raises what it ended with.
 Wait = Callable[[], None]

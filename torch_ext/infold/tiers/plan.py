@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
@@ -13,13 +13,13 @@ from torch import nn
 
 from infold.report import format_bytes
 from infold.tiers.packing import Assignment
-from infold.tiers.problem import Problem, Uses, check_names, fingerprint, problem_of
+from infold.tiers.problem import Problem, Uses, check_names, fingerprint, problem_of, some
 from infold.tiers.schedule import Access
 from infold.tiers.search import least_exposed
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import pages
 
-__all__ = ["Objective", "Placement", "Plan", "Uses", "fingerprint", "plan", "settle"]
+__all__ = ["Objective", "Placement", "Plan", "Uses", "fingerprint", "plan", "require_plan_of", "settle"]
 
 Objective = Literal["traffic", "importance", "inverse", "size", "layer-order", "random", "fractions"]
 
@@ -131,6 +131,20 @@ class Plan:
         return "\n".join(lines)
 
 
+def require_plan_of(label: str, plan: Plan, model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError, which begins with ``label``, for a plan of another model; ``names`` are those of its units."""
+    names = set(names)
+    reasons = []
+    if unknown := sorted(plan.placements.keys() - names):
+        reasons.append(f"the model has no units {some(unknown)}")
+    if absent := sorted(names - plan.placements.keys()):
+        reasons.append(f"the plan has no units {some(absent)}")
+    if not reasons and plan.fingerprint != fingerprint(model):
+        reasons.append("shapes or dtypes of parameters differ (was the model converted since?)")
+    if reasons:
+        raise ValueError(f"{label}: expected a plan of this model, got one of another: {'; '.join(reasons)}")
+
+
 def plan(
     model: nn.Module,
     specs: Sequence[TierSpec],
@@ -211,11 +225,12 @@ def _ranked(sizes: Mapping[str, int], objective: Objective, scores: Mapping[str,
         return random.Random(seed).sample(names, len(names))
     if objective == "layer-order":
         return names
-    check_names("scores", scores or (), names, missing=True)
-    given = scores or {}
-    if wrong := [name for name in names if given[name] != given[name]]:
+    if scores is None:
+        raise ValueError(f"scores: expected a number for each unit for objective {objective!r}, got none")
+    check_names("scores", scores, names, missing=True)
+    if wrong := [name for name in names if scores[name] != scores[name]]:
         raise ValueError(f"scores: expected numbers, got NaN for {wrong[0]!r}")
-    return sorted(names, key=lambda name: given[name] if objective == "inverse" else -given[name])
+    return sorted(names, key=lambda name: scores[name] if objective == "inverse" else -scores[name])
 
 
 def _cut(sizes: Mapping[str, int], order: list[str], fractions: Sequence[float], tiers: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""How long a forward will take under a plan: measured computing, modelled transfers."""
+"""How long a forward will take under a plan: measured computing and overhead, modelled transfers."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from torch import nn
 
 from infold.activations import call
 from infold.report import format_bytes
-from infold.tiers.plan import Plan
+from infold.tiers.attach import attach
+from infold.tiers.plan import Placement, Plan, fingerprint
 from infold.tiers.problem import Uses
 from infold.tiers.schedule import Access, Event, Timeline, simulate
 from infold.tiers.spec import TierSpec
@@ -30,12 +32,14 @@ class Prediction:
     """The times of a plan.
 
     first: the first pass, of which nothing has been fetched before. timeline: several passes, the last of them steady.
+    overhead: seconds of each use of a unit that is away, which the timelines count to its computing.
     """
 
     plan: Plan
     uses: tuple[tuple[str, float], ...]
     first: Timeline
     timeline: Timeline
+    overhead: float = 0.0
 
     @property
     def steady(self) -> tuple[Event, ...]:
@@ -45,7 +49,7 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """Of a steady pass."""
-        return self.resident_seconds + self.exposed_seconds
+        return self.resident_seconds + self.overhead_seconds + self.exposed_seconds
 
     @property
     def first_seconds(self) -> float:
@@ -54,7 +58,15 @@ class Prediction:
     @property
     def resident_seconds(self) -> float:
         """Of a pass with every weight in place."""
-        return self.first.compute_seconds
+        return math.fsum(seconds for _, seconds in self.uses)
+
+    @property
+    def overhead_seconds(self) -> float:
+        """What having units brought costs the computing thread in a pass, whether or not it waits for them."""
+        return sum(map(self._overhead, self.steady))
+
+    def _overhead(self, event: Event) -> float:
+        return 0.0 if self.plan.specs[event.tier].resident else self.overhead
 
     @property
     def exposed_seconds(self) -> float:
@@ -80,7 +92,7 @@ class Prediction:
     @property
     def bound_seconds(self) -> float:
         """No schedule of a steady pass that transfers as much is shorter."""
-        return max(self.resident_seconds, *self.transfer_seconds_by_tier.values())
+        return max(self.resident_seconds + self.overhead_seconds, *self.transfer_seconds_by_tier.values())
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: times in seconds, per pass, tier and layer."""
@@ -89,6 +101,7 @@ class Prediction:
             "seconds": self.seconds,
             "first_seconds": self.first_seconds,
             "resident_seconds": self.resident_seconds,
+            "overhead_seconds": self.overhead_seconds,
             "exposed_seconds": self.exposed_seconds,
             "bound_seconds": self.bound_seconds,
             "tiers": {
@@ -104,11 +117,12 @@ class Prediction:
                     "unit": event.unit,
                     "tier": event.tier,
                     "bytes": event.nbytes,
-                    "compute_seconds": event.compute_end - event.compute_start,
+                    "compute_seconds": seconds,
+                    "overhead_seconds": self._overhead(event),
                     "transfer_seconds": event.transfer_end - event.transfer_start,
                     "exposed_seconds": event.wait,
                 }
-                for event in self.steady
+                for event, (_, seconds) in zip(self.steady, self.uses, strict=True)
             ],
         }
 
@@ -152,19 +166,20 @@ class Prediction:
             shown = [f"{1e3 * each:>{space}.3f}" for each, space in zip(seconds, (11, 12, 11), strict=True)]
             return f"{name:<{width}}  {tier:<10} {format_bytes(nbytes):>10} {' '.join(shown)}"
 
-        for event in self.steady:
-            computing, moving = event.compute_end - event.compute_start, event.transfer_end - event.transfer_start
+        for event, (_, computing) in zip(self.steady, self.uses, strict=True):
+            moving = event.transfer_end - event.transfer_start
             lines.append(row(event.unit, event.tier, event.nbytes, computing, moving, event.wait))
         lines.append("-" * len(head))
         busy = self.transfer_seconds_by_tier
         for name, count in self.bytes_by_tier.items():
-            own = [event for event in self.steady if event.tier == name]
-            computing = sum(event.compute_end - event.compute_start for event in own)
-            waiting = sum(event.wait for event in own)
+            own = [(event, use[1]) for event, use in zip(self.steady, self.uses, strict=True) if event.tier == name]
+            computing = sum(seconds for _, seconds in own)
+            waiting = sum(event.wait for event, _ in own)
             lines.append(row("in all", name, count, computing, busy[name], waiting))
         lines.append(
             f"a steady pass {1e3 * self.seconds:.3f} ms, the first {1e3 * self.first_seconds:.3f} ms; all resident "
-            f"{1e3 * self.resident_seconds:.3f} ms; no schedule below {1e3 * self.bound_seconds:.3f} ms"
+            f"{1e3 * self.resident_seconds:.3f} ms; overhead {1e3 * self.overhead_seconds:.3f} ms, "
+            f"{1e6 * self.overhead:.1f} us a use; no schedule below {1e3 * self.bound_seconds:.3f} ms"
         )
         return "\n".join(lines)
 
@@ -175,6 +190,7 @@ def predict(
     inputs: Any = None,
     *,
     compute_seconds: Uses | None = None,
+    overhead_seconds: float | None = None,
     distance: int | None = None,
     repeats: int = 3,
 ) -> Prediction:
@@ -183,20 +199,34 @@ def predict(
     inputs: a batch to time the resident model's layers with: a mapping is passed as keywords, a tuple or list as
         positional arguments, anything else alone. compute_seconds: each use's unit and seconds, instead, as
         `measure_compute` gives them. distance: as in `simulate`.
+    overhead_seconds: what each use of a unit that is away costs the computing thread beside waiting, in seconds. The
+        default is `measure_overhead` where layers are timed on the CPU, and else 0: a GPU does not wait for it as long
+        as the host is ahead.
 
-    Raises ValueError if neither is given, or the plan is not of this model's units.
+    Raises ValueError if neither is given, for an overhead below zero, and if the plan is not of this model's units.
     """
     if compute_seconds is None:
         if inputs is None:
             raise ValueError("inputs: expected a batch or compute_seconds, got neither")
         compute_seconds = measure_compute(model, inputs, repeats=repeats)
+        if overhead_seconds is None and not _on_cuda(model):
+            overhead_seconds = measure_overhead()
+    overhead = 0.0 if overhead_seconds is None else overhead_seconds
+    if not 0 <= overhead < math.inf:
+        raise ValueError(f"overhead_seconds: expected zero or more, got {overhead_seconds}")
     uses = tuple(compute_seconds)
-    accesses = plan.accesses(uses)
+    accesses = [
+        access
+        if plan.specs[access.tier].resident
+        else access._replace(compute_seconds=access.compute_seconds + overhead)
+        for access in plan.accesses(uses)
+    ]
     return Prediction(
         plan,
         uses,
         simulate(accesses, plan.specs, buffer_bytes=plan.buffer_bytes, distance=distance),
         simulate(accesses * _PASSES, plan.specs, buffer_bytes=plan.buffer_bytes, distance=distance),
+        overhead,
     )
 
 
@@ -238,6 +268,28 @@ def measure_compute(model: nn.Module, inputs: Any, *, repeats: int = 3) -> list[
     return [(name, statistics.median(each[index][1] for each in passes[1:])) for index, name in enumerate(names)]
 
 
+def measure_overhead(*, count: int = 32, repeats: int = 20) -> float:
+    """Median seconds that a use of a unit which is away takes on this machine's CPU where nothing is waited for: of
+    `attach` in emulated mode, over ``count`` tiny layers. In real mode a fetch takes some more.
+    """
+    model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(count))).requires_grad_(False)
+    found = units(model)
+    tiers = (TierSpec("here", 0, 1, resident=True), TierSpec("away", 0, 1e9))
+    placements = {unit.name: Placement("away", unit.nbytes) for unit in found}
+    # Each use fetches, as in a model that does not fit.
+    plan = Plan(tiers, placements, 4 * found[0].room, fingerprint(model), "all away")
+    x = torch.zeros(1, 1)
+
+    def seconds() -> float:
+        with torch.inference_mode():
+            # The first passes teach the order of the layers.
+            return statistics.median(_seconds(model, x) for _ in range(3 + repeats))
+
+    resident = seconds()
+    with attach(model, plan, mode="emulated"):
+        return max(0.0, seconds() - resident) / count
+
+
 @dataclass(frozen=True)
 class Stream:
     """A model that streams from a tier for every token: all that is not resident is read each time."""
@@ -264,7 +316,9 @@ def stream(
 
     Raises ValueError if the ring does not fit.
     """
-    nbytes = round(parameters * bits / 8 / layers)
+    if not (0 < parameters * bits < math.inf and layers >= 1):
+        raise ValueError(f"parameters: expected a positive number, got {parameters} of {bits} bits in {layers} layers")
+    nbytes = math.ceil(parameters * bits / 8 / layers)
     ring = buffers * pages(nbytes)
     if ring > device_bytes:
         raise ValueError(f"device_bytes: expected at least {ring} for {buffers} buffers, got {device_bytes}")
@@ -278,8 +332,18 @@ def stream(
     return Stream(tier, bits, nbytes * layers, nbytes * len(here), times[1] - times[0])
 
 
+def _seconds(model: nn.Module, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(x)
+    return time.perf_counter() - start
+
+
+def _on_cuda(model: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in model.parameters())
+
+
 def _clock(model: nn.Module) -> Callable[[], Any]:
-    if not any(parameter.is_cuda for parameter in model.parameters()):
+    if not _on_cuda(model):
         return time.perf_counter
 
     def mark() -> Any:

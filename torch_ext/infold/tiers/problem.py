@@ -94,12 +94,13 @@ def check_names(label: str, given: Iterable[str], known: Iterable[str], missing:
     """Raises ValueError where a name is of no unit or, if asked, a unit is not named."""
     given, known = list(given), list(known)
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{label}: expected names of the model's units, got {_some(unknown)}")
+        raise ValueError(f"{label}: expected names of the model's units, got {some(unknown)}")
     if missing and (absent := sorted(set(known) - set(given))):
-        raise ValueError(f"{label}: expected all of the model's units, {_some(absent)} missing")
+        raise ValueError(f"{label}: expected all of the model's units, {some(absent)} missing")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of them, quoted, and how many more there are."""
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

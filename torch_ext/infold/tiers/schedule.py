@@ -4,7 +4,8 @@ Fetches are issued in the order in which units are used. A fetch waits until the
 reached and the ring of buffers has room, then for its tier's link, which carries one transfer at a time; it takes
 ``TierSpec.transfer_seconds``. A layer computes when the one before has ended and its own weight has come. A weight
 stays until another needs its room: those that have computed go in the order of use, and what is still there when it is
-used again is not fetched. `predict`, the ``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
+used again is not fetched. What a use costs the computing thread beside its transfer counts to the layer's computing.
+`predict`, the ``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
+
+from infold.storages import storage_key
 
 #: Modules that use their children's weights without calling the children: they move with them.
 ATOMIC: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
@@ -83,11 +85,6 @@ def units(model: nn.Module, atomic: Collection[type[nn.Module]] = ATOMIC) -> lis
         owners.update({key: index for key, owner in owners.items() if owner in joined})
         owners.update(dict.fromkeys(storages, index))
     return [_unit(members, tuple(atomic)) for members in groups if members]
-
-
-def storage_key(tensor: Tensor) -> int:
-    """What tensors that share memory have in common, also while that memory is elsewhere."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _unit(members: dict[str, nn.Module], atomic: tuple[type[nn.Module], ...]) -> Unit:

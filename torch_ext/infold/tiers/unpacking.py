@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from infold._library import ops
 from infold.config import WEIGHT_DTYPES, FusedConfig
 from infold.packed import Header, Packed, float_scales, lay_out, pack, read_header
+from infold.storages import storage_key
 from infold.tiers.away import call_back, send_away
 from infold.tiers.pieces import Layout, Wait, version_of
 from infold.tiers.ring import Buffers, host_memory
 from infold.tiers.store import Store
-from infold.tiers.units import aligned, room, storage_key
+from infold.tiers.units import aligned, room
 
 #: A weight is decoded by so many bytes at a time, beside its buffer.
 _CHUNK_BYTES = 1 << 20
