@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -169,11 +170,38 @@ def test_training_with_checkpointing_and_autocast(reentrant: bool, autocast: boo
     assert_same_state(model, reference)
 
 
-def test_a_plain_optimizer_writes_where_the_weights_live() -> None:
+class ByData(torch.optim.Optimizer):
+    """Writes as some optimizers do: to what PyTorch does not see written."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                    mean.data.lerp_(parameter.grad, 0.1)
+                    parameter.data.sub_(group["lr"] * mean)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "fused AdamW": partial(torch.optim.AdamW, fused=True),
+    "fused SGD": partial(torch.optim.SGD, momentum=0.9, fused=True),
+    "by data": ByData,
+}
+
+
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("by_units", [False, True])
+def test_optimizers_of_any_kind_write_where_the_weights_live(
+    make_optimizer: Callable[..., torch.optim.Optimizer], by_units: bool
+) -> None:
     model, reference = make(), make()
-    optimizer, other = (torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, reference))
-    with attach(model, spread(model, [DISK, RAM], buffers=3)):
-        losses = train(model, optimizer, optimizer.step, 20)
+    optimizer, other = (make_optimizer(m.parameters(), lr=1e-2) for m in (model, reference))
+    with attach(model, spread(model, [DISK, RAM], buffers=3)) as handle:
+        losses = train(model, optimizer, partial(handle.step, optimizer) if by_units else optimizer.step, 20)
     assert torch.stack(losses).equal(torch.stack(train(reference, other, other.step, 20)))
     assert_same_state(model, reference)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import os
 import pickle
@@ -321,6 +322,43 @@ def test_a_copy_of_an_attached_model_is_plain(tmp_path: Path) -> None:
             assert torch.equal(other(x), model(x))
         assert all(type(parameter) is nn.Parameter for parameter in copied.parameters())
         assert torch.equal(loaded["3.weight"], model[3].weight)
+
+
+def test_a_handle_is_not_copied_and_outlives_who_tries(tmp_path: Path) -> None:
+    model, x = make(), torch.randn(3, 128)
+    expected = model(x)
+    handle = attach(model, on_disk(model, 2), folder=tmp_path)
+    model.handle = handle
+    for copier in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="handle: expected not to be copied or saved"):
+            copier(model)
+    with pytest.raises(TypeError, match="store: expected not to be copied"):
+        copy.copy(handle._store)
+    assert torch.equal(model(x), expected)
+    handle.remove()
+    assert torch.equal(model(x), expected)
+
+
+def test_models_that_are_dropped_while_attached_leave_nothing(tmp_path: Path) -> None:
+    def drop() -> None:
+        model = make()
+        attach(model, on_disk(model), folder=tmp_path)
+        model(torch.randn(2, 128))
+
+    drop()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(30):
+        drop()  # which would be refused, were an address of one before still noted
+        gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, other = make(), make()
+    with attach(model, on_disk(model), folder=tmp_path) as handle:
+        with pytest.raises(ValueError, match="optimizer: expected one of the attached model's parameters"):
+            handle.step(torch.optim.SGD(other.parameters()))
 
 
 def test_packed_weights_refuse_every_write_and_answer_every_read(tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ def leave(parameters: Iterable[nn.Parameter]) -> None:
         _parameters.pop(id(parameter), None)
 
 
+def is_attached(parameter: Tensor) -> bool:
+    return id(parameter) in _parameters
+
+
 def refuse_attached(model: nn.Module, advice: str) -> None:
     """Raises ValueError, naming the first, where a model has a parameter, or its storage, of one that is attached."""
     storages = set(map(storage_key, _parameters.values()))

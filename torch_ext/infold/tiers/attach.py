@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from infold.tiers.plan import Plan, require_plan_of
 from infold.tiers.ring import Buffers, Ring, host_memory
 from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
-from infold.tiers.training import state_name, step_by_units
+from infold.tiers.training import note_steps, state_name, step_by_units
 from infold.tiers.units import ATOMIC, Unit, units
 from infold.tiers.unpacking import PackedPiece, can_pack
 
@@ -70,6 +70,7 @@ def attach(
     found = {unit.name: unit for unit in units(model, atomic)}
     require_plan_of("plan", plan, model, found)
     refuse_attached(model, "call remove() of its handle first")
+    note_steps()
     handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:
         handle._place_all(open_weights(weights))
@@ -202,7 +203,7 @@ class Handle:
         optimizer keeps for them lives in their tier.
 
         For optimizers that treat each parameter by itself, as Adam and SGD do. Hooks of the optimizer run once a unit.
-        Raises ValueError for one that needs a closure (LBFGS).
+        Raises ValueError for one that needs a closure (LBFGS) or has none of the model's parameters.
         """
         self._require_attached()
         step_by_units(optimizer, self._away(), self._engine, self._keep_state)
@@ -273,6 +274,11 @@ class Handle:
             parts.append(f"{tier.name}: {len(held)} units, {format_bytes(sum(held))}")
         parts.append(f"file in {self._folder}" if self._store else "")
         return f"<Handle: {self.mode}; {'; '.join(filter(None, parts))}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "handle: expected not to be copied or saved, for it is one model's; a copy of the model is plain"
+        )
 
     def __enter__(self) -> Handle:
         return self

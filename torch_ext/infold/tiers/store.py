@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -91,6 +92,9 @@ class Store:
             descriptor, self._descriptor = self._descriptor, None
             self._maps.clear()
             ops.tier_close(descriptor)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("store: expected not to be copied or saved, for its file has no name")
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:

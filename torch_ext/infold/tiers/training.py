@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from infold.storages import is_attached
 from infold.tiers.engine import Engine
 from infold.tiers.units import Unit
 
@@ -30,6 +35,8 @@ def step_by_units(
     """
     if isinstance(optimizer, LBFGS):
         raise ValueError("optimizer: expected one that steps each parameter by itself, got LBFGS")
+    if not any(is_attached(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("optimizer: expected one of the attached model's parameters, got one of others alone")
     stepped: set[nn.Parameter] = set()
     mine = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for unit in away[::-1]:
@@ -53,6 +60,21 @@ def step_by_units(
     if any(parameter.grad is not None for parameter in rest):
         with _only(optimizer, rest):
             optimizer.step()
+
+
+@cache
+def note_steps() -> None:
+    """Has every optimizer's step noted as a write to the attached parameters that it steps, and to what it keeps for them.
+
+    Fused kernels, and optimizers that write by way of ``parameter.data``, leave no note themselves.
+    """
+    register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stepped = [parameter for parameter in parameters if parameter.grad is not None and is_attached(parameter)]
+    increment_version(stepped + _tensors(optimizer, stepped))
 
 
 def _tensors(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> list[Tensor]:
