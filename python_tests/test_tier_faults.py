@@ -356,9 +356,11 @@ def test_models_that_are_dropped_while_attached_leave_nothing(tmp_path: Path) ->
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     model, other = make(), make()
-    with attach(model, on_disk(model), folder=tmp_path) as handle:
-        with pytest.raises(ValueError, match="optimizer: expected one of the attached model's parameters"):
-            handle.step(torch.optim.SGD(other.parameters()))
+    with (
+        attach(model, on_disk(model), folder=tmp_path) as handle,
+        pytest.raises(ValueError, match="optimizer: expected one of the attached model's parameters"),
+    ):
+        handle.step(torch.optim.SGD(other.parameters()))
 
 
 def test_packed_weights_refuse_every_write_and_answer_every_read(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def step_by_units(
 
 @cache
 def note_steps() -> None:
-    """Has every optimizer's step noted as a write to the attached parameters that it steps, and to what it keeps for them.
+    """Has optimizers' steps noted as writes to the attached parameters that they step, and to what is kept for these.
 
     Fused kernels, and optimizers that write by way of ``parameter.data``, leave no note themselves.
     """
