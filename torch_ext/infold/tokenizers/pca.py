@@ -94,7 +94,7 @@ class PCA:
             if x.dtype == torch.float64:
                 self._dtype = torch.float64
             if self.method == "moments" or (self.method == "auto" and features <= MAX_MOMENT_FEATURES):
-                stream = Moments(features, x.device)
+                stream = Moments(features, self._dtype, x.device)
             else:
                 # The last ones kept are the least right, so more are; fewer lost 0.2% of a thousand images' variance.
                 kept = self.n_components_ + max(64, self.n_components_ // 8)
@@ -242,7 +242,7 @@ class PCA:
                 raise ValueError(f"expected tensors of {k} components, got {json.dumps(shapes)}")
             pca._dtype, pca._total, pca._result = components.dtype, total[0], (components, variance, mean)
             if metadata["stream"] == Moments.name:
-                pca._stream = Moments.of(pca._count, tensors, path)
+                pca._stream = Moments.of(pca._count, pca._dtype, tensors, path)
             elif metadata["stream"] == Blocks.name:
                 pca._stream = Blocks.of(pca._count, int(metadata["kept"]), tensors, path)
         if pca._stream is not None and len(pca._stream.mean) != features:
