@@ -455,9 +455,7 @@ def test_what_was_handed_out_is_not_the_streams(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_directions_that_are_rounding_are_not_whitened(method: str) -> None:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(
-        ValueError, match=r"expected components of some variance, got none in component 3|at most 3, the"
-    ):
+    with pytest.raises(ValueError, match=r"variance, got none in component 3|expected at most 3, the"):
         PCA(4, method=method, whiten=True).fit(x).scale()
     scale = PCA(3, method=method, whiten=True).fit(x).scale()
     assert scale is not None
@@ -469,7 +467,7 @@ def test_what_cannot_merge_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="n_components: expected at most 3, the features, got 10"):
         PCA(10).merge(PCA(2).fit(x[:, :3]))
     blocks = PCA(2, method="blocks").fit(x)
-    with pytest.raises(ValueError, match="merge: expected one method and as many features, got moments .* and blocks"):
+    with pytest.raises(ValueError, match=r"merge: expected one method and as many features, got moments .* and blocks"):
         PCA(2, method="moments").merge(blocks)
     with pytest.raises(ValueError, match="164 directions kept and blocks of 300 features, 66 directions kept"):
         PCA(100, method="blocks").merge(blocks)
@@ -519,7 +517,7 @@ def test_squares_that_results_cannot_hold_are_refused(method: str) -> None:
     x = spectrum()
     with pytest.raises(ValueError, match="squares are in float32, got larger ones; pass float64"):
         PCA(2, method=method).fit(x.float() * 1e30)
-    with pytest.raises(ValueError, match="squares are in float64, got larger ones$"):
+    with pytest.raises(ValueError, match=r"squares are in float64, got larger ones$"):
         PCA(2, method=method).fit(x * 1e200)
     if method in STREAMS:
         pca = PCA(2, method=method).fit(x.float())
@@ -544,5 +542,5 @@ def test_a_shard_of_few_samples_is_saved_and_merges(method: str, tmp_path: Path)
 
 def test_arrays_are_refused_by_name() -> None:
     for array in (np.zeros((5, 6), np.uint8), np.zeros((5, 6))):
-        with pytest.raises(ValueError, match="x: expected a tensor, got numpy.ndarray"):
+        with pytest.raises(ValueError, match=r"x: expected a tensor, got numpy\.ndarray"):
             PCA(2).partial_fit(array)  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ class SeparablePCA:
         return self
 
     def partial_fit(self, x: Tensor) -> SeparablePCA:
-        """As `fit`, keeping what was seen before; each call solves for the components anew, once there are 2 samples."""
+        """As `fit`, keeping what was seen before; each call solves for the components anew, from 2 samples on."""
         self._add(x)
         if self.n_samples_seen_ >= 2:
             self._solve()
