@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -397,3 +398,149 @@ def test_files_that_lie_are_refused(tmp_path: Path) -> None:
     path.write_bytes(buffer.getvalue())
     with pytest.raises(CorruptWeightError):
         PCA.load(path)
+
+
+def wide(samples: int, features: int, spike: float) -> Tensor:
+    """Float32 samples whose first feature varies far more than the rest, in float32."""
+    x = torch.randn(samples, features, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= spike
+    return x
+
+
+@pytest.mark.parametrize(("features", "spike"), [(50, 1e4), (100, 1e5)])
+def test_blocks_find_small_directions_beside_a_large_one(features: int, spike: float) -> None:
+    x = wide(600, features, spike)
+    pca = PCA(30, method="blocks").fit(x)
+    gram = pca.components_.double() @ pca.components_.double().T
+    assert float((gram - torch.eye(30)).abs().max()) < 1e-5
+    centred = x.double().numpy() - x.double().numpy().mean(0)
+    expected = np.linalg.svd(centred, compute_uv=False)[:30]
+    np.testing.assert_allclose(pca.singular_values_, expected, rtol=0.02 if features > 94 else 1e-3)
+
+
+def test_blocks_have_no_directions_that_are_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 3, generator=generator) @ torch.randn(3, 6, generator=generator)
+    with pytest.raises(ValueError, match="expected at most 3, the directions seen so far, got 5"):
+        _ = PCA(5, method="blocks").fit(x).components_
+
+
+def test_blocks_of_fewer_directions_than_kept_go_on() -> None:
+    x = torch.randint(0, 256, (5000, 784), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    x[:, :700] = 0
+    pca = PCA(64, method="blocks").fit(x)
+    variance = np.linalg.eigvalsh(np.cov(x[:, 700:].double().numpy(), rowvar=False))[::-1][:64]
+    np.testing.assert_allclose(pca.explained_variance_, variance, rtol=1e-4)
+    constant = PCA(1, method="blocks").fit(torch.ones(5000, 6).chunk(20))
+    assert constant.n_samples_seen_ == 5000
+    with pytest.raises(ValueError, match="expected at most 0, the directions"):
+        _ = constant.components_
+
+
+def test_bytes_of_one_feature() -> None:
+    x = torch.randint(0, 256, (100, 1), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    np.testing.assert_allclose(PCA(1).fit(x).explained_variance_, x.double().numpy().var(0, ddof=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", STREAMS)
+def test_what_was_handed_out_is_not_the_streams(method: str) -> None:
+    x = spectrum()
+    pca = PCA(4, method=method).fit(x[:200])
+    pca.mean_.fill_(1e3)
+    pca.components_.zero_()
+    np.testing.assert_allclose(pca.partial_fit(x[200:]).mean_, x.mean(0), rtol=1e-12)
+    assert angle(pca, sklearn(x, 4)) < 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_directions_that_are_rounding_are_not_whitened(method: str) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"variance, got none in component 3|expected at most 3, the"):
+        PCA(4, method=method, whiten=True).fit(x).scale()
+    scale = PCA(3, method=method, whiten=True).fit(x).scale()
+    assert scale is not None
+    np.testing.assert_allclose(scale, sklearn(x, 3).explained_variance_ ** -0.5, rtol=1e-4)
+
+
+def test_what_cannot_merge_is_refused_by_name() -> None:
+    x = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="n_components: expected at most 3, the features, got 10"):
+        PCA(10).merge(PCA(2).fit(x[:, :3]))
+    blocks = PCA(2, method="blocks").fit(x)
+    with pytest.raises(ValueError, match=r"merge: expected one method and as many features, got moments .* and blocks"):
+        PCA(2, method="moments").merge(blocks)
+    with pytest.raises(ValueError, match="164 directions kept and blocks of 300 features, 66 directions kept"):
+        PCA(100, method="blocks").merge(blocks)
+    assert PCA(3, method="moments").merge(PCA(2).fit(x)).components_.shape == (3, 300)
+
+
+def test_processes_that_cannot_merge_all_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = spectrum()
+    for other in (PCA(4, method="exact").fit(x), PCA(4, method="blocks")):
+        states = [PCA(4, method="moments").fit(x), other]
+
+        def gather(found: list[PCA], own: PCA, group: object, states: list[PCA] = states) -> None:
+            found[:] = states
+
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        for pca in states:
+            with pytest.raises(ValueError, match="merge: expected"):
+                pca.all_merge()
+
+
+def test_precision_set_for_one_backend_stays_and_threads_share_it() -> None:
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        backends[0].fp32_precision = "tf32"
+        backends[1].fp32_precision = "bf16"
+        x = spectrum().float()
+
+        def fit() -> None:
+            for _ in range(30):
+                PCA(2).fit(x)
+
+        threads = [threading.Thread(target=fit) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_squares_that_results_cannot_hold_are_refused(method: str) -> None:
+    x = spectrum()
+    with pytest.raises(ValueError, match="squares are in float32, got larger ones; pass float64"):
+        PCA(2, method=method).fit(x.float() * 1e30)
+    with pytest.raises(ValueError, match=r"squares are in float64, got larger ones$"):
+        PCA(2, method=method).fit(x * 1e200)
+    if method in STREAMS:
+        pca = PCA(2, method=method).fit(x.float())
+        with pytest.raises(ValueError, match="squares are in float32"):
+            pca.partial_fit(x * 1e30)
+        assert pca.n_samples_seen_ == 400
+
+
+@pytest.mark.parametrize("method", STREAMS)
+def test_a_shard_of_few_samples_is_saved_and_merges(method: str, tmp_path: Path) -> None:
+    x = spectrum()
+    PCA(8, method=method).fit(x[:5]).save(tmp_path / "pca.safetensors")
+    loaded = PCA.load(tmp_path / "pca.safetensors")
+    with pytest.raises(ValueError, match="at least 8 samples for 8 components, got 5"):
+        _ = loaded.components_
+    merged = PCA(8, method=method).fit(x[5:]).merge(loaded)
+    assert merged.n_samples_seen_ == 400
+    assert angle(merged, sklearn(x, 8)) < 1e-4
+    with pytest.raises(ValueError, match="expected fit or partial_fit before"):
+        PCA(8, method=method).save(tmp_path / "none.safetensors")
+
+
+def test_arrays_are_refused_by_name() -> None:
+    for array in (np.zeros((5, 6), np.uint8), np.zeros((5, 6))):
+        with pytest.raises(ValueError, match=r"x: expected a tensor, got numpy\.ndarray"):
+            PCA(2).partial_fit(array)  # type: ignore[arg-type]

@@ -203,7 +203,7 @@ def test_bad_input_is_refused_by_name() -> None:
     for bad in (float("nan"), float("inf")):
         spoilt = x.clone()
         spoilt[3, 1, 1] = bad
-        with pytest.raises(ValueError, match="x: expected finite numbers, got others in sample 3"):
+        with pytest.raises(ValueError, match=r"x: expected finite numbers, got (nan|inf) at \[3, 1, 1\]"):
             SeparablePCA((2, 2)).fit(spoilt)
     pca = SeparablePCA((2, 2))
     for call in (pca.transform, pca.inverse_transform, pca.explained_variance_ratio):
@@ -216,3 +216,24 @@ def test_bad_input_is_refused_by_name() -> None:
         pca.transform(x.mT)
     with pytest.raises(ValueError, match=r"z: expected \(batch, 2, 2\), got \[10, 4, 5\]"):
         pca.inverse_transform(x)
+
+
+def test_samples_come_one_by_one() -> None:
+    x = smooth(10, (4, 5), 9)
+    pca = SeparablePCA((2, 2))
+    for sample in x:
+        pca.partial_fit(sample[None])
+    assert pca.n_samples_seen_ == 10
+    _, operator = dense(x, (2, 2))
+    expected = (x.flatten(1).numpy() - x.flatten(1).numpy().mean(0)) @ operator.T
+    np.testing.assert_allclose(pca.transform(x).flatten(1), expected, atol=1e-10)
+
+
+def test_complex_numbers_and_arrays_are_refused() -> None:
+    x = smooth(10, (4, 5), 9)
+    pca = SeparablePCA((2, 2)).fit(x)
+    for call in (SeparablePCA((2, 2)).fit, SeparablePCA((2, 2)).partial_fit, pca.transform):
+        with pytest.raises(ValueError, match=r"x: expected uint8 or a real float dtype, got torch.complex128"):
+            call(x.to(torch.complex128))
+    with pytest.raises(ValueError, match=r"x: expected a tensor, got numpy.ndarray"):
+        pca.partial_fit(x.numpy())

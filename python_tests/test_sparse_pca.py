@@ -247,7 +247,7 @@ def test_bad_input_is_refused_by_name() -> None:
     for bad in (float("nan"), float("inf")):
         spoilt = x.clone()
         spoilt[4, 2] = bad
-        with pytest.raises(ValueError, match="x: expected finite numbers, got others in sample 4"):
+        with pytest.raises(ValueError, match=r"x: expected finite numbers, got (nan|inf) at \[4, 2\]"):
             SparsePCA(1, penalty=0.1).fit(spoilt)
     pca = SparsePCA(2, penalty=0.1)
     with pytest.raises(ValueError, match="call fit first"):
@@ -257,3 +257,13 @@ def test_bad_input_is_refused_by_name() -> None:
         pca.transform(x[:, :5])
     with pytest.raises(ValueError, match=r"z: expected \(samples, 2\), got \[20, 6\]"):
         pca.inverse_transform(x)
+
+
+def test_complex_numbers_and_arrays_are_refused() -> None:
+    x = spread(20, 6, 13)
+    pca = SparsePCA(2, penalty=0.1).fit(x)
+    for call in (SparsePCA(2, penalty=0.1).fit, pca.transform):
+        with pytest.raises(ValueError, match=r"x: expected uint8 or a real float dtype, got torch.complex128"):
+            call(x.to(torch.complex128))
+        with pytest.raises(ValueError, match=r"x: expected a tensor, got numpy.ndarray"):
+            call(x.numpy())

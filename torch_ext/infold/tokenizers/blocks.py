@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from infold.tokenizers._files import take
-from infold.tokenizers.rows import combined, refuse_not_finite
+from infold.tokenizers.rows import combined, gram, refuse_large_squares, rounded
 
 #: Columns that are worked on at a time.
 _COLUMNS = 8192
-#: What a residual's square must be of the largest row's to be a direction and not rounding.
-_RANK = {torch.float32: 1e-11, torch.float64: 1e-26}
-#: Above these, sums of squares may not be in float32.
-_LARGEST = {torch.float32: 1e15, torch.bfloat16: 1e15, torch.float64: 1e150}
-#: Updates between two checks of the components' orthonormality, and how far they may be from it.
-_CHECK_EVERY, _DRIFT = 16, 1e-5
+#: What a direction's sum of squares must be of the largest's not to be rounding: of the components, which are in a
+#: dtype, and of the Gram matrices, which are in float64.
+_RANK = {torch.float32: 1e-12, torch.float64: 1e-14}
+#: How far components may be from orthonormal, and how much of one must be new to those before.
+_DRIFT, _NEW = 1e-5, 0.1
 
 
 class Blocks:
@@ -40,24 +39,34 @@ class Blocks:
         self.singular_values = torch.empty(0, dtype=torch.float64, device=device)
         #: The sum of squares about the mean, of all features.
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self._updates = 0
 
     def update(self, x: Tensor) -> None:
-        """Adds samples (rows, d). Raises ValueError for a number that is not finite; nothing is added then."""
+        """Adds samples (rows, d). Raises ValueError as `refuse_large_squares`; nothing is added then."""
+        basis = self.components
         if x.is_floating_point():
-            largest = max(map(abs, torch.stack(x.aminmax()).tolist()))
-            if not largest < _LARGEST.get(x.dtype, math.inf):
-                refuse_not_finite(x)
-                raise ValueError(f"x: expected numbers whose squares are in float32, got {largest}; pass float64")
+            largest = torch.stack(x.aminmax()).double().abs().max()
+            refuse_large_squares(largest.square() * x.numel(), x, basis.dtype)
         for part in torch.split(x, max(256, min(self.kept, 2048))):
             mean = _mean(part)
-            self._absorb(part, mean, mean, len(part), None)
+            # About this point between the means, the rows' products are what the joint scatter has more than the old.
+            shift = torch.lerp(mean, self.mean, math.sqrt(self.count / (self.count + len(part))))
+            rows = torch.empty(part.shape, dtype=basis.dtype, device=part.device).copy_(part)
+            for less in rounded(shift, basis.dtype):
+                rows -= less
+            self.total = self.total + self._absorb(rows)
+            self.count, self.mean, _ = combined(self.count, self.mean, len(part), mean)
 
     def merge(self, other: Blocks) -> None:
         """Adds another's samples as far as its components hold them."""
-        rows = other.singular_values[:, None].to(self.components) * other.components.to(self.components)
-        mean, total = other.mean.to(self.mean), other.total.to(self.total)
-        self._absorb(rows, torch.zeros_like(mean), mean, other.count, total)
+        size, features = other.components.shape
+        rows = self.components.new_empty(size + 1, features)
+        rows[:-1] = other.components
+        rows[:-1] *= other.singular_values[:, None].to(rows)
+        count, mean, step = combined(self.count, self.mean, other.count, other.mean.to(self.mean))
+        rows[-1] = step
+        self._absorb(rows)
+        self.total = self.total + other.total.to(self.total) + step.square().sum()
+        self.count, self.mean = count, mean
 
     def spectrum(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Components (count, d), their sums of squares (count), falling, and the sum over all components.
@@ -97,36 +106,27 @@ class Blocks:
         state.total = take(tensors, "total", torch.float64, (1,), path)[0]
         return state
 
-    def _absorb(self, x: Tensor, shift: Tensor, mean: Tensor, count: int, total: Tensor | None) -> None:
-        """Adds the rows x − shift, which stand for ``count`` samples of a mean and a sum of squares about it.
+    def _absorb(self, rows: Tensor) -> Tensor:
+        """Adds the products of rows (m, d), which become residuals, to the scatter; returns their sum of squares.
 
-        The rows and the step of the mean, less what the components hold of them, have the Gram matrix E·e·Eᵀ, so
-        Q = e^-½·Eᵀ·residuals is orthonormal. In the basis (V, Q) old and new rows are the small matrix K, and the
-        eigenvectors W of KᵀK turn (V, Q) into the new components.
+        The rows less what the components hold of them have the Gram matrix E·e·Eᵀ, so Q = e^-½·Eᵀ·residuals is
+        orthonormal. In the basis (V, Q) old and new rows are the small matrix K, and the eigenvectors W of KᵀK turn
+        (V, Q) into the new components.
         """
         basis, size = self.components, len(self.components)
-        features = basis.shape[1]
-        all_of, joint_mean, step = combined(self.count, self.mean, count, mean)
-        columns = [slice(start, start + _COLUMNS) for start in range(0, features, _COLUMNS)]
-        residuals = basis.new_empty(len(x) + 1, features)
-        inside = step.new_zeros(len(x) + 1, size)
-        square = step.new_zeros(len(x) + 1)
-        for here in columns:
-            part = residuals[:, here]
-            part[:-1] = x[:, here]
-            rounded = shift[here].to(basis.dtype)
-            part[:-1] -= rounded
-            # Where the mean is large, what rounding took from it is not small beside the deviations.
-            part[:-1] -= (shift[here] - rounded.double()).to(basis.dtype)
-            part[-1] = step[here]
+        inside = self.mean.new_zeros(len(rows), size)
+        square = self.mean.new_zeros(len(rows))
+        for here in self._columns():
+            part = rows[:, here]
             inside += part @ basis[:, here].T
             square += part.double().square().sum(1)
-        gram = inside.new_zeros(len(x) + 1, len(x) + 1)
-        for here in columns:
-            part = residuals[:, here]
+        products = inside.new_zeros(len(rows), len(rows))
+        for here in self._columns():
+            part = rows[:, here]
             part -= inside.to(basis.dtype) @ basis[:, here]
-            gram += part @ part.T
-        outside, vectors = torch.linalg.eigh(gram)
+            # In float32 they would hide directions below 1/3000 of the largest.
+            products += gram(part.double().T)
+        outside, vectors = torch.linalg.eigh(products)
         directions = outside > _RANK[basis.dtype] * square.max()
         outside, vectors = outside[directions].sqrt(), vectors[:, directions]
 
@@ -137,40 +137,40 @@ class Blocks:
         small[:size, size:] = small[size:, :size].T
         small.diagonal()[size:] = outside.square()
         values, turn = torch.linalg.eigh(small)
-        # A zero is no direction.
-        keep = min(self.kept, int((values > 1e-14 * values.max()).sum())) if rank else 0
+        keep = min(self.kept, int((values > _RANK[basis.dtype] * values.max()).sum())) if rank else 0
         values, turn = values[rank - keep :].flip(0), turn[:, rank - keep :].flip(1)
         old = turn[:size].T.to(basis.dtype)
         new = ((vectors / outside) @ turn[size:]).T.to(basis.dtype)
-        updated = basis if keep == size else basis.new_empty(keep, features)
-        for here in columns:
-            updated[:, here] = old @ basis[:, here] + new @ residuals[:, here]
-
+        updated = basis if keep == size else basis.new_empty(keep, basis.shape[1])
+        for here in self._columns():
+            updated[:, here] = old @ basis[:, here] + new @ rows[:, here]
         self.components, self.singular_values = updated, values.sqrt()
-        self.total = self.total + (square.sum() if total is None else total + square[-1])
-        self.count, self.mean = all_of, joint_mean
-        self._updates += 1
-        if self._updates % _CHECK_EVERY == 0:
-            self._orthonormalise()
+        self._orthonormalise()
+        return square.sum()
 
     def _orthonormalise(self) -> None:
-        """Undoes what rounding did to the components over many updates."""
-        basis = self.components
-        gram = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
-        for start in range(0, basis.shape[1], _COLUMNS):
-            part = basis[:, start : start + _COLUMNS]
-            gram += part @ part.T
-        if float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()) < _DRIFT:
+        """Undoes what rounding did to the components, most to those of little variance; leaves out what is rounding."""
+        products = self.mean.new_zeros(len(self.components), len(self.components))
+        for here in self._columns():
+            products += gram(self.components[:, here].T)
+        if bool(((products - torch.eye(len(products)).to(products)).abs() < _DRIFT).all()):
             return
+        factor, _ = torch.linalg.cholesky_ex(products)
+        dependent = (~(factor.diagonal() > _NEW)).nonzero()
+        if len(dependent):
+            keep = int(dependent[0])
+            self.components, self.singular_values = self.components[:keep], self.singular_values[:keep]
+            factor = torch.linalg.cholesky(products[:keep, :keep])
         # S·V = (S·L)·(L⁻¹·V), and the eigenvectors of (S·L)ᵀ(S·L) are its right singular vectors.
-        factor = torch.linalg.cholesky(gram)
         scaled = self.singular_values[:, None] * factor
         values, turn = torch.linalg.eigh(scaled.T @ scaled)
-        turn = torch.linalg.solve_triangular(factor.T, turn.flip(1), upper=True).T.to(basis.dtype)
-        for start in range(0, basis.shape[1], _COLUMNS):
-            here = slice(start, start + _COLUMNS)
-            basis[:, here] = turn @ basis[:, here]
+        turn = torch.linalg.solve_triangular(factor.T, turn.flip(1), upper=True).T.to(self.components.dtype)
+        for here in self._columns():
+            self.components[:, here] = turn @ self.components[:, here]
         self.singular_values = values.flip(0).clamp(min=0).sqrt()
+
+    def _columns(self) -> list[slice]:
+        return [slice(start, start + _COLUMNS) for start in range(0, self.components.shape[1], _COLUMNS)]
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infold.tokenizers._files import take
-from infold.tokenizers.rows import combined, refuse_not_finite
+from infold.tokenizers.rows import combined, gram, refuse_large_squares
 
 #: Rows whose int8 squares sum to less than 2³¹.
 _INTEGER_ROWS = (2**31 - 1) // 128**2
@@ -18,8 +18,6 @@ _INTEGER_ROWS = (2**31 - 1) // 128**2
 _FLOAT_ROWS = 2**24 // 128**2
 #: Rows that are summed in their own dtype before they are in float64.
 _ROWS = 4096
-#: Parts that columns are cut into: of their products with one another, those below the diagonal are not made.
-_PARTS = 7
 #: With fewer samples than features by this factor, an SVD of them is the quicker way: 6 to 100 times at 3,072 features.
 _FEW = 4
 
@@ -33,8 +31,10 @@ class Moments:
 
     name = "moments"
 
-    def __init__(self, features: int, device: torch.device) -> None:
+    def __init__(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
         self.count = 0
+        #: That of results: batches whose squares are not in it are refused.
+        self.dtype = dtype
         self.mean = torch.zeros(features, dtype=torch.float64, device=device)
         self._scatter = torch.empty(0, 0, dtype=torch.float64, device=device)
         #: (rows, d) whose products are the scatter, which does not exist as long as these do.
@@ -48,16 +48,19 @@ class Moments:
         return self._scatter
 
     def update(self, x: Tensor) -> None:
-        """Adds samples (rows, d). Raises ValueError for a number that is not finite; nothing is added then."""
+        """Adds samples (rows, d). Raises ValueError as `refuse_large_squares`; nothing is added then."""
         if not self.count and len(x) * _FEW <= x.shape[1]:
             samples = x.double()
             mean = samples.mean(0)
             few = samples - mean
-            _check_squares(few.square().sum(0), x)
+            refuse_large_squares(few.square().sum(0), x, self.dtype)
             self.count, self.mean, self._few = len(x), mean, few
             return
         # Each part is added whole; a bad one must leave nothing of its batch.
-        parts = [_of_bytes(p) for p in torch.split(x, _INTEGER_ROWS)] if x.dtype == torch.uint8 else [_of_floats(x)]
+        if x.dtype == torch.uint8:
+            parts = [_of_bytes(part) for part in torch.split(x, _INTEGER_ROWS)]
+        else:
+            parts = [_of_floats(x, self.dtype)]
         for count, mean, scatter in parts:
             self._add(count, mean, scatter)
 
@@ -83,10 +86,10 @@ class Moments:
         self._few = None if self._few is None else self._few.to(device)
 
     @classmethod
-    def of(cls, count: int, tensors: Mapping[str, Tensor], path: Path) -> Moments:
+    def of(cls, count: int, dtype: torch.dtype, tensors: Mapping[str, Tensor], path: Path) -> Moments:
         """The inverse of `tensors`."""
         features = len(tensors.get("mean", torch.empty(0)))
-        state = cls(0, torch.device("cpu"))
+        state = cls(0, dtype, torch.device("cpu"))
         state.count = count
         state.mean = take(tensors, "mean", torch.float64, (features,), path)
         state._scatter, state._few = take(tensors, "scatter", torch.float64, (features, features), path), None
@@ -106,15 +109,16 @@ def _of_bytes(x: Tensor) -> Part:
     """The moments of uint8 samples; every integer in them is exact."""
     centred = (x ^ 128).view(torch.int8)
     rows, features = x.shape
-    # cuBLAS takes no other sizes.
-    if (x.is_cpu or (rows > 16 and rows % 8 == 0 and features % 8 == 0)) and _multiplies_integers(x.device):
+    # cuBLAS takes no other sizes, and a result of one number is wrong on the CPU.
+    takes = features > 1 if x.is_cpu else rows > 16 and rows % 8 == 0 and features % 8 == 0
+    if takes and _multiplies_integers(x.device):
         product = torch._int_mm(centred.T, centred).double()
         # Sums by the same product are fifty times as quick as `sum`; cuBLAS wants more than 16 rows.
         sums = torch._int_mm(centred.new_ones(32, rows), centred)[0].double()
     else:
         product = torch.zeros(features, features, dtype=torch.float64, device=x.device)
         for part in torch.split(centred, _FLOAT_ROWS):
-            product += _square(part.float())
+            product += gram(part.float())
         sums = centred.sum(0, dtype=torch.int64).double()
     return rows, sums / rows + 128, product - torch.outer(sums, sums / rows)
 
@@ -130,7 +134,7 @@ def _multiplies_integers(device: torch.device) -> bool:
     return torch.equal(product.cpu().long(), extremes.long() @ extremes.T.long())
 
 
-def _of_floats(x: Tensor) -> Part:
+def _of_floats(x: Tensor, results: torch.dtype) -> Part:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # About numbers near the mean that need no rounding; what is left of the mean is taken off after.
     shift = x[:_ROWS].mean(0, dtype=torch.float64).to(dtype)
@@ -139,28 +143,9 @@ def _of_floats(x: Tensor) -> Part:
     rest = scatter.new_zeros(features)
     for part in torch.split(x, _ROWS):
         centred = part.to(dtype) - shift
-        scatter += _square(centred)
+        scatter += gram(centred)
         # A product with ones: `sum` over rows is much slower.
         rest += centred.new_ones(len(centred)) @ centred
-    _check_squares(scatter.diagonal(), x)
+    # float32 samples are summed in float32, whatever results will be.
+    refuse_large_squares(scatter.diagonal(), x, results if dtype == torch.float64 else torch.float32)
     return len(x), shift.double() + rest / len(x), scatter - torch.outer(rest, rest / len(x))
-
-
-def _check_squares(sums: Tensor, x: Tensor) -> None:
-    """Raises ValueError where sums of squares of x (d) are not in the dtype that results will have."""
-    if not bool(sums.to(torch.promote_types(torch.float32, x.dtype)).isfinite().all()):
-        refuse_not_finite(x)
-        raise ValueError("x: expected numbers whose squares are in float32, got larger ones; pass float64")
-
-
-def _square(x: Tensor) -> Tensor:
-    """xᵀ·x, the products of the upper block triangle alone."""
-    features = x.shape[1]
-    step = -(-features // _PARTS) if features >= 128 else features
-    out = x.new_empty(features, features)
-    for start in range(0, features, step):
-        here = slice(start, start + step)
-        product = x[:, here].T @ x[:, start:]
-        out[here, start:] = product
-        out[start:, here] = product.T
-    return out

@@ -15,7 +15,13 @@ from infold._library import CorruptWeightError, ops
 from infold.tokenizers._files import load_state, reading_metadata, require_finite, save_state
 from infold.tokenizers.blocks import Blocks
 from infold.tokenizers.moments import Moments
-from infold.tokenizers.rows import check_rows, full_precision, refuse_not_finite, with_signs
+from infold.tokenizers.rows import (
+    check_rows,
+    full_precision,
+    refuse_large_squares,
+    rounded,
+    with_signs,
+)
 
 Method = Literal["auto", "moments", "blocks", "randomized", "exact"]
 #: Features up to which a scatter matrix is cheap: 134 MB in float64, and seconds to decompose.
@@ -87,55 +93,67 @@ class PCA:
             raise ValueError(f"method: expected moments or blocks to take batches, got {self.method!r}")
         stream = self._stream
         check_rows(x, None if stream is None else len(stream.mean))
-        features = x.shape[1]
-        if self.n_components_ > features:
-            raise ValueError(f"n_components: expected at most {features}, the features, got {self.n_components_}")
         if stream is None:
             if x.dtype == torch.float64:
                 self._dtype = torch.float64
-            if self.method == "moments" or (self.method == "auto" and features <= MAX_MOMENT_FEATURES):
-                stream = Moments(features, x.device)
-            else:
-                # The last ones kept are the least right, so more are; fewer lost 0.2% of a thousand images' variance.
-                kept = self.n_components_ + max(64, self.n_components_ // 8)
-                stream = Blocks(features, kept, self._dtype, x.device)
+            stream = self._new_stream(x.shape[1], x.device)
         with full_precision(x.device):
             stream.update(x.detach())
         self._stream, self._count, self._result = stream, stream.count, None
         return self
 
+    def _new_stream(self, features: int, device: torch.device) -> Moments | Blocks:
+        """Raises ValueError for fewer features than components."""
+        if self.n_components_ > features:
+            raise ValueError(f"n_components: expected at most {features}, the features, got {self.n_components_}")
+        if self.method == "moments" or (self.method == "auto" and features <= MAX_MOMENT_FEATURES):
+            return Moments(features, self._dtype, device)
+        # The last ones kept are the least right, so more are; fewer lost 0.2% of a thousand images' variance.
+        kept = self.n_components_ + max(64, self.n_components_ // 8)
+        return Blocks(features, kept, self._dtype, device)
+
     def merge(self, other: PCA) -> PCA:
         """Adds the samples that another PCA has seen. Of moments the result is that of one fit to all of them.
 
-        Raises ValueError where the two differ in method or features.
+        Raises ValueError where the two differ in method or features, or blocks in components.
         """
-        if {self.method, other.method} & {"randomized", "exact"}:
-            raise ValueError(f"merge: expected moments or blocks, got {self.method!r} and {other.method!r}")
+        self._check_merge(other)
         mine, theirs = self._stream, copy.deepcopy(other._stream)
         if theirs is None:
             return self
         if mine is None:
             self._stream, self._count, self._dtype, self._result = theirs, theirs.count, other._dtype, None
             return self
-        if type(mine) is not type(theirs) or len(mine.mean) != len(theirs.mean):
-            got = " and ".join(f"{s.name} of {len(s.mean)} features" for s in (mine, theirs))
-            raise ValueError(f"merge: expected one method and as many features, got {got}")
         with full_precision(mine.mean.device):
             mine.merge(theirs)  # type: ignore[arg-type]
         self._count, self._result = mine.count, None
         return self
 
+    def _check_merge(self, other: PCA) -> None:
+        if {self.method, other.method} & {"randomized", "exact"}:
+            raise ValueError(f"merge: expected moments or blocks, got {self.method!r} and {other.method!r}")
+        theirs = other._stream
+        if theirs is None:
+            return
+        mine = self._stream or self._new_stream(len(theirs.mean), torch.device("meta"))
+        if _kind_of(mine) != _kind_of(theirs):
+            got = f"{_kind_of(mine)} and {_kind_of(theirs)}"
+            raise ValueError(f"merge: expected one method and as many features, got {got}")
+
     def all_merge(self, group: torch.distributed.ProcessGroup | None = None) -> PCA:
         """Merges the PCAs of all processes of a torch.distributed group; each then has the same one, to the bit.
 
-        Processes without samples take part. Raises ValueError where none has any, or they differ in method.
+        Processes without samples take part. Raises ValueError in all of them where none has any, or two do not `merge`.
         """
         dist = torch.distributed
-        states: list[PCA | None] = [None] * dist.get_world_size(group)
+        states = [self] * dist.get_world_size(group)
         dist.all_gather_object(states, self, group=group)
-        seen = [state for state in states if state is not None and state._stream is not None]
+        seen = [state for state in states if state._stream is not None]
         if not seen:
             raise ValueError("all_merge: expected samples in one process or more, got none")
+        # Every process makes every check, so that none goes on alone.
+        for state in states:
+            state._check_merge(seen[0])
         device = self._stream.mean.device if self._stream is not None else None
         merged = seen[0]
         for state in seen[1:]:
@@ -198,18 +216,35 @@ class PCA:
         return x
 
     def scale(self) -> Tensor | None:
-        """(k), what whitening multiplies tokens by, or None. Raises ValueError for a component of no variance."""
+        """(k), what whitening multiplies tokens by, or None.
+
+        Raises ValueError for a component of no more variance than rounding gives.
+        """
         if not self.whiten:
             return None
-        variance = self.explained_variance_
-        none = (variance <= 0).nonzero()
+        components, variance, mean = self._fitted()
+        eps = torch.finfo(variance.dtype).eps
+        # A scatter's rounding is a share of the largest variance; an SVD's, of the largest deviation.
+        share = 8 * eps if isinstance(self._stream, Moments) else (8 * eps) ** 2
+        # And samples are no nearer to their mean than their dtype can say.
+        least = share * variance[0].double() + (components.double() * mean * eps).square().sum(1)
+        none = (variance <= least).nonzero()
         if len(none):
             raise ValueError(f"whiten: expected components of some variance, got none in component {int(none[0])}")
         return variance.rsqrt()
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, complete or not at all; `partial_fit` can go on from it."""
-        components, variance, mean = self._fitted()
+        """Writes a safetensors file, complete or not at all; `partial_fit` and `merge` can go on from it.
+
+        Samples may still be too few for components. Raises ValueError where there are none.
+        """
+        try:
+            components, variance, mean = self._fitted()
+        except ValueError:
+            if self._stream is None:
+                raise
+            mean = self._stream.mean.to(self._dtype)
+            components, variance = mean.new_empty(0, len(mean)), mean.new_empty(0)
         tensors = {"fitted.components": components, "fitted.variance": variance, "fitted.mean": mean,
                    "fitted.total": self._total.reshape(1)}  # fmt: skip
         stream = self._stream
@@ -238,11 +273,14 @@ class PCA:
             )
             shapes = [list(t.shape) for t in (components, variance, mean, total)]
             k, features = pca.n_components_, shapes[2][0] if shapes[2] else 0
+            # A stream that had too few samples has no components yet.
+            k = 0 if metadata["stream"] and not len(components) else k
             if shapes != [[k, features], [k], [features], [1]]:
                 raise ValueError(f"expected tensors of {k} components, got {json.dumps(shapes)}")
-            pca._dtype, pca._total, pca._result = components.dtype, total[0], (components, variance, mean)
+            pca._dtype, pca._total = components.dtype, total[0]
+            pca._result = (components, variance, mean) if k else None
             if metadata["stream"] == Moments.name:
-                pca._stream = Moments.of(pca._count, tensors, path)
+                pca._stream = Moments.of(pca._count, pca._dtype, tensors, path)
             elif metadata["stream"] == Blocks.name:
                 pca._stream = Blocks.of(pca._count, int(metadata["kept"]), tensors, path)
         if pca._stream is not None and len(pca._stream.mean) != features:
@@ -271,7 +309,8 @@ class PCA:
         self._result = (
             with_signs(components).to(self._dtype).contiguous(),
             variance.to(self._dtype),
-            mean.to(self._dtype),
+            # A stream's own stays its own.
+            mean.to(self._dtype, copy=True),
         )
         return self._result
 
@@ -281,16 +320,14 @@ class PCA:
         k = self.n_components_
         if k > x.shape[1]:
             raise ValueError(f"n_components: expected at most {x.shape[1]}, the features, got {k}")
-        if x.is_floating_point():
-            refuse_not_finite(x)
         parts = torch.split(x, 4096)
         mean = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) / len(x)
+        total = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
+        refuse_large_squares(total, x, self._dtype)
         if self.method == "exact":
             centred = x.double() - mean
-            total = centred.square().sum()
             _, values, components = torch.linalg.svd(centred, full_matrices=False)
         else:
-            total = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
             values, components = self._randomized(x, mean)
         self._set(components[:k], values[:k].double().square(), mean, total)
 
@@ -300,9 +337,7 @@ class PCA:
         size = min(self.n_components_ + _OVERSAMPLED, features, len(x))
         generator = torch.Generator().manual_seed(self.seed)
         basis = torch.randn(size, features, generator=generator, dtype=dtype).to(x.device)
-        shift = mean.to(dtype)
-        # Where the mean is large, what rounding took from it is not small beside the deviations.
-        rest = (mean - shift.double()).to(dtype)
+        shift, rest = rounded(mean, dtype)
 
         def tall_of(basis: Tensor) -> Tensor:
             product: Tensor = ops.pca_project(x, basis, shift)
@@ -323,3 +358,8 @@ def _transposed_product(tall: Tensor, x: Tensor, mean: Tensor, rest: Tensor) -> 
     for rows, part in zip(torch.split(tall, 1024), torch.split(x, 1024), strict=True):
         out.addmm_(rows.T, part.to(tall.dtype) - mean - rest)
     return out
+
+
+def _kind_of(stream: Moments | Blocks) -> str:
+    kept = f", {stream.kept} directions kept" if isinstance(stream, Blocks) else ""
+    return f"{stream.name} of {len(stream.mean)} features{kept}"

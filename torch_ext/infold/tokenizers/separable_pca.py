@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infold.tokenizers._files import load_state, reading_metadata, require_finite, save_state, take
-from infold.tokenizers.rows import combined, with_signs
+from infold.tokenizers.rows import check_dtype, combined, refuse_not_finite, with_signs
 
 _KIND, _VERSION = "separable-pca", 1
 
@@ -53,7 +53,7 @@ class SeparablePCA:
         """x: samples (batch, *shape), floats or bytes, or batches of them. Sums are kept in float64.
 
         Raises ValueError for fewer than 2 samples, shapes that differ or do not fit the modes and ranks, and a number
-        that is not finite (it names the sample).
+        that is not finite (it says where).
         """
         self._reset()
         for batch in (x,) if isinstance(x, Tensor) else x:
@@ -62,14 +62,17 @@ class SeparablePCA:
         return self
 
     def partial_fit(self, x: Tensor) -> SeparablePCA:
-        """As `fit`, keeping what was seen before; each call solves for the components anew."""
+        """As `fit`, keeping what was seen before; each call solves for the components anew, from 2 samples on."""
         self._add(x)
-        self._solve()
+        if self.n_samples_seen_ >= 2:
+            self._solve()
         return self
 
     def transform(self, x: Tensor) -> Tensor:
         """The code (batch, *ranks) of samples (batch, *shape); differentiable."""
-        code = self._by_mode(x.to(self._fitted_mean().dtype), "x") - self._by_mode(self.mean_[None], "mean")
+        mean = self._fitted_mean()
+        check_dtype(x)
+        code = self._by_mode(x.to(mean.dtype), "x") - self._by_mode(mean[None], "mean")
         for component in self.components_:
             # The axis of the mode in front becomes the last; after all modes their order is that of before.
             code = torch.tensordot(code, component, dims=([1], [1]))
@@ -144,12 +147,11 @@ class SeparablePCA:
 
     @torch.no_grad()
     def _add(self, x: Tensor) -> None:
+        check_dtype(x)
         data = self._by_mode(x, "x").double()
         if self._mean is not None and x.shape[1:] != self._mean.shape:
             raise ValueError(f"x: expected (batch, {', '.join(map(str, self._mean.shape))}), got {list(x.shape)}")
-        finite = data.isfinite().flatten(1).all(1)
-        if not finite.all():
-            raise ValueError(f"x: expected finite numbers, got others in sample {int((~finite).nonzero()[0])}")
+        refuse_not_finite(x)
         if not len(data):
             return
         if self._mean is None:
@@ -177,7 +179,7 @@ class SeparablePCA:
 
     def _set(self, components: list[Tensor], variances: list[Tensor], discarded: Sequence[float]) -> None:
         assert self._mean is not None
-        self.components_, self.mode_variance_, self.mean_ = components, variances, self._mean.to(self._dtype)
+        self.components_, self.mode_variance_, self.mean_ = components, variances, self._mean.to(self._dtype, copy=True)
         self.discarded_variance_ratio_ = tuple(discarded)
 
     def _by_mode(self, x: Tensor, name: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from infold.tokenizers._files import load_state, reading_metadata, require_finite, save_state, take
-from infold.tokenizers.rows import with_signs
+from infold.tokenizers.rows import check_dtype, refuse_not_finite, with_signs
 
 _KIND, _VERSION = "sparse-pca", 1
 
@@ -77,15 +77,14 @@ class SparsePCA:
     def fit(self, x: Tensor) -> SparsePCA:
         """x: (samples, features), floats or bytes, whole; computed in float64.
 
-        Raises ValueError for a number that is not finite (it names the sample), groups of another length, and more
+        Raises ValueError for a number that is not finite (it says where), groups of another length, and more
         components than the rank of the data.
         """
+        check_dtype(x)
         if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
             raise ValueError(f"x: expected (samples, features) with at least 2 samples, got {list(x.shape)}")
         n, d = x.shape
-        finite = x.isfinite().all(1)
-        if not finite.all():
-            raise ValueError(f"x: expected finite numbers, got others in sample {int((~finite).nonzero()[0])}")
+        refuse_not_finite(x)
         groups = _Groups.of(self.groups, d, x.device)
         if self.sparsity is not None and self.sparsity > len(groups.sizes):
             what = "features" if self.groups is None else "groups"
@@ -123,6 +122,7 @@ class SparsePCA:
     def transform(self, x: Tensor) -> Tensor:
         """The coordinates (samples, k) of the least-squares approximation of x (samples, features) by components."""
         self._require_fitted()
+        check_dtype(x)
         if x.ndim != 2 or x.shape[1] != self.n_features_in_:
             raise ValueError(f"x: expected (samples, {self.n_features_in_}), got {list(x.shape)}")
         return (x.to(self.mean_.dtype) - self.mean_) @ self._projection
