@@ -68,6 +68,32 @@ def test_networks_learn_and_variance_falls(out: Path) -> None:
     assert 0.5 < sum(shares) < 1
 
 
+def test_latency_is_judged_at_every_batch(out: Path) -> None:
+    report = (out / "report.md").read_text().splitlines()
+    table = rows(out, "latency")
+    for row in table[:3]:
+        what, ratio = f"{row['what']} of {row['batch']}", float(row["emulated"]) / float(row["plain"])
+        (line,) = [line for line in report if f"emulated overhead < 10% on CPU, {what} " in line]
+        assert line.endswith("| met |" if ratio < 1.1 else "| **not met** |")
+    for row in table[:2]:
+        ratio = float(row["mild"]) / float(row["plain"])
+        lines = [line for line in report if f"latency, batch {row['batch']} | precision of layers, mild" in line]
+        assert [line.split(" | ")[0] for line in lines] == ["| minimum", "| strong"]
+        assert all(f"forward of {row['batch']} {100 * (ratio - 1):+.1f}%" in line for line in lines)
+
+
+def test_tiers_and_ranks_of_layers_are_judged_apart(out: Path) -> None:
+    report = (out / "report.md").read_text().splitlines()
+    (ranks,) = [line for line in report if "| convolutions rank first" in line]
+    (placed,) = [line for line in report if "| only convolutions in the hot tier" in line]
+    plan = tiers.load(out / "tier_hints.json", lenet5())
+    hot = {name for name, place in plan.placements.items() if place.tier == "RAM"}
+    assert placed.endswith("| met |" if hot == {"0", "3"} else "| **not met** |")
+    order = ranks.split(" | ")[2].split(", ")
+    assert sorted(order, key=int) == ["0", "3", "7", "9", "11"]
+    assert ranks.endswith("| met |" if set(order[:2]) == {"0", "3"} else "| **not met** |")
+
+
 def test_orders_of_components_have_the_same_bytes_and_random_loses_when_some_are_dropped(out: Path) -> None:
     table = rows(out, "components")
     for scheme in ("mild", "harsh"):

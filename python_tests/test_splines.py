@@ -104,7 +104,7 @@ def test_variance_is_that_of_many_points() -> None:
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize(("n", "count"), [(4, 4), (4, 50), (8, 8), (8, 9), (8, 1000), (31, 100)])
+@pytest.mark.parametrize(("n", "count"), [(4, 4), (4, 50), (8, 8), (8, 9), (8, 1000), (31, 100), (64, 64)])
 def test_fits_are_scipys(n: int, count: int, uneven: bool) -> None:
     values = random(2, 3, count).cumsum(-1)
     points = random(count, seed=1).abs().cumsum(0) if uneven and count > n else None
@@ -145,16 +145,50 @@ def test_a_cubic_comes_back() -> None:
     t = torch.linspace(0, 1, 40, dtype=torch.float64)
     values = 1e6 + 2 * t - 5 * t**2 + t**3
     error = fit_bspline(values, 5).error(values)
-    assert float(error.to_deviation) == float(error.to_size) == 0
+    # What rounding leaves over is reported as what it is.
+    assert float(error.to_size) < 1e-14
     assert float(error.rms) < 1e-8
+    assert float(error.to_deviation) == float(error.rms) / values.numpy().std()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_constants_have_no_error(value: float, dtype: torch.dtype) -> None:
-    values = torch.full((2, 50), value, dtype=dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [50, 20_000])
+def test_constants_have_no_error(value: float, dtype: torch.dtype, count: int) -> None:
+    if dtype == torch.float16 and value < -1e4:
+        value = -3e4
+    values = torch.full((2, count), value, dtype=dtype)
     error = fit_bspline(values, 8).error(values)
     assert error.to_deviation.tolist() == error.to_size.tolist() == [0, 0]
+    # Of another constant it is none.
+    other = fit_bspline(values, 8).error(values.double() * 1.1 + 1)
+    assert bool((other.to_size > 0.05).all())
+    assert other.to_deviation.tolist() == [torch.inf, torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset", "swing"),
+    [
+        (torch.float32, 1e6, 1.0),
+        (torch.float32, 1.0, 2e-7),
+        (torch.bfloat16, 1.0, 0.1),
+        (torch.bfloat16, 1.0, 0.01),
+        (torch.float64, 1e15, 1.0),
+    ],
+)
+def test_a_bad_fit_is_no_small_error(dtype: torch.dtype, offset: float, swing: float) -> None:
+    """Also where all that moves is a few roundings of the values."""
+    values = (offset + swing * torch.sin(400 * torch.linspace(0, 1, 200, dtype=torch.float64))).to(dtype)
+    spline = fit_bspline(values, 8)
+    raw = values.double().numpy()
+    residual = raw - scipys(spline)(np.arange(200.0))
+    expected = np.sqrt((residual**2).mean())
+    error = spline.error(values)
+    assert float(error.to_deviation) > 0.5
+    assert float(error.to_deviation) == pytest.approx(expected / raw.std(), rel=0.2 if offset == 1e15 else 1e-6)
+    assert float(error.to_size) == pytest.approx(
+        expected / np.sqrt((raw**2).mean()), rel=0.2 if offset == 1e15 else 1e-6
+    )
 
 
 @pytest.mark.parametrize("index", [0, 37, 99])
@@ -173,6 +207,7 @@ def test_wrong_arguments_are_named() -> None:
     swapped[[4, 5]] = swapped[[5, 4]]
     outside[-1] = 30
     missing[7] = float("nan")
+    near = torch.cat([torch.tensor([0.0, 1e-20]), torch.linspace(0.5, 19, 18)]).double()
     bunched = torch.cat([torch.linspace(0, 1, 19, dtype=torch.float64), torch.tensor([19.0], dtype=torch.float64)])
     cases = [
         (r"points: expected 21 or more for 21 control points, got 20", {"n": 21}),
@@ -181,6 +216,7 @@ def test_wrong_arguments_are_named() -> None:
         (r"points: .*30 at 19", {"n": 8, "points": outside, "knots": clamped_knots(8, 0, 19)}),
         (r"points: .*NaN at 7", {"n": 8, "points": missing}),
         (r"points: .*none for control point", {"n": 8, "points": bunched}),
+        (r"points: .*too few near", {"n": 20, "points": near}),
         (r"points: expected 20, one for each value", {"n": 8, "points": points[1:]}),
         (r"knots: expected 12 numbers", {"n": 8, "knots": clamped_knots(9, 0, 19)}),
         (r"knots: .*ascending", {"n": 8, "knots": clamped_knots(8, 0, 19).flip(0)}),

@@ -230,6 +230,47 @@ def test_dimensions_of_few_values_stay_as_they_are() -> None:
     assert not torch.allclose(y[:, 0], x[:, 0], atol=1e-2)
 
 
+def collapsing() -> Tensor:
+    """Numbers whose spread is a rounding of their mean, in bfloat16 or in float32."""
+    x = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.stack([1000 + 3 * x[:, 0].exp(), 1e7 + x[:, 1], x[:, 2].exp()], 1)
+
+
+def test_a_spread_of_few_roundings_stays_as_it_is() -> None:
+    spline = MonotoneSpline.fit(collapsing().float())
+    assert spline.bent.tolist() == [True, False, True]
+    # In float64 it is none.
+    assert MonotoneSpline.fit(collapsing()).bent.tolist() == [True, True, True]
+    assert MonotoneSpline.fit(collapsing().bfloat16()).x_knots.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_knots_are_not_cast(dtype: torch.dtype) -> None:
+    x = collapsing()[:, ::2]
+    spline = MonotoneSpline.fit(x)
+    expected = spline(x.to(dtype).double())
+    module = nn.Sequential(spline).to(dtype)
+    found = module(x.to(dtype))
+    assert found.dtype == dtype
+    assert spline.x_knots.dtype == torch.float64
+    assert torch.equal(found, expected.to(dtype))
+    assert torch.equal(spline.inverse(found), spline.inverse(found.double()).to(dtype))
+    assert module.to("meta")[0].x_knots.is_meta
+
+
+def test_integers_are_mapped_as_floats() -> None:
+    spline = MonotoneSpline.fit(skewed(500, 3))
+    x = torch.arange(0, 256, dtype=torch.uint8)[:, None].expand(-1, 3)
+    assert torch.equal(spline(x), spline(x.float()))
+    assert torch.equal(spline.inverse(x), spline.inverse(x.float()))
+
+
+def test_knots_that_coincide_are_not_loaded() -> None:
+    spline = MonotoneSpline.identity(3)
+    with pytest.raises(ValueError, match="x_knots: expected finite knots that ascend"):
+        spline.load_state_dict(MonotoneSpline.fit(collapsing()).state_dict())
+
+
 def test_splines_of_wrong_numbers_are_refused() -> None:
     up, ones = torch.linspace(0, 1, 4)[None], torch.ones(1, 4)
     for arguments, message in (
@@ -338,6 +379,60 @@ def test_compiled_in_one_graph(kind: str) -> None:
     torch.testing.assert_close(compiled(x[:3]), tokenizer.inverse(tokenizer(x[:3])))
 
 
+def test_a_loaded_state_is_all_of_it() -> None:
+    """Also what follows from tensors: the bands, and whether the spline bends."""
+    bent, x = make("spline")
+    straight = SplinePCATokenizer(PCA(6).fit(torch.randn(99, 24)), MonotoneSpline.identity(24), input_shape=(4, 6))
+    assert straight.bands != bent.bands
+    nn.Sequential(straight).load_state_dict(nn.Sequential(bent).state_dict())
+    assert straight.bands == bent.bands
+    assert torch.equal(straight(x), bent(x))
+    assert torch.equal(straight.inverse(bent(x)), bent.inverse(bent(x)))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_straight_spline_can_be_bent(direction: str) -> None:
+    x = torch.rand(50, 3, dtype=torch.float64)
+    pca, straight = PCA(3).fit(x), MonotoneSpline.identity(3, dtype=torch.float64)
+    tokenizer = SplinePCATokenizer(pca, straight)
+    run = tokenizer if direction == "forward" else tokenizer.inverse
+    compiled = torch.compile(lambda x: run(x), fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(x), getattr(PCATokenizer(pca), direction)(x))
+    torch.testing.assert_close(compiled(x), run(x))
+    straight.slopes.requires_grad_()
+    run(x).square().sum().backward()
+    assert straight.slopes.grad is not None
+    assert bool(straight.slopes.grad.any())
+    with torch.no_grad():
+        straight.slopes += straight.slopes.grad.abs().clamp(max=1)
+    straight.slopes.requires_grad_(False)
+    expected = SplinePCATokenizer(pca, MonotoneSpline(straight.x_knots, straight.y_knots, straight.slopes))
+    assert torch.equal(run(x), getattr(expected, direction)(x))
+    torch.testing.assert_close(compiled(x), run(x))
+    assert not torch.allclose(run(x), getattr(PCATokenizer(pca), direction)(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized", "moments", "blocks"])
+def test_a_spline_before_every_method(method: Any) -> None:
+    x = skewed(400)
+    tokenizer = SplinePCATokenizer.fit(x, 6, method=method)
+    assert tokenizer.strength
+    moved = tokenizer.spline(x).double().numpy()
+    values = np.linalg.svd(moved - moved.mean(0), compute_uv=False) ** 2
+    expected = values[:6] / values.sum()
+    np.testing.assert_allclose(tokenizer.explained_variance_ratio.double().numpy(), expected, rtol=1e-2)
+    assert SplinePCATokenizer.fit(x, 6, method=method, strengths=()).strength == 0
+
+
+def test_a_tokenizer_in_half_precision_is_saved(tmp_path: Path) -> None:
+    x = collapsing().repeat(1, 2)
+    tokenizer = SplinePCATokenizer(PCA(2).fit(MonotoneSpline.fit(x)(x)), MonotoneSpline.fit(x)).bfloat16()
+    tokenizer.save(tmp_path / "tokenizer")
+    found = SplinePCATokenizer.load(tmp_path / "tokenizer")(x.bfloat16())
+    assert torch.equal(found, tokenizer(x.bfloat16()))
+    assert bool(found.isfinite().all())
+
+
 def test_batches_fit_as_one() -> None:
     x = pictures()
     one, many = PCATokenizer.fit(x, 6, patch_size=4), PCATokenizer.fit(iter(torch.split(x, 32)), 6, patch_size=4)
@@ -417,6 +512,16 @@ def test_tokenizers_refuse_by_name() -> None:
         (lambda: PCATokenizer.fit(x, 6, patch_size=5), "size: expected 2 sizes that divide"),
         (lambda: PCATokenizer.fit(iter([]), 6), r"data: expected \(samples, \*shape\), got no batch"),
         (lambda: PCATokenizer.fit(iter([x, x[:, :1]]), 6), "data: expected samples of shape"),
+        (lambda: PCATokenizer.fit(x.numpy(), 6), "data: expected a tensor, or an iterable of tensors, got ndarray"),
+        (lambda: PCATokenizer.fit(3, 6), "data: expected a tensor, or an iterable of tensors, got int"),
+        (lambda: PCATokenizer.fit([(x, x)], 6), "data: expected batches that are tensors, got tuple; of pairs"),
+        (lambda: PCATokenizer.fit([x, x.numpy()], 6), "data: expected batches that are tensors, got ndarray"),
+        (lambda: SplinePCATokenizer.fit([x], 6), r"data: expected one tensor \(samples, \*shape\), got list"),
+        (
+            lambda: SplinePCATokenizer.fit(iter([x]), 6),
+            r"data: expected one tensor \(samples, \*shape\), got list_iter",
+        ),
+        (lambda: SplinePCATokenizer.fit(x[:, 0, 0, 0], 6), r"data: expected one tensor .* got shape \[300\]"),
         (lambda: SplinePCATokenizer.fit(skewed(2), 1), "data: expected three samples or more"),
         (lambda: SplinePCATokenizer.fit(skewed(), 2, validation=1.0), "validation: expected a share"),
         (lambda: SplinePCATokenizer(pca, MonotoneSpline.identity(3)), "spline: expected 288 dimensions, got 3"),

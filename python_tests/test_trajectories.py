@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,25 @@ def test_constants_and_cubics_have_no_error() -> None:
     assert float(trajectory.spline(17.0)[0]) == pytest.approx(0.1, rel=1e-15)
 
 
+def test_a_bad_fit_of_large_numbers_is_no_small_error() -> None:
+    """Not even where the movement is one rounding of the samples."""
+    values = 1e16 + 2 * (torch.arange(100, dtype=torch.float64) % 2)
+    assert float(recorded(values).trajectories()["y"].error.to_deviation) > 0.9
+
+
+def test_a_run_of_fractional_steps_ends_at_its_last() -> None:
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        steps = generator.uniform(0.01, 1.0, 30).cumsum().tolist()
+        trajectory = recorded(walk(30), steps=steps).trajectories()["y"]
+        assert trajectory.spline.domain == (steps[0], steps[-1])
+        assert trajectory.spline(torch.tensor(steps, dtype=torch.float64)).shape == (30,)
+        assert float(trajectory.activity(steps[-1] - steps[0])) == pytest.approx(
+            float(trajectory.activity()), rel=1e-12
+        )
+    check(recorded(walk(30), steps=steps), walk(30), steps)
+
+
 def test_activity_stability_and_variance() -> None:
     t = torch.linspace(0, 400, 401, dtype=torch.float64)
     settles = torch.exp(-t / 40)
@@ -211,7 +231,7 @@ def test_predictions() -> None:
         recorder.predict(1, method="cubic")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e160])
 def test_numbers_that_are_none(bad: float) -> None:
     values = walk(40, 3)
     spoilt = values.clone()
@@ -223,7 +243,8 @@ def test_numbers_that_are_none(bad: float) -> None:
     for _ in range(25):
         recorder.step()
     before = {name: value.clone() for name, value in vars(recorder).items() if isinstance(value, Tensor)}
-    with pytest.raises(ValueError, match=f"y: expected finite numbers, got {bad} at 1 in step 25"):
+    wanted = r"numbers below 1e\+150 in size" if math.isfinite(bad) else "finite numbers"
+    with pytest.raises(ValueError, match=f"y: expected {wanted}, got {re.escape(str(bad))} at 1 in step 25"):
         recorder.step()
     assert all(torch.equal(getattr(recorder, name), value) for name, value in before.items())
     assert recorder.samples == 25
@@ -486,7 +507,7 @@ def test_a_saved_recorder_goes_on(tmp_path: Path) -> None:
     assert torch.equal(other.predict(2, method="hold")["y"], recorder.predict(2, method="hold")["y"])
     with pytest.raises(ValueError, match="y: expected a source, got none"):
         other.step()
-    with pytest.raises(ValueError, match="y: expected unit 'layer' and signal 'weights' as recorded"):
+    with pytest.raises(ValueError, match=r"y: expected unit 'layer' and signal 'weights' as recorded.*`add_weights`"):
         other.add("y", lambda: next(turn))
     with pytest.raises(ValueError, match="late"):
         other.add("late", lambda: next(turn))
@@ -495,6 +516,21 @@ def test_a_saved_recorder_goes_on(tmp_path: Path) -> None:
         other.step()
     check(other, values)
     assert TrajectoryRecorder(6).samples == 0
+
+
+def test_a_saved_recorder_of_weights_goes_on(tmp_path: Path) -> None:
+    model = network()
+    recorder = TrajectoryRecorder.of_weights(model, n=4, elements=10)
+    for _ in range(5):
+        recorder.step()
+    recorder.save(tmp_path / "run")
+    other = TrajectoryRecorder.load(tmp_path / "run")
+    other.add_weights(model, elements=10)
+    other.step()
+    assert other.samples == 6
+    assert {name: tuple(each.shape) for name, each in other.trajectories().items()} == {
+        "0.weight": (10,), "0.bias": (8,), "2.weight": (10,), "2.bias": (3,)
+    }  # fmt: skip
 
 
 def test_an_empty_recorder_comes_back(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class PCATokenizer(nn.Module):
         self.register_buffer("explained_variance_ratio", ratio)
         # Once: a loop over numbers on a GPU would wait for each.
         self.bands = _bands(ratio, self.shares)
+        self.register_load_state_dict_post_hook(_find_bands)  # type: ignore[no-untyped-call]
 
     @classmethod
     def fit(
@@ -94,9 +95,11 @@ class PCATokenizer(nn.Module):
         bands: tuple[float, float] = (0.8, 0.15),
         seed: int = 0,
     ) -> PCATokenizer:
-        """Fits the PCA to data: (samples, *shape), or batches of that, float or uint8.
+        """Fits the PCA to data: a tensor (samples, *shape), or an iterable of such batches, float or uint8.
 
-        Raises ValueError for no data.
+        With patch_size the shape has channels first: grey images are (samples, 1, height, width).
+
+        Raises ValueError for no data, and for what is no tensor.
         """
         batches = _batches(data)
         shape, rows = _peek(batches, patch_size)
@@ -185,7 +188,7 @@ class SplinePCATokenizer(PCATokenizer):
     """A monotone spline in each dimension, then PCA. The spline makes skewed dimensions more normal.
 
     `fit` keeps the spline that reconstructs held-out data best, and none where that is best: it gains little where data
-    are nearly normal (docs/tokenizers.md).
+    are nearly normal (docs/tokenizers.md). The spline keeps its dtype when the tokenizer is cast.
     """
 
     spline: MonotoneSpline
@@ -197,7 +200,6 @@ class SplinePCATokenizer(PCATokenizer):
         if spline.dimensions != pca.n_features_in_:
             raise ValueError(f"spline: expected {pca.n_features_in_} dimensions, got {spline.dimensions}")
         self.spline = spline
-        self._bends = bool(spline.bent.any())
         #: Reconstruction's mean squared error on held-out data by strength, where `fit` made this.
         self.validation: dict[float, float] = {}
 
@@ -216,14 +218,17 @@ class SplinePCATokenizer(PCATokenizer):
         bands: tuple[float, float] = (0.8, 0.15),
         seed: int = 0,
     ) -> SplinePCATokenizer:
-        """Fits splines of several strengths, each with a PCA, to a part of data, (samples, *shape), and keeps the best.
+        """Fits splines of several strengths, each with a PCA, to a part of data, and keeps the best.
 
+        data: one tensor (samples, *shape), float or uint8, and no batches: a part of all samples is held out.
         strengths: 0 is the identity, which is always tried; 1 makes each dimension normal. validation: the share of
         samples that is held out. Up to 16,384 samples of each part make the choice; the kept spline has its PCA fitted
         again, to all data.
 
-        Raises ValueError for data of too few samples and a share outside 0 to 1.
+        Raises ValueError for data that are no tensor or too few samples and a share outside 0 to 1.
         """
+        if not isinstance(data, Tensor) or data.dim() < 2:
+            raise ValueError(f"data: expected one tensor (samples, *shape), got {_described(data)}")
         if not 0 < validation < 1:
             raise ValueError(f"validation: expected a share between 0 and 1, got {validation}")
         held_out = max(1, round(len(data) * validation))
@@ -238,8 +243,12 @@ class SplinePCATokenizer(PCATokenizer):
             pca = PCA(n_components, method=method, whiten=whiten, seed=seed)
             rows = _rows(x, patch_size).flatten(0, -2)
             parts = torch.split(rows, max(1, _CHUNK // max(1, rows.shape[1])))
-            transformed = map(spline, parts) if bool(spline.bent.any()) else parts
-            return cls(pca.fit(transformed), spline, **options)
+            if not bool(spline.bent.any()):
+                return cls(pca.fit(rows), spline, **options)
+            transformed = map(spline, parts)
+            # These need all samples at once.
+            at_once = method in ("exact", "randomized")
+            return cls(pca.fit(torch.cat(list(transformed)) if at_once else transformed), spline, **options)
 
         # To choose a spline, a part is enough.
         x = _float(data[order[held_out : held_out + MAX_SAMPLES]])
@@ -271,17 +280,25 @@ class SplinePCATokenizer(PCATokenizer):
     def _load_more(self, tensors: dict[str, Tensor], features: int) -> None:
         parts = [tensors[f"spline.{name}"] for name in ("x_knots", "y_knots", "slopes")]
         self.spline = MonotoneSpline(*parts)
-        self._bends = bool(self.spline.bent.any())
         self.validation = {}
         if self.spline.dimensions != features:
             raise ValueError(f"spline: expected {features} dimensions, got {self.spline.dimensions}")
 
     def _before(self, flat: Tensor) -> Tensor:
-        transformed: Tensor = self.spline(_float(flat)) if self._bends else flat
+        transformed: Tensor = self.spline(flat) if self._bends() else flat
         return transformed
 
     def _after(self, flat: Tensor) -> Tensor:
-        return self.spline.inverse(flat) if self._bends else flat
+        return self.spline.inverse(flat) if self._bends() else flat
+
+    def _bends(self) -> bool:
+        """Whether the spline may change anything. Asked each time, since knots can be loaded and trained; and taken for
+        granted where they are trained, and where asking breaks a graph or waits for a device.
+        """
+        knots = (self.spline.x_knots, self.spline.y_knots, self.spline.slopes)
+        if torch.compiler.is_compiling() or any(each.requires_grad or each.device.type != "cpu" for each in knots):
+            return True
+        return bool(self.spline.bent.any())
 
 
 #: Numbers that a spline is evaluated on at a time while fitting.
@@ -298,7 +315,20 @@ def _rows(x: Tensor, patch_size: int | Sequence[int] | None) -> Tensor:
 
 
 def _batches(data: Data) -> Iterator[Tensor]:
-    return iter([data]) if isinstance(data, Tensor) else iter(data)
+    if isinstance(data, Tensor):
+        yield data
+        return
+    if not isinstance(data, Iterable) or hasattr(data, "__array__"):
+        raise ValueError(f"data: expected a tensor, or an iterable of tensors, got {_described(data)}")
+    for batch in data:
+        if not isinstance(batch, Tensor):
+            got = _described(batch)
+            raise ValueError(f"data: expected batches that are tensors, got {got}; of pairs, pass the inputs alone")
+        yield batch
+
+
+def _described(data: object) -> str:
+    return f"shape {list(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
 
 
 def _peek(
@@ -336,6 +366,11 @@ def _bands(ratio: Tensor, shares: tuple[float, float]) -> dict[str, slice]:
     hot = min(len(running), reach[0] + 1) if shares[0] > 0 else 0
     warm = max(hot, min(len(running), reach[1] + 1)) if shares[1] > 0 else hot
     return {"hot": slice(0, hot), "warm": slice(hot, warm), "cold": slice(warm, len(running))}
+
+
+def _find_bands(tokenizer: PCATokenizer, _: object) -> None:
+    if not tokenizer.explained_variance_ratio.is_meta:
+        tokenizer.bands = _bands(tokenizer.explained_variance_ratio, tokenizer.shares)
 
 
 def _text(shape: Sequence[int]) -> str:

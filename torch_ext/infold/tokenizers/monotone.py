@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 MAX_SAMPLES = 1 << 14
 #: No slope is below this, so that neither direction loses digits.
 MIN_SLOPE = 1e-3
+#: Knots nearer than so many roundings of the largest one are not apart.
+_APART = 16
 
 
 class MonotoneSpline(nn.Module):
@@ -21,9 +24,10 @@ class MonotoneSpline(nn.Module):
     begins as the identity. It is made of PyTorch's operators: it runs on any device, compiles, and has gradients of any
     order in its input and, where they are set to require them, in its knots.
 
-    x_knots, y_knots: (dimensions, knots), ascending; slopes: (dimensions, knots), positive. At least two knots.
+    x_knots, y_knots: (dimensions, knots), ascending; slopes: (dimensions, knots), positive. At least two knots. They
+    keep their dtype when a module is cast (``.bfloat16()``): in fewer digits neighbours may coincide.
 
-    Raises ValueError for knots that do not ascend and slopes below `MIN_SLOPE`.
+    Raises ValueError for knots that do not ascend and slopes below `MIN_SLOPE`, also when such are loaded.
     """
 
     x_knots: Tensor
@@ -38,15 +42,11 @@ class MonotoneSpline(nn.Module):
             raise ValueError(
                 f"knots, slopes: expected three of shape [dimensions, knots], two knots or more, got {got}"
             )
-        for name, knots in (("x_knots", x_knots), ("y_knots", y_knots)):
-            # Of NaN no comparison holds.
-            if not bool((knots.diff(dim=-1) > 0).all()) or not bool(knots.isfinite().all()):
-                raise ValueError(f"{name}: expected finite knots that ascend in every dimension")
-        if not bool((slopes >= 0.999 * MIN_SLOPE).all()) or not bool(slopes.isfinite().all()):
-            raise ValueError(f"slopes: expected finite slopes of {MIN_SLOPE} or more, got {float(slopes.min())}")
+        _check(x_knots, y_knots, slopes)
         self.register_buffer("x_knots", x_knots)
         self.register_buffer("y_knots", y_knots)
         self.register_buffer("slopes", slopes)
+        self.register_load_state_dict_post_hook(_check_loaded)  # type: ignore[no-untyped-call]
 
     @classmethod
     def identity(cls, dimensions: int, knots: int = 8, dtype: torch.dtype = torch.float32) -> MonotoneSpline:
@@ -60,8 +60,9 @@ class MonotoneSpline(nn.Module):
 
         x: (samples, dimensions); of more than 16,384 samples, as many evenly spaced ones. Knots lie on quantiles where
         these are distinct, else evenly between the extremes, and each goes to the normal quantile of its place among
-        the numbers, ties halved. Dimensions in which neither ascends, such as a constant one, stay as they are.
-        strength: 0 is the identity, 1 goes all the way.
+        the numbers, ties halved. Dimensions in which neither ascends, such as a constant one or one whose spread is
+        a few roundings of its mean, stay as they are. Knots are in x's dtype, in float32 at least. strength: 0 is the
+        identity, 1 goes all the way.
 
         Raises ValueError for other shapes, numbers that are not finite, and a strength outside 0 to 1.
         """
@@ -97,7 +98,9 @@ class MonotoneSpline(nn.Module):
         spread = torch.maximum(deviation, 1e-3 * (1 + mean.abs()))
         unbent = mean + spread * torch.special.ndtri(share)
         maps = [(places, normal(places)) for places in (even, quantiles)]
-        dtype = x.dtype if x.dtype.is_floating_point else torch.float32
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Nearer ones are hardly apart in float32, or in the dtype that they will have.
+        least = torch.maximum(1e-4 * deviation, _APART * torch.finfo(dtype).eps * order.abs().amax(1, keepdim=True))
 
         def spline(strength: float) -> MonotoneSpline:
             # As they are, where nothing else ascends.
@@ -105,8 +108,7 @@ class MonotoneSpline(nn.Module):
             slopes = torch.ones_like(x_knots)
             for places, goal in maps:
                 target = places.lerp(goal, strength)
-                # Nearer ones are hardly apart in float32.
-                apart = (places.diff(dim=-1) > 1e-4 * deviation) & (target.diff(dim=-1) > 1e-4 * deviation)
+                apart = (places.diff(dim=-1) > least) & (target.diff(dim=-1) > least)
                 ascends = apart.all(-1, keepdim=True) & (deviation > 0)
                 bend = _slopes(places, target).clamp(MIN_SLOPE, 1 / MIN_SLOPE)
                 x_knots, y_knots, slopes = (
@@ -127,15 +129,17 @@ class MonotoneSpline(nn.Module):
         return self.x_knots.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dimensions) to the same shape, in x's dtype."""
+        """(..., dimensions) to the same shape, in x's dtype, or the knots' for integers; computed in the wider."""
+        result, x = x.dtype if x.is_floating_point() else self.x_knots.dtype, self._wide(x)
         left, width, height, low, slope, before, after = self._bins(x, self.x_knots)
         t = ((x - left) / width).clamp(0, 1)
         rest = t * (1 - t)
         inner = low + height * (slope * t * t + before * rest) / (slope + (before + after - 2 * slope) * rest)
-        return self._with_tails(x, inner, self.x_knots, self.y_knots, self.slopes)
+        return self._with_tails(x, inner, self.x_knots, self.slopes).to(result)
 
     def inverse(self, y: Tensor) -> Tensor:
         """What `forward` makes y of."""
+        result, y = y.dtype if y.is_floating_point() else self.x_knots.dtype, self._wide(y)
         left, width, height, low, slope, before, after = self._bins(y, self.y_knots)
         u = ((y - low) / height).clamp(0, 1)
         bend = before + after - 2 * slope
@@ -145,7 +149,17 @@ class MonotoneSpline(nn.Module):
         # The root that does not cancel; b and the root are not negative.
         root = (b * b - 4 * a * c).clamp(min=0).sqrt()
         inner = left + width * (2 * c / (-b - root).clamp(max=-torch.finfo(y.dtype).tiny)).clamp(0, 1)
-        return self._with_tails(y, inner, self.y_knots, self.x_knots, 1 / self.slopes)
+        return self._with_tails(y, inner, self.y_knots, 1 / self.slopes).to(result)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, self.x_knots.dtype))
 
     def _bins(self, x: Tensor, knots: Tensor) -> tuple[Tensor, ...]:
         """Of each number's interval of ``knots``: x's left end and width, y's height and low end, its slope, and those
@@ -163,12 +177,26 @@ class MonotoneSpline(nn.Module):
         return tuple(part.to(x.dtype)[rows, index] for part in parts)
 
     @staticmethod
-    def _with_tails(x: Tensor, inner: Tensor, knots: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+    def _with_tails(x: Tensor, inner: Tensor, knots: Tensor, slopes: Tensor) -> Tensor:
         first, last = knots[:, 0].to(x.dtype), knots[:, -1].to(x.dtype)
         below = F.relu(first - x) * slopes[:, 0].to(x.dtype)
         above = F.relu(x - last) * slopes[:, -1].to(x.dtype)
         # Outside, the inner part is clamped to an end.
         return inner - below + above
+
+
+def _check(x_knots: Tensor, y_knots: Tensor, slopes: Tensor) -> None:
+    for name, knots in (("x_knots", x_knots), ("y_knots", y_knots)):
+        # Of NaN no comparison holds.
+        if not bool((knots.diff(dim=-1) > 0).all()) or not bool(knots.isfinite().all()):
+            raise ValueError(f"{name}: expected finite knots that ascend in every dimension")
+    if not bool((slopes >= 0.999 * MIN_SLOPE).all()) or not bool(slopes.isfinite().all()):
+        raise ValueError(f"slopes: expected finite slopes of {MIN_SLOPE} or more, got {float(slopes.min())}")
+
+
+def _check_loaded(spline: MonotoneSpline, _: object) -> None:
+    if not spline.x_knots.is_meta:
+        _check(spline.x_knots, spline.y_knots, spline.slopes)
 
 
 def _slopes(x: Tensor, y: Tensor) -> Tensor:

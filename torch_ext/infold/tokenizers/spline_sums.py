@@ -19,7 +19,7 @@ from torch import Tensor
 
 from infold._library import ops
 from infold.tokenizers._files import take
-from infold.tokenizers.splines import BSpline, FitError, clamped_knots
+from infold.tokenizers.splines import BSpline, FitError, clamped_knots, factor_determined
 
 #: Of a coarse basis function in the five fine ones under it.
 _TWO_SCALE = (0.125, 0.5, 0.75, 0.5, 0.125)
@@ -124,19 +124,15 @@ class SplineSums:
         basis = _on_grid(knots, cell, len(self.products))
         gram = basis.T @ _banded_product(self.products, basis)
         moments = basis.T.to(self.device) @ self.sums
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        pivots = factor.diagonal().square() / gram.diagonal()
-        if int(failed) or not bool((pivots > _SINGULAR).all()):
-            index = int(failed) - 1 if int(failed) else int(pivots.argmin())
-            where = self.first + float(BSpline(torch.zeros(self.n), knots).abscissae[index])
-            raise ValueError(
-                f"steps: expected samples that determine every control point, got too few near step {where:g}"
-            )
+        shifted = (knots + self.first).clamp(max=self.last)
+        # Not the last step by a rounding, outside of which it would lie.
+        shifted[-4:] = self.last
+        factor = factor_determined(gram, shifted, _SINGULAR, "steps")
         control = torch.cholesky_solve(moments, factor.to(self.device))
         # Σ (z − ẑ)²; its error is of second order in the control points'.
         explained = (control * (2 * moments - gram.to(self.device) @ control)).sum(0)
         residual = (self.squares - explained).clamp(min=0)
-        self._fitted = BSpline(control.T + self.origin[:, None], knots + self.first), residual
+        self._fitted = BSpline(control.T + self.origin[:, None], shifted), residual
         return self._fitted
 
     def error(self) -> FitError:
@@ -146,8 +142,9 @@ class SplineSums:
         total = self.sums.sum(0)
         deviation = (self.squares - total.square() / self.samples).clamp(min=0)
         size = (self.squares + 2 * self.origin * total + self.samples * self.origin.square()).clamp(min=0)
-        floor = 16 * torch.finfo(torch.float64).eps * size.sqrt()
-        return FitError(*((part / self.samples).sqrt() for part in (residual, deviation, size, floor.square())))
+        # Of a constant z is exactly 0, and so is the residual.
+        floor = torch.zeros_like(size)
+        return FitError(*((part / self.samples).sqrt() for part in (residual, deviation, size, floor)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"products": self.products, "sums": self.sums, "squares": self.squares,

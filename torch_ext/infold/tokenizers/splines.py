@@ -13,6 +13,8 @@ from infold._library import ops
 #: Four-point Gauss-Legendre quadrature on [−1, 1]: exact for the square of a cubic.
 _NODES = (-0.8611363115940526, -0.3399810435848563, 0.3399810435848563, 0.8611363115940526)
 _WEIGHTS = (0.34785484513745385, 0.6521451548625461, 0.6521451548625461, 0.34785484513745385)
+#: Pivots of BᵀB below this share of its diagonal leave the control points of a fit by QR less than about eight digits.
+_SINGULAR = 1e-13
 
 
 class BSpline:
@@ -95,7 +97,9 @@ class BSpline:
         residual = moved - BSpline(control, self.knots)(points)
         deviation = moved - moved.mean(-1, keepdim=True)
         size = values.double().square().mean(-1).sqrt()
-        floor = 16 * torch.finfo(self.control.dtype).eps * size
+        # The control points' own rounding, and that of computing them, in float32 at least.
+        computed = torch.promote_types(self.control.dtype, torch.float32)
+        floor = (torch.finfo(self.control.dtype).eps / 2 + 16 * torch.finfo(computed).eps) * size
         return FitError(residual.square().mean(-1).sqrt(), deviation.square().mean(-1).sqrt(), size, floor)
 
     def _quadrature(self, start: float | None, end: float | None) -> tuple[Tensor, Tensor]:
@@ -122,20 +126,25 @@ class FitError(NamedTuple):
     deviation: Tensor
     #: Of the values.
     size: Tensor
-    #: What rounding alone may leave over.
+    #: What rounding alone may leave over of constants.
     floor: Tensor
 
     @property
     def to_deviation(self) -> Tensor:
-        """Relative to the values' deviation from their mean: the part of the movement that the spline misses. 0 where
-        no more than rounding is left over, as of constants.
+        """Relative to the values' deviation from their mean: the part of the movement that the spline misses. 0 for
+        constants, of which no more than rounding is left over.
         """
-        return torch.where(self.rms <= self.floor, 0.0, self.rms / self.deviation)
+        return self._over(self.deviation)
 
     @property
     def to_size(self) -> Tensor:
         """Relative to the values themselves: small for whatever moves little, also where the movement is missed."""
-        return torch.where(self.rms <= self.floor, 0.0, self.rms / self.size)
+        return self._over(self.size)
+
+    def _over(self, scale: Tensor) -> Tensor:
+        # Of anything that moves, also a small residual may be all of the movement.
+        constant = (self.deviation == 0) & (self.rms <= self.floor)
+        return torch.where(constant, 0.0, self.rms / scale)
 
     def total(self) -> FitError:
         """That of all series together."""
@@ -165,8 +174,8 @@ def fit_bspline(values: Tensor, n: int, points: Tensor | None = None, knots: Ten
     points: (T) ascending, where the values are; None is 0, 1, …, T − 1.
     knots: (n + 4) ascending; None is clamped and uniform from the first point to the last.
 
-    Raises ValueError for fewer points than control points or such as leave one undetermined, for points that do not
-    ascend within the knots, and for values that are not finite (their index is named).
+    Raises ValueError for fewer points than control points or such as leave one less than about eight digits, for points
+    that do not ascend within the knots, and for values that are not finite (their index is named).
     """
     if not values.is_floating_point() or values.dim() < 1:
         raise ValueError(f"values: expected floats of one dimension or more, got {_described(values)}")
@@ -179,7 +188,10 @@ def fit_bspline(values: Tensor, n: int, points: Tensor | None = None, knots: Ten
         knots = clamped_knots(n, float(points[0]), float(points[-1]))
     elif knots.shape != (n + 4,):
         raise ValueError(f"knots: expected {n + 4} numbers, got {_described(knots)}")
-    control: Tensor = ops.bspline_fit(values, _host(knots), points)
+    knots = _host(knots)
+    control: Tensor = ops.bspline_fit(values, knots, points)
+    basis: Tensor = ops.bspline_basis(points, knots)
+    factor_determined(basis.T @ basis, knots, _SINGULAR, "points")
     # A value that is not finite spoils its series' control points, which are far fewer to look at.
     if not bool(torch.isfinite(control.detach()).all()):
         bad = (~torch.isfinite(values.detach())).nonzero()
@@ -187,6 +199,22 @@ def fit_bspline(values: Tensor, n: int, points: Tensor | None = None, knots: Ten
             index = tuple(bad[0].tolist())
             raise ValueError(f"values: expected finite numbers, got {float(values[index])} at {index}")
     return BSpline(control, knots)
+
+
+def factor_determined(gram: Tensor, knots: Tensor, least: float, what: str) -> Tensor:
+    """The Cholesky factor of the normal equations' matrix (n, n) of splines on knots (n + 4), float64 on the CPU.
+
+    Raises ValueError, which says near which of ``what`` there are too few, where a pivot is below the share ``least``
+    of its diagonal: then samples do not determine each control point.
+    """
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal().square() / gram.diagonal()
+    if int(failed) or not bool((pivots > least).all()):
+        index = int(failed) - 1 if int(failed) else int(pivots.argmin())
+        where = float(BSpline(torch.zeros(len(gram)), knots).abscissae[index])
+        raise ValueError(f"{what}: expected samples that determine every control point, got too few near {where:g}")
+    return factor
 
 
 def _points(values: Tensor, points: Tensor | None) -> Tensor:

@@ -26,6 +26,8 @@ Method = Literal["linear", "level", "hold"]
 _KIND, _VERSION = "TrajectoryRecorder", 1
 #: Steps are nearer to zero than this: lengths that double stay finite.
 _FARTHEST = 1e300
+#: Samples are below this in size: sums of their squares stay finite.
+_LARGEST = 1e150
 
 
 @dataclass
@@ -61,8 +63,9 @@ class TrajectoryRecorder:
     `nbytes`.
 
     n: control points, 4 or more. resolution: 2 or more.
-    on_nan: what a sample that is not finite does: ``"raise"`` a ValueError that names series and step before anything
-        is recorded, or ``"skip"`` this step for *all* series, since they share the time axis; `skipped` counts them.
+    on_nan: what a sample that is not finite, or is 1e150 or more in size, does: ``"raise"`` a ValueError that names
+        series and step before anything is recorded, or ``"skip"`` this step for *all* series, since they share the time
+        axis; `skipped` counts them.
     device: where the sums are kept; samples are copied there.
     """
 
@@ -114,7 +117,8 @@ class TrajectoryRecorder:
         """Watches what ``source()`` returns: a number, or a real tensor of one shape.
 
         unit: the name of the unit (`infold.tiers.units`) whose `trajectory_variance` it counts for, among the series of
-        its ``signal``. In a recorder that was loaded, this gives a series its source again.
+        its ``signal``. In a recorder that was loaded, this gives a series its source again, under the unit and signal
+        that it had; `add_weights` and `add_gradient_norms` do so for theirs.
 
         Raises ValueError for a name that is taken, and for a new one once there are samples.
         """
@@ -122,7 +126,10 @@ class TrajectoryRecorder:
         if known is not None and known.source is None:
             if (known.unit, known.signal) != (unit, signal):
                 expected = f"unit {known.unit!r} and signal {known.signal!r}"
-                raise ValueError(f"{name}: expected {expected} as recorded, got {unit!r} and {signal!r}")
+                raise ValueError(
+                    f"{name}: expected {expected} as recorded, got {unit!r} and {signal!r}; what `add_weights` or "
+                    "`add_gradient_norms` recorded, the same call gives its sources again"
+                )
             known.source = source
             return
         if known is not None:
@@ -203,7 +210,7 @@ class TrajectoryRecorder:
         """Samples every series at step ``at``, which is above the last one; None is one more, from 0 on.
 
         Raises ValueError, with nothing recorded, for a step that does not ascend, a series without a source or with
-        another shape than before, and numbers that are not finite (with ``on_nan="raise"``).
+        another shape than before, and numbers that are not finite or too large (with ``on_nan="raise"``).
         """
         if at is None:
             at = self._sums.last + 1 if self.samples else 0.0
@@ -212,15 +219,18 @@ class TrajectoryRecorder:
         if not least < at < _FARTHEST:
             raise ValueError(f"at: expected a step above {least} and below {_FARTHEST}, got {at}")
         row = self._row()
-        finite = torch.isfinite(row)
-        if not bool(finite.all()):
+        # Of NaN no comparison holds.
+        usable = row.abs() < _LARGEST
+        if not bool(usable.all()):
             if self.on_nan == "skip":
                 self.skipped += 1
                 return
-            index = int((~finite).nonzero()[0])
+            index = int((~usable).nonzero()[0])
             name, series = next(each for each in self._series.items() if index < each[1].columns.stop)
             where = f" at {index - series.columns.start}" if series.shape else ""
-            raise ValueError(f"{name}: expected finite numbers, got {float(row[index])}{where} in step {at:g}")
+            value = float(row[index])
+            wanted = f"numbers below {_LARGEST:g} in size" if math.isfinite(value) else "finite numbers"
+            raise ValueError(f"{name}: expected {wanted}, got {value}{where} in step {at:g}")
         self._sums.add(at, row)
 
     def _row(self) -> Tensor:
@@ -348,7 +358,8 @@ class TrajectoryRecorder:
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> TrajectoryRecorder:
-        """The recorder of a file of `save`. To go on recording, `add` each series again under its name.
+        """The recorder of a file of `save`. To go on recording, make the calls again that added its series, with the
+        same arguments: `add`, `add_weights` (of the same ``elements``), `add_gradient_norms`.
 
         Raises CorruptWeightError for a damaged file, and ValueError for another version and for another kind of file.
         """

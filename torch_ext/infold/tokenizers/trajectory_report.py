@@ -52,7 +52,8 @@ class Trajectory:
         first, last = self.spline.domain
         if window is not None and not 0 < window <= last - first:
             raise ValueError(f"window: expected above 0 and up to {last - first} steps, got {window}")
-        return self.spline.rms(1, None if window is None else last - window)
+        # Of the whole run by its length, the difference may be below the first step by a rounding.
+        return self.spline.rms(1, None if window is None else max(first, last - window))
 
     def stability(self) -> Tensor:
         """(*shape) 1 − a₄ / max(a₁, …, a₄) with the activities a of the four quarters of the run.
