@@ -528,3 +528,16 @@ def test_tokenizers_refuse_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()  # type: ignore[no-untyped-call]
+
+
+def test_a_tokenizer_shares_no_memory_with_its_pca() -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(60, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    pca = PCA(3).fit(first)
+    tokenizer, components, mean = PCATokenizer(pca), pca.components_.clone(), pca.mean_.clone()
+    tokenizer.load_state_dict(PCATokenizer(PCA(3).fit(second)).state_dict())
+    assert torch.equal(pca.components_, components)
+    assert torch.equal(pca.mean_, mean)
+    before = tokenizer(first)
+    pca.partial_fit(second + 10)
+    assert torch.equal(tokenizer(first), before)

@@ -51,7 +51,7 @@ class PCATokenizer(nn.Module):
     ) -> None:
         super().__init__()
         ratio = pca.explained_variance_ratio_
-        self._set(pca.components_, pca.mean_, pca.scale(), ratio, input_shape, patch_size, bands)
+        self._set(pca.components_.clone(), pca.mean_.clone(), pca.scale(), ratio, input_shape, patch_size, bands)
 
     def _set(
         self,
