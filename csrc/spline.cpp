@@ -175,8 +175,7 @@ Tensor times(const Tensor& numbers, const Tensor& matrix) {
 Tensor meta_control(const Tensor& values, const Tensor& matrix) {
   check_floats(values, "values");
   TORCH_CHECK_VALUE(matrix.dim() == 2, "matrix: expected shape [control points, points], got ", matrix.sym_sizes());
-  return values.new_empty_symint(
-      with_last(values, matrix.size(1), matrix.size(0), "values"));
+  return values.new_empty_symint(with_last(values, matrix.size(1), matrix.size(0), "values"));
 }
 
 Tensor control(const Tensor& values, const Tensor& matrix) {

@@ -24,9 +24,9 @@ _DRIFT, _NEW = 1e-5, 0.1
 class Blocks:
     """Updates of a truncated SVD by blocks of rows (Brand 2002), corrected for a mean that moves (Ross et al. 2008).
 
-    For each of ``kept`` components it holds a row of features, in float32 (float64 for float64 samples), and a block's
-    residuals while it updates: 4 · features · (kept + rows) bytes and little more. What is discarded is lost, so
-    results depend on the order a little; the total variance is exact.
+    For each of ``kept`` components it holds a row of features, in float32 (float64 for float64 samples). While it
+    updates, old and new ones and a block's residuals coexist: 4 · features · (2 · kept + rows) bytes. What is discarded
+    is lost, so results depend on the order a little; the total variance is exact.
     """
 
     name = "blocks"
