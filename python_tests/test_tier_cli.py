@@ -93,6 +93,8 @@ def test_plan_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     expected = "scores: expected all of the model's units, '11', '3', '7', '9' missing"
     assert expected in refusal(capsys, *common, "--objective", "importance", "--scores", some)
     assert "batch size" in refusal(capsys, *common, "--batch-size", 0)
+    for absent in (tmp_path / "absent", "./absent", "absent.gguf"):
+        assert "a folder or file that exists" in refusal(capsys, "plan", "--model", absent)
     assert not (tmp_path / "hints.json").exists()
     assert "expected a folder" in refusal(capsys, *common[:-1], tmp_path / "absent" / "hints.json")
 

@@ -238,11 +238,15 @@ def test_a_model_is_attached_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", ["DISK", "FAST"])
 def test_the_layers_of_an_attached_model_are_not_replaced(tier: str, tmp_path: Path) -> None:
     model, lazy = make().requires_grad_(False), nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    packed, file = copy.deepcopy(model), tmp_path / "packed.safetensors"
+    infold.convert(packed, infold.FusedConfig("lossless"), progress=False)
+    infold.save(packed, file)
     with attach(model, on_disk(model), folder=tmp_path) as handle:
         handle.move("1", tier)
         for replace, advice in (
             (lambda m: infold.convert(m, infold.FusedConfig("lossless"), progress=False), "convert before"),
             (infold.prepare, "lay out before"),
+            (lambda m: infold.load_into(m, file), "load before"),
         ):
             # A part of it that is in the fastest tier is the handle's as well.
             for part in (model, nn.Sequential(model[1])):

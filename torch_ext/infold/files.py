@@ -18,6 +18,7 @@ from infold.layers import dense_kind, dense_weight, packed_kind, packed_like, we
 from infold.layout import relay
 from infold.nn import FusedDecompressConv, PackedModule
 from infold.packed import Packed, read_header
+from infold.storages import refuse_attached
 
 _FORMAT = "infold-1"
 _METADATA = ("modules", "aliases", CHECKSUMS)
@@ -77,6 +78,8 @@ def load_into(model: nn.Module, path: str | Path) -> None:
         if name not in tensors:
             raise CorruptWeightError(alias, "aliases", f"expected a tensor of the file, got {name!r}")
 
+    if modules:
+        refuse_attached(model, "load before infold.tiers.attach")
     # A frequency layer that is there already takes its numbers as any other.
     there = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FrequencyLayer)}
     modules = {name: options for name, options in modules.items() if name not in there or "frequency" not in options}

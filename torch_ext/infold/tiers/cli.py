@@ -41,7 +41,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
     made = command("calibrate", _calibrate, "measure this machine's tiers")
     made.add_argument("folder", type=Path, help="a folder on the disk to measure")
-    made.add_argument("--file-bytes", type=parse_bytes, default=2**28, metavar="SIZE", help="of the file that is read")
+    made.add_argument(
+        "--file-bytes", type=parse_bytes, default=2**28, metavar="SIZE", help="of the file that is read, 64MiB or more"
+    )
     made.add_argument("--out", type=Path, metavar="FILE", help="write the specs, for plan --specs")
 
     made = command("plan", _plan, "place a model's weights, and write the plan into a file")
@@ -62,7 +64,13 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="for importance, inverse and fractions: a JSON object, a number for each unit",
     )
-    made.add_argument("--fractions", type=float, nargs="+", default=[0.3, 0.5, 0.2], help="of bytes, one a tier")
+    made.add_argument(
+        "--fractions",
+        type=float,
+        nargs="+",
+        default=[0.3, 0.5, 0.2],
+        help="of bytes, one a tier (default: 0.3 0.5 0.2)",
+    )
     made.add_argument("--buffers", type=int, default=2, help="weights that the ring holds (default: %(default)s)")
     made.add_argument("--keep-largest", type=int, default=0, metavar="COUNT", help="largest weights to rank first")
     made.add_argument("--seed", type=int, default=0)

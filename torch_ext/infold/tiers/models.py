@@ -116,6 +116,9 @@ def _pretrained(name: str) -> nn.Module:
         raise ValueError(
             f"model: expected lenet5 or mlp; {name!r} needs transformers, which is not installed"
         ) from None
+    # Else transformers would look for it on a network.
+    if (name.startswith(("/", ".")) or name.endswith(".gguf")) and not Path(name).exists():
+        raise ValueError(f"model: expected lenet5, mlp, a name, or a folder or file that exists, got {name!r}")
     where, options = name, {}
     if name.endswith(".gguf"):
         where, options = str(Path(name).parent), {"gguf_file": Path(name).name}
