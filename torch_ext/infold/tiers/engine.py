@@ -105,6 +105,12 @@ class Engine:
                         return self._use_at_home(state)  # all that fills the ring is in use
                     self._fetch(name, state)
                     self.counters.demanded += 1
+                    # What comes next is read behind it: the disk is not to stand still while it is waited for.
+                    state.pins = 1
+                    try:
+                        self._prefetch()
+                    finally:
+                        state.pins = 0
                 if state.wait is not None:
                     self._await(name, state)
                 if not state.bound:

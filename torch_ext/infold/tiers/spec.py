@@ -27,7 +27,7 @@ class TierSpec:
     capacity_bytes: int | None = None
     resident: bool = False
     on_disk: bool = False
-    depth: int = 8
+    depth: int = 4
 
     def __post_init__(self) -> None:
         if not self.name:

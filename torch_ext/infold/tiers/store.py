@@ -22,7 +22,7 @@ class Store:
     """
 
     def __init__(
-        self, folder: str | Path, nbytes: int = 0, *, depth: int = 8, backend: str = "auto", growth: int = 64 << 20
+        self, folder: str | Path, nbytes: int = 0, *, depth: int = 4, backend: str = "auto", growth: int = 64 << 20
     ) -> None:
         self.folder = Path(folder)
         self._descriptor: int | None = ops.tier_open(str(folder), pages(nbytes), depth, backend)
