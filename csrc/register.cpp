@@ -72,6 +72,7 @@ TORCH_LIBRARY(infold, m) {
   m.def("log8_decode(Tensor codes, Tensor words, ScalarType dtype) -> Tensor", compute);
   m.def("pca_project(Tensor x, Tensor components, Tensor? mean=None, Tensor? scale=None) -> Tensor", compute);
   m.def("pca_reconstruct(Tensor z, Tensor components, Tensor? mean=None, Tensor? scale=None) -> Tensor", compute);
+  m.def("pca_scatter(Tensor x, Tensor shift) -> (Tensor, Tensor)");
   m.def("bspline_basis(Tensor points, Tensor knots, int derivative=0) -> Tensor", compute);
   m.def("bspline_fit_matrix(Tensor points, Tensor knots) -> Tensor", compute);
   m.def("bspline_control(Tensor values, Tensor matrix) -> Tensor", compute);

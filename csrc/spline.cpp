@@ -71,12 +71,26 @@ Tensor reconstruct(const Tensor& z, const Tensor& components, const OptionalTens
       z, [&](Outputs& out) { return pca_reconstruct(z, components, or_undefined(mean), or_undefined(scale), out); });
 }
 
-/// A gradient in the dtype of what it is of.
-Tensor as(const Tensor& gradient, const Tensor& of) { return gradient.to(of.scalar_type()); }
+std::tuple<Tensor, Tensor> meta_scatter(const Tensor& x, const Tensor& shift) {
+  const c10::SymInt features = shift.sym_size(0);
+  const auto options = x.options().dtype(at::kDouble);
+  return {x.new_empty_symint({features, features}, options), x.new_empty_symint({features}, options)};
+}
+
+std::tuple<Tensor, Tensor> scatter(const Tensor& x, const Tensor& shift) {
+  Outputs outputs;
+  check(pca_scatter(x, shift, outputs));
+  return {outputs.at(0), outputs.at(1)};
+}
+
+/// A gradient in the dtype of what it is of, or what else is combined with a tensor in its dtype.
+Tensor as(const Tensor& tensor, const Tensor& of) { return tensor.to(of.scalar_type()); }
 
 Tensor flat(const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); }
 
-Tensor scaled(const Tensor& tensor, const Tensor& scale) { return scale.defined() ? tensor * scale : tensor; }
+Tensor scaled(const Tensor& tensor, const Tensor& scale) {
+  return scale.defined() ? tensor * as(scale, tensor) : tensor;
+}
 
 /// y = ((x - m) V') s. All gradients are made of operators that have gradients. Tensors that are not there have no
 /// index.
@@ -99,7 +113,7 @@ struct ProjectFunction : Function<ProjectFunction> {
     if (ctx->needs_input_grad(0)) dx = as(op<ReconstructOp>().call(g, components, std::nullopt, of_scale), x);
     if (ctx->needs_input_grad(1)) {
       const Tensor values = x.to(components.scalar_type());
-      dv = flat(scaled(g, scale)).t().mm(flat(mean.defined() ? values - mean : values));
+      dv = flat(scaled(g, scale)).t().mm(flat(mean.defined() ? values - as(mean, values) : values));
     }
     if (mean.defined() && ctx->needs_input_grad(2))
       dm = as(op<ReconstructOp>().call(sum_rows(g), components, std::nullopt, of_scale).neg(), mean);
@@ -199,8 +213,7 @@ struct ControlFunction : Function<ControlFunction> {
 
 Tensor eval(const Tensor& control, const Tensor& knots, const Tensor& points, int64_t derivative) {
   const int64_t count = control_points(knots);
-  TORCH_CHECK_VALUE(control.dim() > 0 && control.sym_size(-1).sym_eq(count).expect_true(__FILE__, __LINE__),
-                    "control: expected a last dimension of ", count, ", got shape ", control.sym_sizes());
+  with_last(control, count, count, "control");
   check_floats(control, "control");
   return times(control, op<BasisOp>().call(points, knots, derivative));
 }
@@ -212,6 +225,7 @@ Tensor fit(const Tensor& values, const Tensor& knots, const Tensor& points) {
 TORCH_LIBRARY_IMPL(infold, CPU, m) {
   m.impl("pca_project", project);
   m.impl("pca_reconstruct", reconstruct);
+  m.impl("pca_scatter", scatter);
   m.impl("bspline_basis", basis);
   m.impl("bspline_fit_matrix", fit_matrix);
   m.impl("bspline_control", control);
@@ -229,6 +243,7 @@ TORCH_LIBRARY_IMPL(infold, CUDA, m) {
 TORCH_LIBRARY_IMPL(infold, Meta, m) {
   m.impl("pca_project", meta_project);
   m.impl("pca_reconstruct", meta_reconstruct);
+  m.impl("pca_scatter", meta_scatter);
   m.impl("bspline_basis", meta_basis);
   m.impl("bspline_fit_matrix", meta_fit_matrix);
   m.impl("bspline_control", meta_control);

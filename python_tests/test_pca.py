@@ -98,6 +98,7 @@ def test_few_samples_are_not_decomposed_by_features(dtype: torch.dtype, monkeypa
     pca = PCA(8).fit(passed := few.clone())
     passed.zero_()
     check_fit(pca, few, limit)
+    check_fit(PCA(8).fit([few[:1], few[1:20], few[20:]]), few, limit)
     assert not sizes
     check_fit(pca.partial_fit(x[50:]), x, limit)
     assert sizes == [200]

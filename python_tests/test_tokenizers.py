@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,24 @@ def test_results_have_the_components_dtype(dtype: torch.dtype, of: torch.dtype) 
     assert bool(((y.double() - expected).abs() <= limit).all())
 
 
+@pytest.mark.parametrize("op", [ops.pca_project, ops.pca_reconstruct])
+def test_gradients_keep_each_operand_s_dtype(op: Callable[..., Tensor]) -> None:
+    # Those of PyTorch, of the same numbers in float64.
+    x, z, components, mean, scale = operands(dtype=torch.float64)
+    first = x if op is ops.pca_project else z
+    mixed = [t.detach().to(dtype).requires_grad_() for t, dtype in (
+        (first, torch.float64), (components, torch.float32), (mean, torch.float64), (scale, torch.float64)
+    )]  # fmt: skip
+    wide = [t.detach().double().requires_grad_() for t in mixed]
+    x, v, m, s = wide
+    (op(*mixed) ** 2).sum().backward()
+    ((((x - m) @ v.T * s) if op is ops.pca_project else (x * s) @ v + m) ** 2).sum().backward()
+    for found, expected in zip(mixed, wide, strict=True):
+        assert found.grad is not None
+        assert found.grad.dtype == found.dtype
+        torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_are_worked_on_in_parts() -> None:
     x = (torch.rand(3000, 700) * 255).to(torch.uint8)
     components, mean = torch.randn(11, 700), torch.rand(700) * 200
@@ -117,6 +136,7 @@ def test_splines_are_scipys(count: int) -> None:
         (ops.bspline_basis, (points, knots, 1)),
         (ops.bspline_fit_matrix, (points, knots)),
         (ops.bspline_control, (values, ops.bspline_fit_matrix(points, knots))),
+        (ops.pca_scatter, (values[0].detach(), values[0, 0].detach())),
         (ops.bspline_fit, (values, knots, points)),
         (ops.bspline_eval, (control.detach().requires_grad_(), knots, places, 2)),
     ):
@@ -138,6 +158,9 @@ def test_splines_refuse_by_name() -> None:
         (lambda: ops.bspline_eval(values, knots, points), "control: expected a last dimension of 4"),
         (lambda: ops.bspline_control(values, points), r"matrix: expected shape \[control points, points\]"),
         (lambda: ops.bspline_control(values.long(), points[None]), "values: expected a float32"),
+        (lambda: ops.pca_scatter(values, values), r"x: expected shape \[samples, features\]"),
+        (lambda: ops.pca_scatter(values[None], points[1:]), r"shift: expected shape \[9\]"),
+        (lambda: ops.pca_scatter(values[None].int(), points), "x: expected a float32"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,8 +1,8 @@
 //! Basis functions against their truncated powers' divided differences in the textbook form, and known values; fits against
-//! plain sums.
+//! plain sums, and scatters too.
 
 use infold::parallel::{Serial, Threads};
-use infold::spline::{Knots, control_points};
+use infold::spline::{Knots, add_scatter, control_points};
 
 fn clamped(count: usize, end: f64) -> Vec<f64> {
     let inner = (0..=count - 3).map(|i| end * i as f64 / (count - 3) as f64);
@@ -120,6 +120,39 @@ fn fits_are_sums_of_products_in_any_company() {
             let mut alone = vec![f64::NAN; rows];
             control_points(&values[i * points..(i + 1) * points], &matrix, points, &mut alone, &Serial);
             assert_eq!(alone, out[i * rows..(i + 1) * rows]);
+        }
+    }
+}
+
+/// Integers, whose sums are exact in any order.
+#[test]
+fn scatters_are_plain_sums() {
+    for (rows, columns) in [(1, 1), (2, 3), (5, 16), (7, 33), (1023, 5), (1025, 31), (2500, 40)] {
+        let number = |row: usize, column: usize| ((row * 31 + column * 17 + row * column) % 23) as f64 - 3.0;
+        let shift = |column: usize| (column % 5) as f64;
+        let mut expected = vec![0.0; columns * columns];
+        let mut totals = vec![0.0; columns];
+        for row in 0..rows {
+            for i in 0..columns {
+                let left = number(row, i) - shift(i);
+                totals[i] += left;
+                for j in 0..columns {
+                    expected[i * columns + j] += left * (number(row, j) - shift(j));
+                }
+            }
+        }
+        let wide: Vec<f64> = (0..rows * columns).map(|at| number(at / columns, at % columns)).collect();
+        let narrow: Vec<f32> = wide.iter().map(|&x| x as f32).collect();
+        let shifts: Vec<f64> = (0..columns).map(shift).collect();
+        let narrow_shifts: Vec<f32> = shifts.iter().map(|&x| x as f32).collect();
+        for pool in [&Serial as &dyn infold::parallel::Pool, &Threads(3)] {
+            let mut results = [(); 2].map(|()| (vec![0.0; columns * columns], vec![0.0; columns]));
+            let [first, second] = &mut results;
+            add_scatter(&wide, &shifts, &mut first.0, &mut first.1, pool);
+            add_scatter(&narrow, &narrow_shifts, &mut second.0, &mut second.1, pool);
+            for (products, sums) in &results {
+                assert_eq!((products, sums), (&expected, &totals), "{rows} x {columns}");
+            }
         }
     }
 }

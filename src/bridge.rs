@@ -149,6 +149,7 @@ mod ffi {
             scale: &Tensor,
             out: Pin<&mut Outputs>,
         ) -> Status;
+        fn pca_scatter(x: &Tensor, shift: &Tensor, out: Pin<&mut Outputs>) -> Status;
         fn bspline_basis(points: &Tensor, knots: &Tensor, derivative: i64, out: Pin<&mut Outputs>) -> Status;
         fn bspline_fit_matrix(points: &Tensor, knots: &Tensor, out: Pin<&mut Outputs>) -> Status;
         fn bspline_control(values: &Tensor, matrix: &Tensor, out: Pin<&mut Outputs>) -> Status;
@@ -451,6 +452,10 @@ fn pca_reconstruct(z: &Tensor, components: &Tensor, mean: &Tensor, scale: &Tenso
         let (z, components) = (need(z, "z")?, need(components, "components")?);
         Ok(vec![ops::pca::reconstruct(&z, &components, share(mean).as_ref(), share(scale).as_ref())?])
     })
+}
+
+fn pca_scatter(x: &Tensor, shift: &Tensor, out: Pin<&mut Outputs>) -> Status {
+    call(out, |pool| Ok(ops::pca::scatter(&need(x, "x")?, &need(shift, "shift")?, pool)?.into()))
 }
 
 fn bspline_basis(points: &Tensor, knots: &Tensor, derivative: i64, out: Pin<&mut Outputs>) -> Status {

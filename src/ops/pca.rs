@@ -1,9 +1,12 @@
 //! pca_project and its adjoint, pca_reconstruct, on any device: the library's products on a few rows at a time, so that no
-//! centred, converted or scaled copy of the data is made.
+//! centred, converted or scaled copy of the data is made. pca_scatter, on the CPU: what a PCA is fitted from.
 
 use tch::{Device, Kind, Tensor};
 
-use super::{float_kind, rows_of, with_last};
+use super::tensor::{contiguous, slice, slice_mut};
+use super::{compute_kind, float_kind, rows_of, with_last, with_real};
+use crate::parallel::Pool;
+use crate::spline::add_scatter;
 use crate::{Error, Result};
 
 /// Bytes of rows that are centred at a time: about a cache's worth, or enough to fill a GPU.
@@ -91,4 +94,23 @@ pub fn reconstruct(z: &Tensor, components: &Tensor, mean: Option<&Tensor>, scale
         Ok(())
     })?;
     Ok(out.f_view(&with_last(z, features)[..])?)
+}
+
+/// Σ (xᵢ − shift)·(xᵢ − shift)ᵀ (d, d) and Σ (xᵢ − shift) (d) of rows (n, d), in float64.
+pub fn scatter(x: &Tensor, shift: &Tensor, pool: &dyn Pool) -> Result<[Tensor; 2]> {
+    let kind = float_kind(x, "x")?;
+    let [_, features] = x.size()[..] else {
+        return Err(Error::argument("x", "shape [samples, features]", format!("{:?}", x.size())));
+    };
+    if shift.size() != [features] {
+        return Err(Error::argument("shift", format!("shape [{features}]"), format!("{:?}", shift.size())));
+    }
+    let compute = compute_kind(kind);
+    let (x, shift) = (contiguous(x, "x", compute)?, contiguous(shift, "shift", compute)?);
+    let mut products = Tensor::f_zeros([features, features], (Kind::Double, Device::Cpu))?;
+    let mut sums = Tensor::f_zeros([features], (Kind::Double, Device::Cpu))?;
+    with_real!(compute, T => {
+        add_scatter::<T>(slice(&x)?, slice(&shift)?, slice_mut(&mut products)?, slice_mut(&mut sums)?, pool);
+    });
+    Ok([products, sums])
 }

@@ -49,68 +49,55 @@ impl<T: Real> Kernel<T> for Fit<'_, T> {
 
 impl<T: Real> Fit<'_, T> {
     #[inline(always)]
-    fn tiles<V: Vector<T>, const SERIES: usize, const ROWS: usize>(self) {
-        let Self { values, matrix, points, rows, out } = self;
-        let mut values = values.chunks_exact(SERIES * points);
-        let mut outs = out.chunks_exact_mut(SERIES * rows);
-        for (values, out) in values.by_ref().zip(outs.by_ref()) {
-            some_series::<T, V, SERIES, ROWS>(values, matrix, points, out);
+    fn tiles<V: Vector<T>, const SERIES: usize, const ROWS: usize>(mut self) {
+        let whole = self.values.len() / (SERIES * self.points) * SERIES;
+        for first in (0..whole).step_by(SERIES) {
+            self.some_series::<V, SERIES, ROWS>(first);
         }
-        let (values, out) = (values.remainder(), outs.into_remainder());
-        for (values, out) in values.chunks_exact(points).zip(out.chunks_exact_mut(rows)) {
-            some_series::<T, V, 1, ROWS>(values, matrix, points, out);
+        for first in whole..self.values.len() / self.points {
+            self.some_series::<V, 1, ROWS>(first);
         }
     }
-}
 
-#[inline(always)]
-fn some_series<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
-    values: &[T],
-    matrix: &[T],
-    points: usize,
-    out: &mut [T],
-) {
-    let rows = matrix.len() / points;
-    let mut row = 0;
-    while rows - row >= ROWS {
-        tile::<T, V, SERIES, ROWS>(values, &matrix[row * points..], points, &mut out[row..], rows);
-        row += ROWS;
-    }
-    while row < rows {
-        tile::<T, V, SERIES, 1>(values, &matrix[row * points..], points, &mut out[row..], rows);
-        row += 1;
-    }
-}
-
-/// The sums of `SERIES` series with `ROWS` rows; a series' results lie `stride` apart.
-#[inline(always)]
-fn tile<T: Real, V: Vector<T>, const SERIES: usize, const ROWS: usize>(
-    values: &[T],
-    matrix: &[T],
-    points: usize,
-    out: &mut [T],
-    stride: usize,
-) {
-    let whole = points - points % V::LANES;
-    assert!(values.len() >= SERIES * points && matrix.len() >= ROWS * points);
-    let mut sums = [[V::splat(T::default()); SERIES]; ROWS];
-    for point in (0..whole).step_by(V::LANES) {
-        // SAFETY: inside the last row, as the assertion says.
-        #[allow(unsafe_code)]
-        let at = |from: &[T], row: usize| unsafe { V::load_at(from, row * points + point) };
-        for series in 0..SERIES {
-            V::prefetch(values, (SERIES + series) * points + point);
+    #[inline(always)]
+    fn some_series<V: Vector<T>, const SERIES: usize, const ROWS: usize>(&mut self, first: usize) {
+        let mut row = 0;
+        while self.rows - row >= ROWS {
+            self.tile::<V, SERIES, ROWS>(first, row);
+            row += ROWS;
         }
-        add_products(&mut sums, |series| at(values, series), |row| at(matrix, row));
+        while row < self.rows {
+            self.tile::<V, SERIES, 1>(first, row);
+            row += 1;
+        }
     }
-    if whole < points {
-        let rest = |from: &[T], row: usize| load_part::<T, V>(&from[row * points + whole..(row + 1) * points]);
-        add_products(&mut sums, |series| rest(values, series), |row| rest(matrix, row));
-    }
-    // No loop: sums that are looked up by a variable would lie in memory all along.
-    let totals: [[T; ROWS]; SERIES] = std::array::from_fn(|i| std::array::from_fn(|j| total(sums[j][i])));
-    for (totals, out) in totals.iter().zip(out.chunks_mut(stride)) {
-        out[..ROWS].copy_from_slice(totals);
+
+    /// The sums of `SERIES` series from the first with `ROWS` rows from `row`.
+    #[inline(always)]
+    fn tile<V: Vector<T>, const SERIES: usize, const ROWS: usize>(&mut self, first: usize, row: usize) {
+        let (points, rows) = (self.points, self.rows);
+        let (values, matrix) = (&self.values[first * points..], &self.matrix[row * points..]);
+        let whole = points - points % V::LANES;
+        assert!(values.len() >= SERIES * points && matrix.len() >= ROWS * points);
+        let mut sums = [[V::splat(T::default()); SERIES]; ROWS];
+        for point in (0..whole).step_by(V::LANES) {
+            // SAFETY: inside the last row, as the assertion says.
+            #[allow(unsafe_code)]
+            let at = |from: &[T], row: usize| unsafe { V::load_at(from, row * points + point) };
+            for series in 0..SERIES {
+                V::prefetch(values, (SERIES + series) * points + point);
+            }
+            add_products(&mut sums, |series| at(values, series), |row| at(matrix, row));
+        }
+        if whole < points {
+            let rest = |from: &[T], row: usize| load_part::<T, V>(&from[row * points + whole..(row + 1) * points]);
+            add_products(&mut sums, |series| rest(values, series), |row| rest(matrix, row));
+        }
+        // No loop: sums that are looked up by a variable would lie in memory all along.
+        let totals: [[T; ROWS]; SERIES] = std::array::from_fn(|i| std::array::from_fn(|j| total(sums[j][i])));
+        for (totals, out) in totals.iter().zip(self.out[first * rows..].chunks_mut(rows)) {
+            out[row..row + ROWS].copy_from_slice(totals);
+        }
     }
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from infold._library import ops
 from infold.tokenizers._files import take
 from infold.tokenizers.rows import combined, gram, refuse_large_squares
 
@@ -16,8 +17,8 @@ from infold.tokenizers.rows import combined, gram, refuse_large_squares
 _INTEGER_ROWS = (2**31 - 1) // 128**2
 #: Rows whose int8 squares sum to no more than float32 counts to without gaps.
 _FLOAT_ROWS = 2**24 // 128**2
-#: Rows that are summed in their own dtype before they are in float64.
-_ROWS = 4096
+#: Rows that a GPU sums in their own dtype before they are in float64, and that the CPU has a copy of at a time.
+_ROWS, _COPIED_ROWS = 4096, 16384
 #: With fewer samples than features by this factor, an SVD of them is the quicker way: 6 to 100 times at 3,072 features.
 _FEW = 4
 
@@ -25,8 +26,8 @@ _FEW = 4
 class Moments:
     """Streams samples of d features into (d) and (d, d) float64.
 
-    uint8 is summed in integers, exactly; float16, bfloat16 and float32 in float32, 4,096 rows at a time, about the
-    mean of the batch's first rows. A first batch of few samples is kept instead of its scatter, until there are more.
+    uint8 is summed in integers, exactly; float16, bfloat16 and float32 in float32, 1,024 rows at a time (4,096 on a
+    GPU), about the mean of the batch's first rows. Few samples are kept instead of their scatter, until there are more.
     """
 
     name = "moments"
@@ -49,12 +50,12 @@ class Moments:
 
     def update(self, x: Tensor) -> None:
         """Adds samples (rows, d). Raises ValueError as `refuse_large_squares`; nothing is added then."""
-        if not self.count and len(x) * _FEW <= x.shape[1]:
+        if self._few is not None and (self.count + len(x)) * _FEW <= x.shape[1]:
             samples = x.double()
-            mean = samples.mean(0)
-            few = samples - mean
+            count, mean, _ = combined(self.count, self.mean, len(x), samples.mean(0))
+            few = torch.cat([self._few + (self.mean - mean), samples - mean])
             refuse_large_squares(few.square().sum(0), x, self.dtype)
-            self.count, self.mean, self._few = len(x), mean, few
+            self.count, self.mean, self._few = count, mean, few
             return
         # Each part is added whole; a bad one must leave nothing of its batch.
         if x.dtype == torch.uint8:
@@ -138,14 +139,21 @@ def _of_floats(x: Tensor, results: torch.dtype) -> Part:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # About numbers near the mean that need no rounding; what is left of the mean is taken off after.
     shift = x[:_ROWS].mean(0, dtype=torch.float64).to(dtype)
-    features = x.shape[1]
-    scatter = torch.zeros(features, features, dtype=torch.float64, device=x.device)
-    rest = scatter.new_zeros(features)
-    for part in torch.split(x, _ROWS):
-        centred = part.to(dtype) - shift
-        scatter += gram(centred)
-        # A product with ones: `sum` over rows is much slower.
-        rest += centred.new_ones(len(centred)) @ centred
+    scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    rest = scatter.new_zeros(x.shape[1])
+    for part in torch.split(x, _COPIED_ROWS if x.is_cpu else _ROWS):
+        products, sums = _scatter(part.to(dtype), shift)
+        scatter += products
+        rest += sums
     # float32 samples are summed in float32, whatever results will be.
     refuse_large_squares(scatter.diagonal(), x, results if dtype == torch.float64 else torch.float32)
     return len(x), shift.double() + rest / len(x), scatter - torch.outer(rest, rest / len(x))
+
+
+def _scatter(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (xᵢ − shift)·(xᵢ − shift)ᵀ and Σ (xᵢ − shift) of rows, summed in their dtype and perhaps beyond."""
+    if x.is_cpu:
+        return ops.pca_scatter(x, shift)  # type: ignore[no-any-return]
+    centred = x - shift
+    # A product with ones: `sum` over rows is much slower.
+    return gram(centred), centred.new_ones(len(centred)) @ centred
