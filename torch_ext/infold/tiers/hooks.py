@@ -32,7 +32,7 @@ class Hooks:
             handle.remove()
         self._handles["model"] = [
             self._model.register_forward_pre_hook(_Begin(self), prepend=True),
-            self._model.register_load_state_dict_pre_hook(_Loading(self)),
+            self._model.register_load_state_dict_pre_hook(_Loading(self)),  # type: ignore[no-untyped-call]
         ]
 
     def add(self, unit: Unit) -> None:
@@ -40,7 +40,7 @@ class Hooks:
         for module in unit.modules.values():
             handles.append(module.register_forward_pre_hook(_Before(self, unit.name), prepend=True))
             handles.append(module.register_forward_hook(_After(self, unit.name), always_call=True))
-            handles.append(module.register_load_state_dict_pre_hook(_Loading(self)))
+            handles.append(module.register_load_state_dict_pre_hook(_Loading(self)))  # type: ignore[no-untyped-call]
         if self._model in unit.modules.values():
             self._watch()
 
