@@ -79,6 +79,23 @@ def test_plan_writes_hints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert abs(made.bytes_by_tier()["HBM"] - total / 2) <= largest / 2
 
 
+def test_plan_by_traffic_counts_overhead(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tiers.Overhead] = []
+    plan = tiers.plan
+
+    def noted(*arguments: Any, overhead: tiers.Overhead, **options: Any) -> tiers.Plan:
+        given.append(overhead)
+        return plan(*arguments, overhead=overhead, **options)
+
+    monkeypatch.setattr(tiers, "plan", noted)
+    monkeypatch.setattr(tiers, "measure_overhead", lambda: tiers.Overhead(1.0, 2.0))
+    for objective in ("traffic", "size"):
+        run(capsys, "plan", "--model", "lenet5", "--objective", objective, "--out", tmp_path / objective)
+    assert given == [tiers.Overhead(1.0, 2.0), tiers.Overhead()]
+
+
 def test_plan_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     common = ("plan", "--model", "lenet5", "--out", tmp_path / "hints.json")
     assert "are missing" in refusal(capsys, *common, "--budget", "HBM=1KB")

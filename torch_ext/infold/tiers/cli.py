@@ -195,7 +195,8 @@ def _plan(options: argparse.Namespace) -> None:
             raise ValueError(f"budget: expected TIER=SIZE, got {text!r}")
         budgets[name] = parse_bytes(size)
     loaded = _model(options)
-    compute = tiers.measure_compute(loaded.model, loaded.batch) if options.objective == "traffic" else None
+    by_time = options.objective == "traffic"
+    compute = tiers.measure_compute(loaded.model, loaded.batch) if by_time else None
     made = tiers.plan(
         loaded.model,
         specs,
@@ -203,6 +204,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.objective,
         scores=scores,
         compute_seconds=compute,
+        overhead=tiers.measure_overhead() if by_time else tiers.Overhead(),
         buffers=options.buffers,
         keep_largest=options.keep_largest,
         fractions=options.fractions,
