@@ -247,6 +247,51 @@ def test_outside_access_sees_and_changes_the_weights(tokens: Tensor) -> None:
         assert torch.equal(copied[name], tensor)
 
 
+@pytest.mark.parametrize("tiers", [[DISK], [FAST], [FAST, RAM, DISK]], ids=["disk", "fast", "all"])
+def test_a_state_dict_is_copied_and_not_assigned(tiers: list[TierSpec], tokens: Tensor) -> None:
+    model, reference, other = make().eval(), make().eval(), make(1).eval()
+    with attach(model, spread(model, tiers)) as handle:
+        parts = [model, nn.Sequential(model)]
+        if tiers == [DISK]:
+            parts.append(model.get_submodule("blocks.1.left"))
+        for part in parts:
+            state = {name: torch.zeros_like(tensor) for name, tensor in part.state_dict().items()}
+            with pytest.raises(ValueError, match=r"load_state_dict: expected assign=False .* call remove\(\)"):
+                part.load_state_dict(state, assign=True)
+        assert_same_state(model, reference)
+        assert torch.equal(model(tokens), reference(tokens))
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model(tokens), other(tokens))
+        copied = copy.deepcopy(model)
+        copied.load_state_dict(reference.state_dict(), assign=True)
+        assert torch.equal(copied(tokens), reference(tokens))
+        handle.remove()
+        model.load_state_dict(reference.state_dict(), assign=True)
+        assert torch.equal(model(tokens), reference(tokens))
+
+
+def test_a_parameter_that_is_replaced_is_computed_with(tokens: Tensor, tmp_path: Path) -> None:
+    model, reference, other = make().eval(), make().eval(), make(1).eval()
+    with attach(model, spread(model, [DISK, RAM]), folder=tmp_path) as handle:
+        model(tokens)
+        # Each of them, so that no weight is left by which the model is known to be attached.
+        for m in (model, reference):
+            for name, module in m.named_modules():
+                for local, parameter in other.get_submodule(name).named_parameters(recurse=False):
+                    setattr(module, local, nn.Parameter(parameter.detach().clone()))
+        for _ in range(2):
+            assert torch.equal(model(tokens), reference(tokens))
+        for part in (model, nn.Sequential(model), model.blocks[1]):
+            with pytest.raises(ValueError, match=r"of an attached one; call remove\(\) of its handle first"):
+                attach(part, spread(part, [RAM]), folder=tmp_path)
+        assert_same_state(model, reference)
+        handle.remove()
+        assert torch.equal(model(tokens), reference(tokens))
+    with attach(model, spread(model, [DISK, RAM]), folder=tmp_path):
+        assert torch.equal(model(tokens), reference(tokens))
+    assert_same_state(model, reference)
+
+
 def test_writes_inside_a_forward_are_kept() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -325,6 +370,20 @@ def test_compiled_and_eager_ask_the_engine_alike(tokens: Tensor) -> None:
             eager = handle.counters.uses - before
             compiled(tokens)
             assert handle.counters.uses - before == 2 * eager
+    torch.compiler.reset()
+
+
+def test_many_layers_alike_are_compiled_once(tokens: Tensor) -> None:
+    model = make(blocks=12).eval().requires_grad_(False)
+    expected = model(tokens)
+    once = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    with attach(model, spread(model, [RAM])), torch.no_grad(), once:
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens), expected)
+        # A copy is not attached: nothing breaks its graph.
+        copied = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(copied(tokens), expected)
     torch.compiler.reset()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from infold import tiers
 from infold.cli import main
+from infold.tiers.calibrate import SIZES
 from infold.tiers.cli import parse_bytes
 from infold.tiers.models import lenet5, load_checkpoint, load_model
 from safetensors.torch import save_file
@@ -76,6 +77,23 @@ def test_plan_writes_hints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     total = sum(made.bytes_by_tier().values())
     largest = max(placement.nbytes for placement in made.placements.values())
     assert abs(made.bytes_by_tier()["HBM"] - total / 2) <= largest / 2
+
+
+def test_plan_by_traffic_counts_overhead(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tiers.Overhead] = []
+    plan = tiers.plan
+
+    def noted(*arguments: Any, overhead: tiers.Overhead, **options: Any) -> tiers.Plan:
+        given.append(overhead)
+        return plan(*arguments, overhead=overhead, **options)
+
+    monkeypatch.setattr(tiers, "plan", noted)
+    monkeypatch.setattr(tiers, "measure_overhead", lambda: tiers.Overhead(1.0, 2.0))
+    for objective in ("traffic", "size"):
+        run(capsys, "plan", "--model", "lenet5", "--objective", objective, "--out", tmp_path / objective)
+    assert given == [tiers.Overhead(1.0, 2.0), tiers.Overhead()]
 
 
 def test_plan_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -211,7 +229,7 @@ def test_calibrate_feeds_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path
     specs = tmp_path / "specs.json"
     common = ("calibrate", tmp_path, "--file-bytes", "64MiB", "--out", specs)
     assert "11.00" in run(capsys, *common)
-    printed = json.loads(run(capsys, *common, "--json"))
+    printed = json.loads(run(capsys, *common, "--json", "--force"))
     assert [tiers.TierSpec(**entry) for entry in printed["tiers"]] == list(measured.values())
     out = tmp_path / "hints.json"
     run(capsys, "plan", "--model", "lenet5", "--specs", specs, "--budget", "RAM=300KB", "--out", out)
@@ -220,6 +238,42 @@ def test_calibrate_feeds_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path
     run(capsys, *some, "--tiers", "RAM")
     assert tiers.load(out).tiers == (measured["RAM"],)
     assert "tiers: expected some of RAM, SSD, got H100" in refusal(capsys, *some, "--tiers", "H100")
+
+
+def test_calibrate_overwrites_no_file_unless_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def calibrate(folder: Path, *, file_bytes: int, progress: Any) -> dict[str, tiers.TierSpec]:
+        measured.append(file_bytes)
+        return {"RAM": tiers.TierSpec("RAM", 1.5, len(measured), resident=True)}
+
+    monkeypatch.setattr(tiers, "calibrate", calibrate)
+    common = ("calibrate", tmp_path, "--out")
+    out = tmp_path / "specs.json"
+    run(capsys, *common, out)
+    first = out.read_bytes()
+    assert "specs.json: expected a file that is not there yet, or --force" in refusal(capsys, *common, out)
+    assert "expected a folder" in refusal(capsys, *common, tmp_path / "absent" / "specs.json")
+    assert out.read_bytes() == first
+    assert measured == [2**28]  # what cannot be written is not measured
+    run(capsys, *common, out, "--force")
+    assert json.loads(out.read_text())["tiers"][0]["bandwidth_gb_s"] == 2
+    run(capsys, "calibrate", tmp_path)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_help_says_what_is_the_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def help_of(command: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["tiers", command, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    assert f"{max(SIZES) >> 20}MiB or more (default: 256MiB)" in help_of("calibrate")
+    assert "of bytes, one a tier (default: [0.3, 0.5, 0.2])" in help_of("plan")
+    too_few = ("calibrate", tmp_path, "--file-bytes", max(SIZES) - 1)
+    assert f"file_bytes: expected at least the largest of sizes, {max(SIZES)}" in refusal(capsys, *too_few)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from infold.tiers import Access, Placement, Plan, TierSpec, fingerprint, plan, simulate, units
+from infold.tiers import Access, Overhead, Placement, Plan, TierSpec, fingerprint, plan, simulate, units
 from torch import Tensor, nn
 
 PAGE = 4096
@@ -147,6 +147,19 @@ def test_traffic_keeps_resident_what_nothing_hides() -> None:
     compute = dict(zip(names, [0, 1e-3, 1e-3], strict=True))
     made = plan(model, [HBM, CPU], {"HBM": 16 * PAGE}, compute_seconds=compute)
     assert tiers_of(made) == ["CPU", "HBM", "CPU"]
+
+
+def test_traffic_counts_overhead() -> None:
+    # Beside the buffer there is room for a large weight, whose transfers are longer, or for all of the small ones.
+    model = pages(5, 1, 1, 5, 1, 1)
+    near = TierSpec("CPU", 0, 1)
+
+    def kept(overhead: Overhead) -> list[int]:
+        made = plan(model, [HBM, near], {"HBM": 10 * PAGE}, overhead=overhead)
+        return sorted(each.nbytes // PAGE for each in made.placements.values() if each.tier == "HBM")
+
+    assert kept(Overhead()) == [5]
+    assert kept(Overhead(use=1e-4)) == kept(Overhead(fetch=1e-4)) == [1, 1, 1, 1]
 
 
 def test_importance_and_its_inverse() -> None:

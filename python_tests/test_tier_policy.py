@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from infold.tiers import LearnedPolicy, Plan, TierSpec, plan, simulate, units
+from infold.tiers import LearnedPolicy, Overhead, Plan, TierSpec, plan, simulate, units
 from infold.tiers.packing import Packing
 from infold.tiers.policy import _ranks
 from scipy.stats import rankdata
@@ -79,6 +79,17 @@ def test_same_seed_same_plan() -> None:
 
     assert made(1) == made(1)
     assert made(1)[0] != made(2)[0]
+
+
+def test_overhead_counts_to_the_reward() -> None:
+    model, budgets, uses = instance(0)
+    overhead = Overhead(5e-6, 2e-5)
+    policy = LearnedPolicy(model, TIERS, budgets, compute_seconds=uses, overhead=overhead)
+    reward = policy.train(iterations=2)[-1]
+    made = policy.plan()
+    timeline = simulate(made.accesses(uses) * 2, made.specs, buffer_bytes=made.buffer_bytes, overhead=overhead)
+    assert reward == pytest.approx(-timeline.seconds / (2 * sum(each for _, each in uses)), rel=1e-9)
+    assert timeline.seconds > seconds(made, uses)
 
 
 def test_learns_what_a_signal_tells() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from infold.tiers import Access, TierSpec, simulate
+from infold.tiers import Access, Overhead, TierSpec, simulate
 from infold.tiers.emulate import EmulatedPiece, Link, no_memory
 from infold.tiers.engine import Engine
 from infold.tiers.ring import Ring
@@ -79,16 +79,20 @@ def ticking(accesses: list[tuple[str, int, int]], room: int, distance: int | Non
     st.lists(st.tuples(st.sampled_from(["fast", "near", "far"]), st.integers(1, 3), st.integers(0, 40)), max_size=12),
     st.integers(3, 12),
     st.none() | st.integers(0, 4),
+    st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
 def test_agrees_with_a_machine_that_ticks(
-    accesses: list[tuple[str, int, int]], room: int, distance: int | None
+    accesses: list[tuple[str, int, int]], room: int, distance: int | None, overhead: tuple[int, int]
 ) -> None:
-    expected = ticking(accesses, room, distance)
+    # Each unit is used once, and so fetched where it is away.
+    busy = [(tier, size, ticks + (tier != "fast") * sum(overhead)) for tier, size, ticks in accesses]
+    expected = ticking(busy, room, distance)
     timeline = simulate(
         [Access(str(i), tier, pages * PAGE, ticks * 1e-6) for i, (tier, pages, ticks) in enumerate(accesses)],
         SPECS,
         buffer_bytes=room * PAGE,
         distance=distance,
+        overhead=Overhead(*(ticks * 1e-6 for ticks in overhead)),
     )
     assert len(timeline.events) == len(expected)
     for event, (tier, pages, _), (start, begin, end) in zip(timeline.events, accesses, expected, strict=True):
@@ -100,7 +104,7 @@ def test_agrees_with_a_machine_that_ticks(
             assert (event.transfer_end - event.transfer_start) * 1e6 == pytest.approx(setup + each * pages, abs=1e-6)
     total = expected[-1][2] if expected else 0
     assert timeline.seconds * 1e6 == pytest.approx(total, abs=1e-6)
-    assert timeline.exposed_seconds * 1e6 == pytest.approx(total - sum(a[2] for a in accesses), abs=1e-5)
+    assert timeline.exposed_seconds * 1e6 == pytest.approx(total - sum(a[2] for a in busy), abs=1e-5)
     assert timeline.seconds >= timeline.bound_seconds * (1 - 1e-12)
 
 
@@ -179,7 +183,7 @@ class Clock:
         self.now += seconds
 
 
-def engine_seconds(accesses: list[Access], room: int, passes: int) -> list[float]:
+def engine_seconds(accesses: list[Access], room: int, passes: int, overhead: float) -> list[float]:
     """When each pass ends, by the engine over emulated links; the first passes teach it the order."""
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
@@ -193,7 +197,7 @@ def engine_seconds(accesses: list[Access], room: int, passes: int) -> list[float
         for _ in range(passes):
             for access in accesses:
                 with engine.use(access.unit):
-                    clock.now += access.compute_seconds
+                    clock.now += access.compute_seconds + (overhead if access.tier != "fast" else 0.0)
             ends.append(clock.now)
     return ends
 
@@ -215,12 +219,12 @@ def passes_with_repeats(draw: st.DrawFn) -> list[Access]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(passes_with_repeats(), st.integers(3, 12))
-def test_agrees_with_the_engine(accesses: list[Access], room: int) -> None:
+@given(passes_with_repeats(), st.integers(3, 12), st.sampled_from([0.0, 3e-6, 20e-6]))
+def test_agrees_with_the_engine(accesses: list[Access], room: int, overhead: float) -> None:
     # It takes the engine some passes to learn the order, and then to come into step.
     passes, last = 60, 8
-    ends = engine_seconds(accesses, room * PAGE, passes)
-    timeline = simulate(accesses * passes, SPECS, buffer_bytes=room * PAGE)
+    ends = engine_seconds(accesses, room * PAGE, passes, overhead)
+    timeline = simulate(accesses * passes, SPECS, buffer_bytes=room * PAGE, overhead=Overhead(overhead))
     before = timeline.events[(passes - last) * len(accesses) - 1].compute_end
     assert timeline.seconds - before == pytest.approx(ends[-1] - ends[-1 - last], rel=1e-9)
 
@@ -233,8 +237,10 @@ def test_what_is_used_twice_in_a_row_is_fetched_once() -> None:
 
 
 def test_what_the_ring_holds_is_fetched_once() -> None:
-    timeline = simulate(layers(4, PAGE, 1e-6) * 3, SPECS, buffer_bytes=4 * PAGE)
+    timeline = simulate(layers(4, PAGE, 1e-6) * 3, SPECS, buffer_bytes=4 * PAGE, overhead=Overhead(2e-6, 7e-6))
     assert timeline.bytes_by_tier["near"] == 4 * PAGE
+    assert timeline.compute_seconds == pytest.approx(12 * (1e-6 + 2e-6) + 4 * 7e-6, rel=1e-12)
+    assert [event.fetched for event in timeline.events] == [True] * 4 + [False] * 8
 
 
 @pytest.mark.parametrize(

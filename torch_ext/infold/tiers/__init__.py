@@ -24,7 +24,7 @@ from infold.tiers.presets import PRESETS
 from infold.tiers.problem import fingerprint
 from infold.tiers.pruning import bitter7_scores, prune_
 from infold.tiers.ranking import combine, ranks, spearman, tiers_by_rank
-from infold.tiers.schedule import Access, Event, Timeline, simulate
+from infold.tiers.schedule import Access, Event, Overhead, Timeline, simulate
 from infold.tiers.spec import TierSpec
 from infold.tiers.stash import ActivationCounters
 from infold.tiers.units import Unit, units
@@ -48,6 +48,7 @@ __all__ = [
     "LearnedPolicy",
     "Move",
     "Option",
+    "Overhead",
     "PairAgreement",
     "Placement",
     "Plan",

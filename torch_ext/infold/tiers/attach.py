@@ -22,7 +22,7 @@ from infold.tiers.codecs import RAW, config_of
 from infold.tiers.cuda import CudaPiece, Lane, device_memory
 from infold.tiers.emulate import EmulatedPiece, link_for, no_memory
 from infold.tiers.engine import Counters, Engine
-from infold.tiers.hooks import Hooks
+from infold.tiers.hooks import Hooks, refuse_hooked
 from infold.tiers.pieces import DiskPiece, Piece, RamPiece
 from infold.tiers.plan import Plan, require_plan_of
 from infold.tiers.ring import Buffers, Ring, host_memory
@@ -34,6 +34,7 @@ from infold.tiers.unpacking import PackedPiece, can_pack
 
 Mode = Literal["real", "emulated"]
 
+_REMOVE = "call remove() of its handle first"
 #: Weights that are freed before the system is given back their memory.
 _TRIM_BYTES = 4 << 20
 
@@ -69,7 +70,8 @@ def attach(
         raise ValueError(f"mode: expected 'real' or 'emulated', got {mode!r}")
     found = {unit.name: unit for unit in units(model, atomic)}
     require_plan_of("plan", plan, model, found)
-    refuse_attached(model, "call remove() of its handle first")
+    refuse_attached(model, _REMOVE)
+    refuse_hooked(model, _REMOVE)  # its parameters may have been replaced since
     note_steps()
     handle = Handle(model, plan, found, mode, materialize, folder, backend)
     try:

@@ -19,6 +19,8 @@ from infold.tiers.spec import TierSpec
 from infold.tiers.store import Store
 from infold.tiers.units import PAGE, pages
 
+#: Of the transfers that are timed; the file to read is no smaller than the largest.
+SIZES = (2**20, 2**22, 2**24, 2**26)
 #: What the file to read is written by.
 _BLOCK_BYTES = 2**24
 #: More than caches hold.
@@ -30,7 +32,7 @@ _FULL = 0.95
 def calibrate(
     folder: str | Path,
     *,
-    sizes: Sequence[int] = (2**20, 2**22, 2**24, 2**26),
+    sizes: Sequence[int] = SIZES,
     file_bytes: int = 2**28,
     depths: Sequence[int] = (1, 2, 4, 8, 16, 32),
     repeats: int = 5,

@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from infold import tiers
-from infold.checked_files import destination
+from infold.checked_files import destination, replacing
 from infold.report import format_bytes
+from infold.tiers.calibrate import SIZES
 from infold.tiers.hints import load, parse_object, parse_specs, read, save
 from infold.tiers.models import Loaded, load_model
 from infold.tiers.plan import Objective, Plan
@@ -42,9 +43,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     made = command("calibrate", _calibrate, "measure this machine's tiers")
     made.add_argument("folder", type=Path, help="a folder on the disk to measure")
     made.add_argument(
-        "--file-bytes", type=parse_bytes, default=2**28, metavar="SIZE", help="of the file that is read, 64MiB or more"
+        "--file-bytes",
+        type=parse_bytes,
+        default="256MiB",
+        metavar="SIZE",
+        help=f"of the file that is read, {max(SIZES) >> 20}MiB or more (default: %(default)s)",
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="write the specs, for plan --specs")
+    _add_force(made)
 
     made = command("plan", _plan, "place a model's weights, and write the plan into a file")
     _add_model(made)
@@ -69,13 +75,13 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[0.3, 0.5, 0.2],
-        help="of bytes, one a tier (default: 0.3 0.5 0.2)",
+        help="of bytes, one a tier (default: %(default)s)",
     )
     made.add_argument("--buffers", type=int, default=2, help="weights that the ring holds (default: %(default)s)")
     made.add_argument("--keep-largest", type=int, default=0, metavar="COUNT", help="largest weights to rank first")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("tier_hints.json"), metavar="FILE", help="default: %(default)s")
-    made.add_argument("--force", action="store_true", help="overwrite the file if it is there")
+    _add_force(made)
 
     made = command("predict", _predict, "time per forward under a plan, or per token of a streamed model")
     made.add_argument("hints", type=Path, nargs="?", help="a file of plan")
@@ -125,6 +131,16 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--seq-length", type=int, default=128)
 
 
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="overwrite the file if it is there")
+
+
+def _refuse_overwriting(options: argparse.Namespace) -> None:
+    """Before anything is measured: a command that cannot write its file has taken no time."""
+    if destination(options.out).exists() and not options.force:
+        raise ValueError(f"out: {options.out}: expected a file that is not there yet, or --force to overwrite it")
+
+
 def _model(options: argparse.Namespace) -> Loaded:
     return load_model(options.model, options.checkpoint, batch_size=options.batch_size, seq_length=options.seq_length)
 
@@ -137,10 +153,13 @@ def _calibrate(options: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
+    if options.out is not None:
+        _refuse_overwriting(options)
     specs = tiers.calibrate(options.folder, file_bytes=options.file_bytes, progress=say)
     content = {"tiers": [asdict(spec) for spec in specs.values()]}
     if options.out is not None:
-        options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with replacing(destination(options.out)) as file:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     rows = [f"{'tier':<14} {'GB/s':>9} {'setup us':>9}"]
     rows += [f"{spec.name:<14} {spec.bandwidth_gb_s:>9.2f} {spec.setup_us:>9.1f}" for spec in specs.values()]
     _print(options, content, "\n".join(rows))
@@ -167,8 +186,7 @@ def _scores(path: Path | None) -> dict[str, float] | None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    if destination(options.out).exists() and not options.force:
-        raise ValueError(f"out: {options.out}: expected a file that is not there yet, or --force to overwrite it")
+    _refuse_overwriting(options)
     specs, scores = _specs(options), _scores(options.scores)
     budgets: dict[str, int | None] = {}
     for text in options.budget:
@@ -177,7 +195,8 @@ def _plan(options: argparse.Namespace) -> None:
             raise ValueError(f"budget: expected TIER=SIZE, got {text!r}")
         budgets[name] = parse_bytes(size)
     loaded = _model(options)
-    compute = tiers.measure_compute(loaded.model, loaded.batch) if options.objective == "traffic" else None
+    by_time = options.objective == "traffic"
+    compute = tiers.measure_compute(loaded.model, loaded.batch) if by_time else None
     made = tiers.plan(
         loaded.model,
         specs,
@@ -185,6 +204,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.objective,
         scores=scores,
         compute_seconds=compute,
+        overhead=tiers.measure_overhead() if by_time else tiers.Overhead(),
         buffers=options.buffers,
         keep_largest=options.keep_largest,
         fractions=options.fractions,

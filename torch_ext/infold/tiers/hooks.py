@@ -17,10 +17,7 @@ from infold.tiers.units import Unit
 
 
 class Hooks:
-    """Has a unit's parameters here while a module of it runs, and while a node of its backward does.
-
-    Compilers break the graph here (`torch.compiler.disable`): an operator without a result would be dropped.
-    """
+    """Has a unit's parameters here while a module of it runs, and while a node of its backward does."""
 
     def __init__(self, engine: Engine, model: nn.Module) -> None:
         self._engine = engine
@@ -33,13 +30,17 @@ class Hooks:
         """Has `begin` run before all other hooks of the model, its own unit's among them."""
         for handle in self._handles.pop("model", ()):
             handle.remove()
-        self._handles["model"] = [self._model.register_forward_pre_hook(_Begin(self), prepend=True)]
+        self._handles["model"] = [
+            self._model.register_forward_pre_hook(_Begin(self), prepend=True),
+            self._model.register_load_state_dict_pre_hook(_Loading(self)),  # type: ignore[no-untyped-call]
+        ]
 
     def add(self, unit: Unit) -> None:
         handles = self._handles.setdefault("unit " + unit.name, [])
         for module in unit.modules.values():
             handles.append(module.register_forward_pre_hook(_Before(self, unit.name), prepend=True))
             handles.append(module.register_forward_hook(_After(self, unit.name), always_call=True))
+            handles.append(module.register_load_state_dict_pre_hook(_Loading(self)))  # type: ignore[no-untyped-call]
         if self._model in unit.modules.values():
             self._watch()
 
@@ -61,18 +62,15 @@ class Hooks:
         running: list[_Running] = self._local.running
         return running
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self) -> None:
         if torch._C._current_graph_task_id() == -1:
             # What an interrupt cut off has not ended by itself.
             while self._running:
                 self._end(self._running.pop())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, name: str) -> None:
         self._hold(name, _next_node())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, name: str, output: Any) -> Any:
         """The output, if it is to be another: a view of a weight that has no memory from now on is copied."""
         if not self._running or self._running[-1].name != name:
@@ -109,6 +107,13 @@ class Hooks:
         self._engine.release(use.name, use.use)
 
 
+def refuse_hooked(model: nn.Module, advice: str) -> None:
+    """Raises ValueError, naming the first, where a module is an attached model's, whatever its parameters are now."""
+    for name, module in model.named_modules():
+        if any(isinstance(hook, _Hook) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(f"model: expected modules that are in no tiers, got {name!r} of an attached one; {advice}")
+
+
 #: The `first` of a use by a backward node.
 _BACKWARD = -1
 
@@ -126,31 +131,54 @@ def _next_node() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
-class _Hook:
-    """What a module holds. A copy of the module is not attached: its hook does nothing."""
+class _Idle:
+    """What is left of a hook in a copy of the module, which is not attached. Compilers see through it."""
 
-    def __init__(self, hooks: Hooks | None, name: str = "") -> None:
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+class _Hook:
+    """What a module holds.
+
+    Compilers break the graph at its call (`torch.compiler.disable`): an operator without a result would be dropped, and
+    a call that they saw into would be compiled anew for each unit's name.
+    """
+
+    def __init__(self, hooks: Hooks, name: str = "") -> None:
         self._hooks, self._name = hooks, name
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
-        return type(self), (None,)
+    def __reduce__(self) -> tuple[type[_Idle], tuple[()]]:
+        return _Idle, ()
 
 
 class _Begin(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self._hooks:
-            self._hooks.begin()
+        self._hooks.begin()
 
 
 class _Before(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self._hooks:
-            self._hooks.enter(self._name)
+        self._hooks.enter(self._name)
 
 
 class _After(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._hooks.leave(self._name, output) if self._hooks else None
+        return self._hooks.leave(self._name, output)
+
+
+class _Loading(_Hook):
+    def __call__(
+        self, module: nn.Module, state: Any, prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        if local_metadata.get("assign_to_params_buffers"):
+            raise ValueError(
+                "load_state_dict: expected assign=False while weights are in tiers, got True, which would put others "
+                "in their place, outside the tiers; call remove() of the handle first"
+            )
 
 
 def _nodes(output: Any, first: int) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from torch import nn
 from infold.report import format_bytes
 from infold.tiers.packing import Assignment
 from infold.tiers.problem import Problem, Uses, check_names, fingerprint, problem_of, some
-from infold.tiers.schedule import Access
+from infold.tiers.schedule import NO_OVERHEAD, Access, Overhead
 from infold.tiers.search import least_exposed
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import pages
@@ -155,6 +155,7 @@ def plan(
     nbytes: Mapping[str, int] | None = None,
     codecs: Mapping[str, str] | None = None,
     compute_seconds: Mapping[str, float] | Uses | None = None,
+    overhead: Overhead = NO_OVERHEAD,
     buffers: int = 2,
     keep_largest: int = 0,
     fractions: Sequence[float] = (0.3, 0.5, 0.2),
@@ -174,7 +175,8 @@ def plan(
     scores: by unit name, for ``"importance"``, ``"inverse"`` and ``"fractions"``; recorded in any plan.
     nbytes: stored bytes of units that are packed on their tier; others are stored as they are. codecs: their names.
     compute_seconds: of each unit, or of each use in order of execution (`measure_compute`); without it, nothing
-        computes and all that counts is traffic.
+        computes and all that counts is traffic. overhead: what uses and fetches cost beside waiting
+        (`measure_overhead`), for ``"traffic"``: of use where units are many and small.
     buffers: the ring holds so many of the largest weights to fetch where the first tier's budget allows, at least one.
     keep_largest: so many of the largest weights come first in a ranking. One that is fetched needs a buffer, so that
         fetching a language model's embedding, say, frees next to nothing.
@@ -185,9 +187,11 @@ def plan(
         raise ValueError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}")
     if keep_largest < 0:
         raise ValueError(f"keep_largest: expected zero or more, got {keep_largest}")
-    problem = problem_of(model, specs, budgets, nbytes=nbytes, compute_seconds=compute_seconds, buffers=buffers)
+    problem = problem_of(
+        model, specs, budgets, nbytes=nbytes, compute_seconds=compute_seconds, buffers=buffers, overhead=overhead
+    )
     if objective == "traffic":
-        assignment = least_exposed(problem.packing, problem.tiers, problem.numbered_uses, seed)
+        assignment = least_exposed(problem.packing, problem.tiers, problem.numbered_uses, seed, problem.overhead)
     else:
         ranked = _ranked(problem.sizes, objective, scores, seed)
         if objective == "fractions":

@@ -11,6 +11,7 @@ from torch import nn
 
 from infold.tiers.plan import Plan, settle
 from infold.tiers.problem import Uses, check_names, problem_of
+from infold.tiers.schedule import NO_OVERHEAD, Overhead
 from infold.tiers.search import Exposure
 from infold.tiers.spec import TierSpec
 
@@ -53,13 +54,16 @@ class LearnedPolicy:
         signals: Mapping[str, Mapping[str, float]] | None = None,
         nbytes: Mapping[str, int] | None = None,
         compute_seconds: Mapping[str, float] | Uses | None = None,
+        overhead: Overhead = NO_OVERHEAD,
         buffers: int = 2,
         seed: int = 0,
     ) -> None:
         self._problem = problem_of(
-            model, specs, budgets, nbytes=nbytes, compute_seconds=compute_seconds, buffers=buffers
+            model, specs, budgets, nbytes=nbytes, compute_seconds=compute_seconds, buffers=buffers, overhead=overhead
         )
-        self._exposure = Exposure(self._problem.packing, self._problem.tiers, self._problem.numbered_uses)
+        self._exposure = Exposure(
+            self._problem.packing, self._problem.tiers, self._problem.numbered_uses, self._problem.overhead
+        )
         self._generator = np.random.default_rng(seed)
         self._features = self._state(signals or {})
         self._signals = sorted(signals or {})

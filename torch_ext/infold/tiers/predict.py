@@ -19,7 +19,7 @@ from infold.report import format_bytes
 from infold.tiers.attach import attach
 from infold.tiers.plan import Placement, Plan, fingerprint
 from infold.tiers.problem import Uses
-from infold.tiers.schedule import Access, Event, Timeline, simulate
+from infold.tiers.schedule import NO_OVERHEAD, Access, Event, Overhead, Timeline, simulate
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import pages, units
 
@@ -32,14 +32,14 @@ class Prediction:
     """The times of a plan.
 
     first: the first pass, of which nothing has been fetched before. timeline: several passes, the last of them steady.
-    overhead: seconds of each use of a unit that is away, which the timelines count to its computing.
+    overhead: of uses and fetches, which the timelines count to computing.
     """
 
     plan: Plan
     uses: tuple[tuple[str, float], ...]
     first: Timeline
     timeline: Timeline
-    overhead: float = 0.0
+    overhead: Overhead = NO_OVERHEAD
 
     @property
     def steady(self) -> tuple[Event, ...]:
@@ -66,7 +66,8 @@ class Prediction:
         return sum(map(self._overhead, self.steady))
 
     def _overhead(self, event: Event) -> float:
-        return 0.0 if self.plan.specs[event.tier].resident else self.overhead
+        here = self.plan.specs[event.tier].resident or event.nbytes == 0
+        return 0.0 if here else self.overhead.of(event.fetched)
 
     @property
     def exposed_seconds(self) -> float:
@@ -78,7 +79,7 @@ class Prediction:
         """What each link carries in a steady pass: less than in the first where weights stay in the ring."""
         carried = dict.fromkeys(self.plan.specs, 0)
         for event in self.steady:
-            carried[event.tier] += event.nbytes if event.transfer_end > event.transfer_start else 0
+            carried[event.tier] += event.nbytes if event.fetched else 0
         return carried
 
     @property
@@ -141,7 +142,7 @@ class Prediction:
             spans: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}
             for event in events:
                 spans["compute"].append((event.compute_start - origin, event.compute_end - event.compute_start))
-                if event.transfer_end > event.transfer_start:
+                if event.fetched:
                     spans[event.tier].append((event.transfer_start - origin, event.transfer_end - event.transfer_start))
                 if event.wait > 0:
                     spans["exposed wait"].append((event.compute_start - event.wait - origin, event.wait))
@@ -179,7 +180,8 @@ class Prediction:
         lines.append(
             f"a steady pass {1e3 * self.seconds:.3f} ms, the first {1e3 * self.first_seconds:.3f} ms; all resident "
             f"{1e3 * self.resident_seconds:.3f} ms; overhead {1e3 * self.overhead_seconds:.3f} ms, "
-            f"{1e6 * self.overhead:.1f} us a use; no schedule below {1e3 * self.bound_seconds:.3f} ms"
+            f"{1e6 * self.overhead.use:.1f} us a use and {1e6 * self.overhead.fetch:.1f} a fetch; no schedule below "
+            f"{1e3 * self.bound_seconds:.3f} ms"
         )
         return "\n".join(lines)
 
@@ -190,7 +192,7 @@ def predict(
     inputs: Any = None,
     *,
     compute_seconds: Uses | None = None,
-    overhead_seconds: float | None = None,
+    overhead: Overhead | None = None,
     distance: int | None = None,
     repeats: int = 3,
 ) -> Prediction:
@@ -199,9 +201,8 @@ def predict(
     inputs: a batch to time the resident model's layers with: a mapping is passed as keywords, a tuple or list as
         positional arguments, anything else alone. compute_seconds: each use's unit and seconds, instead, as
         `measure_compute` gives them. distance: as in `simulate`.
-    overhead_seconds: what each use of a unit that is away costs the computing thread beside waiting, in seconds. The
-        default is `measure_overhead` where layers are timed on the CPU, and else 0: a GPU does not wait for it as long
-        as the host is ahead.
+    overhead: what uses and fetches cost the computing thread beside waiting. The default is `measure_overhead` where
+        layers are timed on the CPU, and else none: a GPU does not wait for it as long as the host is ahead.
 
     Raises ValueError if neither is given, for an overhead below zero, and if the plan is not of this model's units.
     """
@@ -209,25 +210,16 @@ def predict(
         if inputs is None:
             raise ValueError("inputs: expected a batch or compute_seconds, got neither")
         compute_seconds = measure_compute(model, inputs, repeats=repeats)
-        if overhead_seconds is None and not _on_cuda(model):
-            overhead_seconds = measure_overhead()
-    overhead = 0.0 if overhead_seconds is None else overhead_seconds
-    if not 0 <= overhead < math.inf:
-        raise ValueError(f"overhead_seconds: expected zero or more, got {overhead_seconds}")
+        if overhead is None and not _on_cuda(model):
+            overhead = measure_overhead()
+    overhead = overhead or NO_OVERHEAD
     uses = tuple(compute_seconds)
-    accesses = [
-        access
-        if plan.specs[access.tier].resident
-        else access._replace(compute_seconds=access.compute_seconds + overhead)
-        for access in plan.accesses(uses)
-    ]
-    return Prediction(
-        plan,
-        uses,
-        simulate(accesses, plan.specs, buffer_bytes=plan.buffer_bytes, distance=distance),
-        simulate(accesses * _PASSES, plan.specs, buffer_bytes=plan.buffer_bytes, distance=distance),
-        overhead,
+    accesses = plan.accesses(uses)
+    first, several = (
+        simulate(each, plan.specs, buffer_bytes=plan.buffer_bytes, distance=distance, overhead=overhead)
+        for each in (accesses, accesses * _PASSES)
     )
+    return Prediction(plan, uses, first, several, overhead)
 
 
 def measure_compute(model: nn.Module, inputs: Any, *, repeats: int = 3) -> list[tuple[str, float]]:
@@ -268,26 +260,35 @@ def measure_compute(model: nn.Module, inputs: Any, *, repeats: int = 3) -> list[
     return [(name, statistics.median(each[index][1] for each in passes[1:])) for index, name in enumerate(names)]
 
 
-def measure_overhead(*, count: int = 32, repeats: int = 20) -> float:
-    """Median seconds that a use of a unit which is away takes on this machine's CPU where nothing is waited for: of
-    `attach` in emulated mode, over ``count`` tiny layers. In real mode a fetch takes some more.
+def measure_overhead(*, count: int = 32, repeats: int = 20) -> Overhead:
+    """What a use of a unit that is away, and a fetch, take on this machine's CPU beside waiting: medians of `attach`
+    over ``count`` tiny layers in RAM, once with a ring that holds them all and once with one that holds a few.
     """
     model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(count))).requires_grad_(False)
     found = units(model)
-    tiers = (TierSpec("here", 0, 1, resident=True), TierSpec("away", 0, 1e9))
+    tiers = (TierSpec("here", 0, 1, resident=True), TierSpec("away", 0, 1))
     placements = {unit.name: Placement("away", unit.nbytes) for unit in found}
-    # Each use fetches, as in a model that does not fit.
-    plan = Plan(tiers, placements, 4 * found[0].room, fingerprint(model), "all away")
     x = torch.zeros(1, 1)
 
-    def seconds() -> float:
-        with torch.inference_mode():
-            # The first passes teach the order of the layers.
-            return statistics.median(_seconds(model, x) for _ in range(3 + repeats))
+    def seconds(waited: Callable[[], float] = lambda: 0.0) -> float:
+        """Of a layer."""
+        times = []
+        # The first passes teach the order of the layers.
+        for _ in range(3 + repeats):
+            before = waited()
+            start = time.perf_counter()
+            model(x)
+            times.append(time.perf_counter() - start - (waited() - before))
+        return statistics.median(times) / count
 
-    resident = seconds()
-    with attach(model, plan, mode="emulated"):
-        return max(0.0, seconds() - resident) / count
+    def attached(held: int) -> float:
+        plan = Plan(tiers, placements, held * found[0].room, fingerprint(model), "all away")
+        with attach(model, plan) as handle:
+            return seconds(lambda: sum(handle.counters.waited.values()))
+
+    with torch.inference_mode():
+        resident, here, fetched = seconds(), attached(count), attached(4)
+    return Overhead(max(0.0, here - resident), max(0.0, fetched - here))
 
 
 @dataclass(frozen=True)
@@ -330,12 +331,6 @@ def stream(
     specs = {"device": device, tier.name: tier}
     times = [simulate(accesses * count, specs, buffer_bytes=ring).seconds for count in (2, 3)]
     return Stream(tier, bits, nbytes * layers, nbytes * len(here), times[1] - times[0])
-
-
-def _seconds(model: nn.Module, x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    model(x)
-    return time.perf_counter() - start
 
 
 def _on_cuda(model: nn.Module) -> bool:

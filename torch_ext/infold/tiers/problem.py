@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from infold.tiers.packing import Assignment, Packing
+from infold.tiers.schedule import NO_OVERHEAD, Overhead, check_overhead
 from infold.tiers.spec import TierSpec
 from infold.tiers.units import pages, units
 
@@ -21,7 +22,7 @@ class Problem:
     """A model and the memories to place it in.
 
     sizes: stored bytes of each unit. tiers: fastest first, the first resident. limits: of each tier, None for no limit.
-    uses: of one pass. fingerprint: the model's.
+    uses: of one pass. fingerprint: the model's. overhead: what uses and fetches cost beside waiting.
     """
 
     sizes: dict[str, int]
@@ -30,6 +31,7 @@ class Problem:
     uses: Uses
     packing: Packing
     fingerprint: str
+    overhead: Overhead
 
     @property
     def numbered_uses(self) -> list[tuple[int, float]]:
@@ -57,6 +59,7 @@ def problem_of(
     nbytes: Mapping[str, int] | None = None,
     compute_seconds: Mapping[str, float] | Uses | None = None,
     buffers: int = 2,
+    overhead: Overhead = NO_OVERHEAD,
 ) -> Problem:
     """Checks the arguments of `plan` that say what is to be placed, and where."""
     found = units(model)
@@ -65,6 +68,7 @@ def problem_of(
         raise ValueError(f"buffers: expected one or more, got {buffers}")
     if not specs:
         raise ValueError("specs: expected one tier or more, got none")
+    check_overhead(overhead)
     check_names("nbytes", nbytes or (), sizes)
     for name, count in (nbytes or {}).items():
         if count < 0:
@@ -77,7 +81,7 @@ def problem_of(
         raise ValueError(f"specs: expected tiers of different names, got {', '.join(tier.name for tier in tiers)}")
     resident = tuple(tier.resident for tier in tiers)
     packing = Packing(tuple(sizes.values()), tuple(rooms), tuple(limits.values()), resident, buffers)
-    return Problem(sizes, tiers, limits, _uses(compute_seconds, sizes), packing, fingerprint(model))
+    return Problem(sizes, tiers, limits, _uses(compute_seconds, sizes), packing, fingerprint(model), overhead)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -4,8 +4,9 @@ Fetches are issued in the order in which units are used. A fetch waits until the
 reached and the ring of buffers has room, then for its tier's link, which carries one transfer at a time; it takes
 ``TierSpec.transfer_seconds``. A layer computes when the one before has ended and its own weight has come. A weight
 stays until another needs its room: those that have computed go in the order of use, and what is still there when it is
-used again is not fetched. What a use costs the computing thread beside its transfer counts to the layer's computing.
-`predict`, the ``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
+used again is not fetched. What the computing thread does for units that are away (`Overhead`) counts to the layer's
+computing; a fetch is paid for at the use that it is for, where the engine pays a little before. `predict`, the
+``traffic`` objective of `plan` and `LearnedPolicy` all use this model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,20 @@ class Access(NamedTuple):
     compute_seconds: float
 
 
+class Overhead(NamedTuple):
+    """Seconds of the computing thread, beside waiting: of each use of a unit that is away, and of each fetch."""
+
+    use: float = 0.0
+    fetch: float = 0.0
+
+    def of(self, fetched: bool) -> float:
+        """Of one use of a unit that is away."""
+        return self.use + self.fetch if fetched else self.use
+
+
+NO_OVERHEAD = Overhead()
+
+
 class Event(NamedTuple):
     """What became of an access, in seconds from the start.
 
@@ -44,6 +59,10 @@ class Event(NamedTuple):
     #: How long the layer waited for its weight after the one before had computed.
     wait: float
 
+    @property
+    def fetched(self) -> bool:
+        return self.transfer_end > self.transfer_start
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -51,6 +70,7 @@ class Timeline:
 
     events: tuple[Event, ...]
     seconds: float
+    #: With the overhead.
     compute_seconds: float
     #: Σ waits: ``seconds`` less ``compute_seconds``.
     exposed_seconds: float
@@ -66,13 +86,18 @@ class Timeline:
 
 
 def simulate(
-    accesses: Sequence[Access], specs: Mapping[str, TierSpec], *, buffer_bytes: int, distance: int | None = None
+    accesses: Sequence[Access],
+    specs: Mapping[str, TierSpec],
+    *,
+    buffer_bytes: int,
+    distance: int | None = None,
+    overhead: Overhead = NO_OVERHEAD,
 ) -> Timeline:
     """Schedules the accesses in their order. A steady state is the accesses of a pass several times over.
 
     specs: each tier by its name. buffer_bytes: the ring in which fetched weights lie, each in whole `PAGE`s.
     distance: a fetch is issued no sooner than the layer so many uses before it is reached; None
-    leaves that to the ring.
+    leaves that to the ring. overhead: what `measure_overhead` gives.
 
     Raises ValueError for an unknown tier, a weight that the ring cannot hold, and times and sizes below zero.
     """
@@ -80,6 +105,7 @@ def simulate(
         raise ValueError(f"distance: expected zero or more uses, got {distance}")
     if buffer_bytes < 0:
         raise ValueError(f"buffer_bytes: expected zero or more, got {buffer_bytes}")
+    check_overhead(overhead)
     transfers, links, sizes = [], [], []
     numbers = {name: number for number, name in enumerate(specs)}
     for unit, tier, nbytes, seconds in accesses:
@@ -98,20 +124,29 @@ def simulate(
     numbered: dict[tuple[str, str], int] = {}
     units = [numbered.setdefault(access[:2], len(numbered)) for access in accesses]
     computes = [access.compute_seconds for access in accesses]
-    times = schedule(units, transfers, links, sizes, computes, len(specs), buffer_bytes, distance)
-    events = []
+    times = schedule(units, transfers, links, sizes, computes, len(specs), buffer_bytes, distance, overhead)
+    events: list[Event] = []
+    spent = list(computes)
     carried = dict.fromkeys(specs, 0)
     busy = dict.fromkeys(specs, 0.0)
     before = 0.0
     for access, transfer, link, (start, end, begin, done) in zip(accesses, transfers, links, times, strict=True):
         events.append(Event(access.unit, access.tier, access.nbytes, start, end, begin, done, begin - before))
-        if link >= 0 and end > start:
+        if link >= 0:
+            spent.append(overhead.of(events[-1].fetched))
+        if events[-1].fetched:
             carried[access.tier] += access.nbytes
             busy[access.tier] += transfer
         before = done
-    computing = math.fsum(access.compute_seconds for access in accesses)
+    computing = math.fsum(spent)
     exposed = math.fsum(event.wait for event in events)
     return Timeline(tuple(events), before, computing, exposed, carried, busy)
+
+
+def check_overhead(overhead: Overhead) -> None:
+    """Raises ValueError for seconds below zero."""
+    if not all(0 <= seconds < math.inf for seconds in overhead):
+        raise ValueError(f"overhead: expected zero or more seconds, got {tuple(overhead)}")
 
 
 def fetch(spec: TierSpec, link: int, nbytes: int) -> tuple[float, int, int]:
@@ -130,6 +165,7 @@ def schedule(
     link_count: int,
     buffer_bytes: int,
     distance: int | None = None,
+    overhead: Overhead = NO_OVERHEAD,
 ) -> list[tuple[float, float, float, float]]:
     """`simulate` on plain numbers, for searches that call it thousands of times: nothing is checked.
 
@@ -140,6 +176,7 @@ def schedule(
     free_at = [0.0] * link_count
     issued = ended = 0.0
     used = 0
+    using, fetching = overhead
     held: dict[int, int] = {}  # what is in the ring, in the order of its last use → that use
     for index, (unit, transfer, link, size, compute) in enumerate(
         zip(units, transfers, links, sizes, computes, strict=True)
@@ -156,7 +193,9 @@ def schedule(
             used += size
             start = max(issued, free_at[link])
             arrived = free_at[link] = start + transfer
+            compute += fetching
         if link >= 0:
+            compute += using
             held[unit] = index
         begin = max(ended, arrived)
         ended = begin + compute

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from infold.tiers.packing import Assignment, Packing
-from infold.tiers.schedule import fetch, schedule
+from infold.tiers.schedule import NO_OVERHEAD, Overhead, fetch, schedule
 from infold.tiers.spec import TierSpec
 
 #: Accesses that the local search simulates in all: a few seconds.
@@ -25,10 +25,18 @@ class Exposure:
     """What an assignment costs in the time model.
 
     uses: the index of each use's unit and the seconds that it computes, in the order of execution of one pass.
+    overhead: as in `simulate`.
     """
 
-    def __init__(self, packing: Packing, tiers: Sequence[TierSpec], uses: Sequence[tuple[int, float]]) -> None:
+    def __init__(
+        self,
+        packing: Packing,
+        tiers: Sequence[TierSpec],
+        uses: Sequence[tuple[int, float]],
+        overhead: Overhead = NO_OVERHEAD,
+    ) -> None:
         self.packing = packing
+        self._overhead = overhead
         self._count = len(tiers)
         # Two passes: what a first one waits for that later ones do not, and what every one does.
         self._order = [unit for unit, _ in uses] * 2
@@ -43,24 +51,32 @@ class Exposure:
         rows = [self._rows[unit][assignment[unit]] for unit in self._order]
         transfers = [row[0] for row in rows]
         links, sizes = [row[1] for row in rows], [row[2] for row in rows]
-        times = schedule(self._order, transfers, links, sizes, self._computes, self._count, ring)
+        times = schedule(
+            self._order, transfers, links, sizes, self._computes, self._count, ring, overhead=self._overhead
+        )
         return (times[-1][3] if times else 0.0), sum(transfers)
 
 
 def least_exposed(
-    packing: Packing, tiers: Sequence[TierSpec], uses: Sequence[tuple[int, float]], seed: int = 0
+    packing: Packing,
+    tiers: Sequence[TierSpec],
+    uses: Sequence[tuple[int, float]],
+    seed: int = 0,
+    overhead: Overhead = NO_OVERHEAD,
 ) -> list[int] | None:
     """The assignment whose two passes take the least time, and then transfer the least; None if none fits.
 
     Exact where all assignments can be tried (`EXHAUSTIVE`). Else the best of several orders of filling, bettered by
     moving and exchanging units (threshold accepting: Dueck & Scheuer 1990).
     """
-    exposure = Exposure(packing, tiers, uses)
+    exposure = Exposure(packing, tiers, uses, overhead)
     if packing.exhaustible:
         costs = ((exposure.cost(each), each) for each in packing.all())
         least = min(((cost, each) for cost, each in costs if cost is not None), default=None)
         return None if least is None else list(least[1])
-    starts = (packing.first_fit(order, kept) for order in _orders(packing, tiers, uses) for kept in range(_KEPT))
+    starts = (
+        packing.first_fit(order, kept) for order in _orders(packing, tiers, uses, overhead) for kept in range(_KEPT)
+    )
     known = [(cost, start) for start in starts if start is not None and (cost := exposure.cost(start)) is not None]
     if not known:
         return None
@@ -71,16 +87,17 @@ def least_exposed(
     return best[1]
 
 
-def _orders(packing: Packing, tiers: Sequence[TierSpec], uses: Sequence[tuple[int, float]]) -> list[list[int]]:
+def _orders(
+    packing: Packing, tiers: Sequence[TierSpec], uses: Sequence[tuple[int, float]], overhead: Overhead
+) -> list[list[int]]:
     """Orders to fill the tiers by, fastest first."""
     units = range(len(packing.sizes))
     times_used = [0] * len(packing.sizes)
     for unit, _ in uses:
         times_used[unit] += 1
     slowest = max(tiers, key=lambda tier: tier.transfer_seconds(1_000_000))
-    saved = [
-        times_used[unit] * slowest.transfer_seconds(packing.sizes[unit]) / max(1, packing.sizes[unit]) for unit in units
-    ]
+    seconds = [slowest.transfer_seconds(size) + overhead.of(fetched=True) for size in packing.sizes]
+    saved = [times_used[unit] * seconds[unit] / max(1, packing.sizes[unit]) for unit in units]
     golden = (5**0.5 - 1) / 2
     return [
         list(units),
