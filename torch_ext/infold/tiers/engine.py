@@ -267,6 +267,8 @@ class Engine:
 
     def _prefetch(self) -> None:
         """Begins to fetch what is expected next, as far as the ring reaches. What fails does so again for who asks."""
+        if len(self._here) == len(self._states):
+            return
         upcoming = self._order.upcoming(HORIZON)
         with suppress(RuntimeError):
             for index, name in enumerate(upcoming):
