@@ -16,7 +16,6 @@ from torch import Tensor
 from infold._library import ops
 from infold.config import FusedConfig
 from infold.packed import Packed, float_scales, pack, read_header
-from infold.tiers.extents import Extents
 from infold.tiers.packed_layout import PackedLayout, as_bytes
 from infold.tiers.ring import Ring, host_memory
 from infold.tiers.store import Store
@@ -144,7 +143,7 @@ class DiskStash:
         backend: str,
     ) -> None:
         self._store = Store(folder, depth=depth, backend=backend, growth=0)
-        self._extents = Extents(self._store, limit)
+        self._limit = limit
         self._ring = Ring(buffer_bytes)
         self._executor = ThreadPoolExecutor(2, "infold-activations")
         self._counters, self._notify, self._packing = counters, notify, packing
@@ -155,7 +154,7 @@ class DiskStash:
 
     @property
     def nbytes(self) -> int:
-        return self._extents.taken
+        return self._store.taken
 
     @property
     def entries(self) -> int:
@@ -166,16 +165,16 @@ class DiskStash:
         return len(self._leaving)
 
     def put(self, source: Tensor, saved: Tensor, rows: Rows | None) -> Entry | None:
-        offset = self._extents.reserve(source.nbytes)
-        if offset is None:
+        if not self._store.has_room(source.nbytes, self._limit):
             return None
+        offset = self._store.reserve(source.nbytes)
         entry = _DiskEntry(self._count, source.nbytes)
         self._count += 1
         entry.offset, entry.stored = offset, pages(entry.nbytes)
         try:
             self._make_room(entry.nbytes, entry.number, at_once=False)
         except BaseException:
-            self._extents.free(offset, entry.stored)
+            self._store.free(offset, entry.stored)
             raise
         entry.memory = self._ring.take(entry.nbytes)
         # Copied now: whoever writes to the tensor later does not change what was saved.
@@ -219,7 +218,7 @@ class DiskStash:
             self._leaving.remove(entry)
             if entry.memory is not None:
                 self._let_go(entry)
-            self._extents.free(entry.offset, entry.stored)
+            self._store.free(entry.offset, entry.stored)
 
     def settle(self) -> None:
         wait([future for entry in self._leaving for future in (entry.saving, entry.loading) if future is not None])
@@ -291,7 +290,7 @@ class DiskStash:
                 memory[: entry.nbytes].copy_(as_bytes(_unpack(packed)))
             memory = host_memory(layout.nbytes)
             layout.write(packed, memory)
-            self._extents.free(entry.offset + memory.nbytes, entry.stored - memory.nbytes)
+            self._store.free(entry.offset + memory.nbytes, entry.stored - memory.nbytes)
             entry.stored = memory.nbytes
         self._store.wait(self._store.write(entry.offset, memory))
         with self._counting:
