@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from infold.tiers import Placement, Plan, TierSpec, attach, fingerprint, offload_activations, units
+from infold.tiers.ring import host_memory
 from infold.tiers.store import Store
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
@@ -512,4 +513,20 @@ def test_ranges_of_a_file_never_overlap_and_join_again(tmp_path: Path) -> None:
         store.free(offset, size)
     assert store.reserve(store._end) == 0
     assert os.fstat(store._handle).st_size <= limit
+    store.close()
+
+
+def test_ranges_are_mapped_where_the_file_has_grown(tmp_path: Path) -> None:
+    store = Store(tmp_path, 3 * 4096, growth=2 * 4096)
+    first, second = store.reserve(4096), store.reserve(4096)
+    before = store.map(second, 4096)
+    # Begins in what was there, and ends in what is new.
+    grown = store.reserve(3 * 4096)
+    after = store.map(grown, 3 * 4096)
+    for value, (offset, memory) in enumerate(((second, before), (grown, after), (first, store.map(first, 4096))), 1):
+        data = host_memory(memory.nbytes)
+        store.wait(store.write(offset, data.fill_(value)))
+        assert memory.unique().tolist() == [value]
+    assert grown == 2 * 4096
+    assert before.unique().tolist() == [1]
     store.close()
