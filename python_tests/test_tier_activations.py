@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from infold.tiers import Placement, Plan, TierSpec, attach, fingerprint, offload_activations, units
-from infold.tiers.extents import Extents
+from infold.tiers.ring import host_memory
 from infold.tiers.store import Store
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
@@ -488,30 +488,45 @@ def test_wrong_arguments_are_refused() -> None:
         offload_activations([], pack="int3")  # type: ignore[arg-type]
 
 
-def test_extents_never_overlap_and_join_again(tmp_path: Path) -> None:
+def test_ranges_of_a_file_never_overlap_and_join_again(tmp_path: Path) -> None:
     store = Store(tmp_path, growth=0)
-    extents = Extents(store, 64 * 4096)
+    limit = 64 * 4096
     generator = torch.Generator().manual_seed(0)
     held: dict[int, int] = {}
     refused = 0
     for _ in range(2000):
         if held and torch.rand((), generator=generator) < 0.5:
             offset = list(held)[int(torch.randint(len(held), (), generator=generator))]
-            extents.free(offset, held.pop(offset))
+            store.free(offset, held.pop(offset))
         else:
             size = int(torch.randint(1, 12 * 4096, (), generator=generator))
-            offset = extents.reserve(size)
-            if offset is None:
+            if not store.has_room(size, limit):
                 refused += 1
                 continue
-            held[offset] = -(-size // 4096) * 4096
-        assert extents.taken == sum(held.values())
+            held[store.reserve(size)] = -(-size // 4096) * 4096
+        assert store.taken == sum(held.values())
         ranges = sorted((start, start + size) for start, size in held.items())
         assert all(a[1] <= b[0] for a, b in pairwise(ranges))
-        assert not ranges or ranges[-1][1] <= 64 * 4096
+        assert not ranges or ranges[-1][1] <= limit
     assert refused > 0
     for offset, size in held.items():
-        extents.free(offset, size)
-    assert extents.reserve(extents._end) == 0
-    assert os.fstat(store._handle).st_size <= 64 * 4096
+        store.free(offset, size)
+    assert store.reserve(store._end) == 0
+    assert os.fstat(store._handle).st_size <= limit
+    store.close()
+
+
+def test_ranges_are_mapped_where_the_file_has_grown(tmp_path: Path) -> None:
+    store = Store(tmp_path, 3 * 4096, growth=2 * 4096)
+    first, second = store.reserve(4096), store.reserve(4096)
+    before = store.map(second, 4096)
+    # Begins in what was there, and ends in what is new.
+    grown = store.reserve(3 * 4096)
+    after = store.map(grown, 3 * 4096)
+    for value, (offset, memory) in enumerate(((second, before), (grown, after), (first, store.map(first, 4096))), 1):
+        data = host_memory(memory.nbytes)
+        store.wait(store.write(offset, data.fill_(value)))
+        assert memory.unique().tolist() == [value]
+    assert grown == 2 * 4096
+    assert before.unique().tolist() == [1]
     store.close()

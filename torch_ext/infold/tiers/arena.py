@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from infold.tiers.ranges import Ranges
 from infold.tiers.units import PAGE, pages
 
 
@@ -19,52 +20,38 @@ class Arena:
         self.capacity = capacity
         self._allocate = allocate
         self._memory: Tensor | None = None
-        self._holes = {0: capacity // PAGE * PAGE}  # where each begins, and its bytes
+        self._holes = Ranges(0, capacity // PAGE * PAGE)
         self._taken: dict[int, tuple[int, int]] = {}
 
     @property
     def taken(self) -> int:
         """Bytes that are in use."""
-        return sum(size for _, size in self._taken.values())
+        return sum(end - start for start, end in self._taken.values())
 
     def has_room(self, nbytes: int) -> bool:
         """Whether there is a hole for ``nbytes``: less than that may be free in all."""
-        size = pages(nbytes)
-        return any(hole >= size for hole in self._holes.values())
+        return bool(self._holes.fitting(pages(nbytes)))
 
     def take(self, nbytes: int) -> Tensor:
         """Memory of ``nbytes``, rounded up to pages; beside the arena where it has no room."""
         size = pages(nbytes)
-        fitting = [(hole, start) for start, hole in self._holes.items() if hole >= size]
+        fitting = self._holes.fitting(size)
         if not fitting:
             return self._allocate(size)
         if self._memory is None:
             self._memory = self._allocate(self.capacity)
-        hole, start = min(fitting)
-        del self._holes[start]
-        rest = start + size
+        start, end = min(fitting, key=lambda hole: hole[1] - hole[0])
         if 4 * size >= self.capacity:
             # Large ranges from the end and small ones from the beginning: what small ones leave then joins.
-            start, rest = start + hole - size, start
-        if hole > size:
-            self._holes[rest] = hole - size
+            start = end - size
+        self._holes.remove(start, start + size)
         memory = self._memory[start : start + size]
-        self._taken[id(memory)] = (start, size)
+        self._taken[id(memory)] = (start, start + size)
         return memory
 
     def give(self, memory: Tensor) -> None:
         """Takes memory back; what lay beside the arena is its holder's."""
-        start, size = self._taken.pop(id(memory), (0, 0))
-        if not size:
-            return
-        for other, hole in list(self._holes.items()):
-            if other + hole == start:
-                start, size = other, size + hole
-                del self._holes[other]
-            elif start + size == other:
-                size += hole
-                del self._holes[other]
-        self._holes[start] = size
+        self._holes.add(*self._taken.pop(id(memory), (0, 0)))
 
     def clear(self) -> None:
         """Returns the memory to the system, once nobody has any of it."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from infold._library import ops
 from infold.config import FusedConfig
-from infold.packed import Packed, float_scales, is_frozen, pack, read_header
-from infold.tiers.extents import Extents
+from infold.packed import Packed, float_scales, pack, read_header
+from infold.tiers.packed_layout import PackedLayout, as_bytes
 from infold.tiers.ring import Ring, host_memory
 from infold.tiers.store import Store
 from infold.tiers.units import pages
@@ -115,8 +115,8 @@ class _DiskEntry(Entry):
     offset: int
     saving: Future[None]
     loading: Future[None] | None = None
-    #: How the file's bytes are packed: of each of the four tensors its bytes, dtype and shape. None: as they are.
-    parts: list[tuple[int, torch.dtype, torch.Size]] | None = None
+    #: How the file's bytes are packed. None: as they are.
+    layout: PackedLayout | None = None
     stored: int
 
     @property
@@ -143,7 +143,7 @@ class DiskStash:
         backend: str,
     ) -> None:
         self._store = Store(folder, depth=depth, backend=backend, growth=0)
-        self._extents = Extents(self._store, limit)
+        self._limit = limit
         self._ring = Ring(buffer_bytes)
         self._executor = ThreadPoolExecutor(2, "infold-activations")
         self._counters, self._notify, self._packing = counters, notify, packing
@@ -154,7 +154,7 @@ class DiskStash:
 
     @property
     def nbytes(self) -> int:
-        return self._extents.taken
+        return self._store.taken
 
     @property
     def entries(self) -> int:
@@ -165,16 +165,16 @@ class DiskStash:
         return len(self._leaving)
 
     def put(self, source: Tensor, saved: Tensor, rows: Rows | None) -> Entry | None:
-        offset = self._extents.reserve(source.nbytes)
-        if offset is None:
+        if not self._store.has_room(source.nbytes, self._limit):
             return None
+        offset = self._store.reserve(source.nbytes)
         entry = _DiskEntry(self._count, source.nbytes)
         self._count += 1
         entry.offset, entry.stored = offset, pages(entry.nbytes)
         try:
             self._make_room(entry.nbytes, entry.number, at_once=False)
         except BaseException:
-            self._extents.free(offset, entry.stored)
+            self._store.free(offset, entry.stored)
             raise
         entry.memory = self._ring.take(entry.nbytes)
         # Copied now: whoever writes to the tensor later does not change what was saved.
@@ -218,7 +218,7 @@ class DiskStash:
             self._leaving.remove(entry)
             if entry.memory is not None:
                 self._let_go(entry)
-            self._extents.free(entry.offset, entry.stored)
+            self._store.free(entry.offset, entry.stored)
 
     def settle(self) -> None:
         wait([future for entry in self._leaving for future in (entry.saving, entry.loading) if future is not None])
@@ -283,17 +283,14 @@ class DiskStash:
 
     def _save(self, entry: _DiskEntry, memory: Tensor, rows: Rows | None) -> None:
         packed = self._pack(memory[: entry.nbytes], rows) if self._packing and rows else None
-        if packed is not None and pages(packed.nbytes) < pages(entry.nbytes):
-            entry.parts = [(tensor.nbytes, tensor.dtype, tensor.shape) for tensor in packed]
+        if packed is not None and pages((layout := PackedLayout(packed)).nbytes) < pages(entry.nbytes):
+            entry.layout = layout
             if rows and rows.rounded:
                 # Gradients do not depend on whether the disk was in time.
-                memory[: entry.nbytes].copy_(_as_bytes(_unpack(packed)))
-            memory = host_memory(packed.nbytes)
-            start = 0
-            for tensor in packed:
-                memory[start : start + tensor.nbytes].copy_(_as_bytes(tensor))
-                start += tensor.nbytes
-            self._extents.free(entry.offset + memory.nbytes, entry.stored - memory.nbytes)
+                memory[: entry.nbytes].copy_(as_bytes(_unpack(packed)))
+            memory = host_memory(layout.nbytes)
+            layout.write(packed, memory)
+            self._store.free(entry.offset + memory.nbytes, entry.stored - memory.nbytes)
             entry.stored = memory.nbytes
         self._store.wait(self._store.write(entry.offset, memory))
         with self._counting:
@@ -309,28 +306,17 @@ class DiskStash:
         return pack(matrix, FusedConfig("lossless"))
 
     def _load(self, entry: _DiskEntry, memory: Tensor) -> None:
-        if entry.parts is None:
+        if entry.layout is None:
             self._store.wait(self._store.read(entry.offset, memory))
             return
         stored = host_memory(entry.stored)
         self._store.wait(self._store.read(entry.offset, stored))
-        tensors = []
-        start = 0
-        for size, dtype, shape in entry.parts:
-            # A copy, for it may not begin where its dtype has to.
-            tensors.append(stored[start : start + size].clone().view(dtype).view(shape))
-            start += size
-        memory[: entry.nbytes].copy_(_as_bytes(_unpack(Packed(*tensors))))
+        memory[: entry.nbytes].copy_(as_bytes(_unpack(entry.layout.view(stored))))
 
 
 def _unpack(packed: Packed) -> Tensor:
     header = read_header(packed, "activation", verify=False)
-    scales = float_scales(packed.scales) if is_frozen(packed.scales) else packed.scales
-    given = scales if scales.numel() else None
+    given = float_scales(packed.scales) if packed.scales.numel() else None
     layout = (header.codec, header.layout, header.out_features, header.in_features, header.dtype)
     dense: Tensor = ops.unpack.default(*packed[:3], given, *layout)
     return dense
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)

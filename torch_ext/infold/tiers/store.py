@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from infold._library import ops
+from infold.tiers.ranges import Ranges
 from infold.tiers.units import pages
 
 
 class Store:
-    """A preallocated file without a name: it is gone with the process, however that ends.
+    """A preallocated file without a name: it is gone with the process, however that ends. Ranges of it are handed out
+    to any thread.
 
     folder: where it lies. Its file system has to have room for all that is reserved; RuntimeError names it otherwise.
     depth: how many pieces of a transfer the disk is given at a time. backend: ``"uring"``, ``"threads"`` or ``"auto"``.
@@ -27,37 +30,52 @@ class Store:
         self.folder = Path(folder)
         self._descriptor: int | None = ops.tier_open(str(folder), pages(nbytes), depth, backend)
         self._growth = pages(growth)
-        self._free: dict[int, list[int]] = {}
-        #: What was set aside: where each part begins, and of the last one the bytes that nobody has yet.
-        self._parts: list[tuple[int, int]] = [(0, pages(nbytes))] if nbytes else []
-        self._fresh = (0, pages(nbytes))
-        self._maps: dict[int, Tensor] = {}
+        #: Where the file ends.
+        self._end = pages(nbytes)
+        self._free = Ranges(0, self._end)
+        self._lock = threading.Lock()
+        #: Bytes that are handed out.
+        self.taken = 0
+        #: Where each begins in the file, and its memory.
+        self._maps: list[tuple[int, Tensor]] = []
+
+    def has_room(self, nbytes: int, limit: int | None) -> bool:
+        """Whether a file of at most ``limit`` bytes has a range of ``nbytes``; None is no limit."""
+        size = pages(nbytes)
+        with self._lock:
+            return limit is None or bool(self._free.fitting(size)) or self._free.before(self._end) + size <= limit
 
     def reserve(self, nbytes: int) -> int:
-        """The offset of a range of ``nbytes``, rounded up to pages."""
+        """The offset of a range of ``nbytes``, rounded up to pages: the first that fits."""
         size = pages(nbytes)
-        if self._free.get(size):
-            return self._free[size].pop()
-        start, end = self._fresh
-        if start + size > end:
-            start, end = self._grow(max(size, self._growth), size)
-        self._fresh = (start + size, end)
+        handle = self._handle  # a closed file has no room, free ranges or not
+        with self._lock:
+            if not self._free.fitting(size):
+                self._grow(handle, self._free.before(self._end) + size - self._end)
+            start, _ = self._free.fitting(size)[0]
+            self._free.remove(start, start + size)
+            self.taken += size
         return start
 
-    def _grow(self, wanted: int, needed: int) -> tuple[int, int]:
-        """A further part of the file, of what is needed where the disk has no more."""
+    def _grow(self, handle: int, needed: int) -> None:
+        """Lengthens the file, by no more than what is needed where the disk has no more."""
+        wanted = max(needed, self._growth)
         try:
-            start = int(ops.tier_reserve(self._handle, wanted))
+            ops.tier_reserve(handle, wanted)
         except RuntimeError:
             if wanted == needed:
                 raise
-            return self._grow(needed, needed)
-        self._parts.append((start, wanted))
-        return start, start + wanted
+            wanted = needed
+            ops.tier_reserve(handle, wanted)
+        self._free.add(self._end, self._end + wanted)
+        self._end += wanted
 
     def free(self, offset: int, nbytes: int) -> None:
-        """Takes a range back, for another of its size."""
-        self._free.setdefault(pages(nbytes), []).append(offset)
+        """Takes a range, or a part of one, back."""
+        size = pages(nbytes)
+        with self._lock:
+            self._free.add(offset, offset + size)
+            self.taken -= size
 
     def read(self, offset: int, out: Tensor) -> int:
         """Begins to read into page-aligned uint8 memory; the result is for `wait`."""
@@ -76,11 +94,15 @@ class Store:
 
         What the disk cannot read there is a bus error, as in any mapped file.
         """
-        part, size = next((start, size) for start, size in self._parts if start <= offset < start + size)
-        if part not in self._maps:
-            # One for all ranges in it: each mapping takes a descriptor.
-            self._maps[part] = torch.frombuffer(mmap.mmap(self._handle, size, offset=part), dtype=torch.uint8)
-        return self._maps[part][offset - part : offset - part + pages(nbytes)]
+        end = offset + pages(nbytes)
+        for start, memory in self._maps:
+            if start <= offset and end <= start + memory.nbytes:
+                return memory[offset - start : end - start]
+        # As far as the file goes, for all ranges there: each mapping takes a descriptor.
+        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        memory = torch.frombuffer(mmap.mmap(self._handle, self._end - start, offset=start), dtype=torch.uint8)
+        self._maps.append((start, memory))
+        return memory[offset - start : end - start]
 
     def stats(self) -> dict[str, int]:
         names = ("bytes_read", "bytes_written", "requests", "unfinished", "uring", "direct")

@@ -14,10 +14,11 @@ from infold.config import WEIGHT_DTYPES, FusedConfig
 from infold.packed import Header, Packed, float_scales, lay_out, pack, read_header
 from infold.storages import storage_key
 from infold.tiers.away import call_back, send_away
+from infold.tiers.packed_layout import PackedLayout
 from infold.tiers.pieces import Layout, Wait, version_of
 from infold.tiers.ring import Buffers, host_memory
 from infold.tiers.store import Store
-from infold.tiers.units import aligned, room
+from infold.tiers.units import pages
 
 #: A weight is decoded by so many bytes at a time, beside its buffer.
 _CHUNK_BYTES = 1 << 20
@@ -35,8 +36,9 @@ def can_pack(tensor: Tensor) -> bool:
 class _Entry(NamedTuple):
     parameter: nn.Parameter
     header: Header
-    #: Where each part of the packed weight begins in the piece's bytes, its bytes, dtype and shape.
-    parts: list[tuple[int, int, torch.dtype, tuple[int, ...]]]
+    #: Where the packed weight begins in the piece's bytes, and what it is from there on.
+    start: int
+    layout: PackedLayout
 
 
 class PackedPiece:
@@ -55,22 +57,16 @@ class PackedPiece:
         weights = list({storage_key(p): p for p in parameters if can_pack(p)}.values())
         self._layout = Layout(weights)
         self._entries: list[_Entry] = []
-        tensors: list[Tensor] = []
+        packs = [_pack(weight, config) for weight in weights]
         end = 0
-        for weight in weights:
-            packed = pack(weight.flatten(1), config)
-            if config.layout == "fast":
-                packed = lay_out(packed, "fast")
-            parts = []
-            for tensor in packed:
-                parts.append((end, tensor.nbytes, tensor.dtype, tuple(tensor.shape)))
-                tensors.append(tensor)
-                end += aligned(tensor.nbytes)
-            self._entries.append(_Entry(weight, read_header(packed, "weight", verify=False), parts))
-        self.stored = room([end])
+        for weight, packed in zip(weights, packs, strict=True):
+            layout = PackedLayout(packed)
+            self._entries.append(_Entry(weight, read_header(packed, "weight", verify=False), end, layout))
+            end += layout.nbytes
+        self.stored = pages(end)
         home = host_memory(self.stored)
-        for (start, size, *_), tensor in zip((p for e in self._entries for p in e.parts), tensors, strict=True):
-            home[start : start + size].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        for entry, packed in zip(self._entries, packs, strict=True):
+            entry.layout.write(packed, home[entry.start :])
         self._home: Tensor | None = home
         if store:
             self._offset = store.reserve(self.stored)
@@ -156,12 +152,16 @@ class PackedPiece:
         return fetch
 
 
+def _pack(weight: Tensor, config: FusedConfig) -> Packed:
+    packed = pack(weight.flatten(1), config)
+    return lay_out(packed, "fast") if config.layout == "fast" else packed
+
+
 @torch.no_grad()
 def _decode_into(memory: Tensor, entry: _Entry, packed: Tensor) -> None:
     """Decodes some rows after the other: in one piece it would take the dense weight's room a second time."""
     header = entry.header
-    parts = [packed[start : start + size].view(dtype).view(shape) for start, size, dtype, shape in entry.parts]
-    payload, directory, tables, scales = Packed(*parts)
+    payload, directory, tables, scales = entry.layout.view(packed[entry.start :])
     floats = float_scales(scales) if scales.numel() else None
     dense = memory.view(header.dtype).view(header.out_features, header.in_features)
     rows = max(_CHUNK_BYTES // (dense.element_size() * header.in_features) // _TILE_ROWS, 1) * _TILE_ROWS
