@@ -81,7 +81,7 @@ FUSED_BATCHES = (1, 4, 16, 64, 256)
 
 
 def correctness(wanted: str | None) -> None:
-    """Runs the tests that need a GPU, or those that pytest's -k finds, in several processes if pytest-xdist is there."""
+    """Runs the tests that need a GPU (those that pytest's -k finds), in several processes if pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-n16"] if importlib.util.find_spec("xdist") else []
     command += ["-k", wanted] if wanted else []
