@@ -80,10 +80,11 @@ GOALS = {
 FUSED_BATCHES = (1, 4, 16, 64, 256)
 
 
-def correctness() -> None:
-    """Runs the tests that need a GPU, in several processes where pytest-xdist is there."""
+def correctness(wanted: str | None) -> None:
+    """Runs the tests that need a GPU (those that pytest's -k finds), in several processes if pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-n16"] if importlib.util.find_spec("xdist") else []
+    command += ["-k", wanted] if wanted else []
     own = importlib.util.find_spec("pytest")
     brought = [str(HERE / "packages")] if own and own.origin and own.origin.startswith(str(HERE)) else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:1], *brought])}
@@ -114,7 +115,11 @@ def small() -> None:
     torch.cuda.synchronize()
 
 
-def sanitize() -> dict[str, str]:
+#: compute-sanitizer's, and the seconds that each may take: racecheck has never been seen to end.
+CHECKERS = {"memcheck": 600, "racecheck": 300}
+
+
+def sanitize(tools: list[str]) -> dict[str, str]:
     """Runs the small cases under compute-sanitizer's checkers; what each said last."""
     said: dict[str, str] = {}
     if shutil.which("compute-sanitizer") is None:
@@ -122,14 +127,17 @@ def sanitize() -> dict[str, str]:
         return {}
     # Each tensor in memory of its own, so that what reads beyond one is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for tool in ("memcheck", "racecheck"):
+    for tool in tools:
         command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-regex=kns=infold_"]
         # PyTorch asks the driver for what may not be there, on purpose.
         command += ["--report-api-errors=no"] if tool == "memcheck" else []
         command += [sys.executable, __file__, "--only=small"]
+        # With all that it started, which would go on on the GPU.
+        command = ["timeout", "--kill-after=10", str(CHECKERS[tool]), *command]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         lines = result.stdout.strip().splitlines()
-        said[tool] = f"status {result.returncode}; {lines[-1] if lines else ''}"
+        status = f"stopped after {CHECKERS[tool]} s" if result.returncode == 124 else f"status {result.returncode}"
+        said[tool] = f"{status}; {lines[-1] if lines else ''}"
         print(f"{tool}: {said[tool]}")
         if result.returncode:
             print("\n".join(lines[:40]), result.stderr[-2000:])
@@ -435,20 +443,26 @@ def main() -> None:
         "linear",
         "peers",
         "profile",
+        "memcheck",
+        "racecheck",
         "small",
         "profiled",
     )
-    parser.add_argument("--only", choices=parts, help="one part; small, profiled: what sanitizer and profiler run")
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, help="these parts; small, profiled: what sanitizer and profiler run"
+    )
+    parser.add_argument("--tests", metavar="EXPRESSION", help="of the tests only these, as pytest's -k names them")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = Rows(arguments.json)
-    wanted = [arguments.only] if arguments.only else parts[:8]
+    wanted = arguments.only or parts[:8]
+    checkers = [tool for tool in CHECKERS if tool in wanted or "sanitizer" in wanted]
     if "small" in wanted:
         small()
     if "tests" in wanted:
-        correctness()
-    if "sanitizer" in wanted:
-        rows.sanitizer = sanitize()
+        correctness(arguments.tests)
+    if checkers:
+        rows.sanitizer = sanitize(checkers)
     if "decoders" in wanted:
         decoder_rates(rows)
     if "layouts" in wanted:

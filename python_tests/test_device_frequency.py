@@ -8,7 +8,7 @@ import pytest
 import torch
 from infold import log8_decode, log8_encode
 from infold._library import ops
-from infold.nn import FrequencyLinear
+from infold.nn import FrequencyLinear, SparseFrequencyLinear
 from torch import Tensor
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -117,6 +117,48 @@ def test_log8_on_cuda(block: int) -> None:
             y.backward(g.to("cuda", dtype))
             assert relative(y, exact(here)) <= limit
             assert relative(far.grad, here.grad) <= limit  # type: ignore[arg-type]
+
+
+@cuda
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("sizes", [(500, 600), (257, 130), (7, 1)])
+def test_sparse_spectra_on_cuda(sizes: tuple[int, int], real: bool) -> None:
+    layer = SparseFrequencyLinear(
+        *sizes, 0.1, real=real, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    there = copy.deepcopy(layer).cuda()
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 1e-2)):
+        for batch in (0, 1, 40):
+            # Copies, for on the CPU they would be one tensor.
+            x, g = torch.randn(batch, sizes[0]).to(dtype), torch.randn(batch, sizes[1]).to(dtype)
+            here, far = (
+                x.to(device, own, copy=True).requires_grad_()
+                for device, own in (("cpu", torch.float64), ("cuda", dtype))
+            )
+            layer.zero_grad()
+            there.zero_grad()
+            y = there(far)
+            y.backward(g.cuda())
+            expected = layer(here)
+            expected.backward(g.double())
+            assert (y.dtype, y.is_cuda) == (dtype, True)
+            assert relative(y, expected) <= limit
+            assert relative(far.grad, here.grad) <= limit  # type: ignore[arg-type]
+            assert relative(there.coefficients.grad, layer.coefficients.grad) <= limit  # type: ignore[arg-type]
+            assert torch.equal(there(far), y)
+
+
+@cuda
+def test_sparse_gradients_of_any_order_on_cuda() -> None:
+    layer = SparseFrequencyLinear(9, 12, 0.3, dtype=torch.float64).cuda()
+    x = torch.randn(2, 9, dtype=torch.float64, device="cuda", requires_grad=True)
+    coefficients = layer.coefficients.detach().requires_grad_()
+
+    def product(x: Tensor, coefficients: Tensor) -> Tensor:
+        return ops.sparse_frequency_linear(x, coefficients, layer.indices, None, 12, 0.5)  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(product, (x, coefficients))
+    assert torch.autograd.gradgradcheck(product, (x, coefficients))
 
 
 @cuda

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -72,15 +71,20 @@ def test_outputs_gradients_and_training_have_the_same_bits(tiers: list[TierSpec]
 
 def test_memory_leaves_the_device_and_comes_back(tmp_path: Path) -> None:
     model = make()
+    tokens = torch.zeros(1, 4, dtype=torch.long, device="cuda")
+    with torch.no_grad():
+        model(tokens)  # cuBLAS takes its workspace, 32 MB on Hopper, of the same memory
     nbytes = sum(p.nbytes for p in model.parameters())
     before = torch.cuda.memory_allocated()
     with attach(model, spread(model, [RAM, DISK], 2), folder=tmp_path), torch.no_grad():
         torch.cuda.synchronize()
         assert before - torch.cuda.memory_allocated() > 0.95 * nbytes
-        model(torch.zeros(1, 4, dtype=torch.long, device="cuda"))
+        model(tokens)
         assert before - torch.cuda.memory_allocated() > 0.5 * nbytes
         # Outside its module a parameter is a copy, on the device.
-        assert torch.equal(model[1].up.weight + 0, make()[1].up.weight)
+        for found, expected in zip(model.parameters(), make().parameters(), strict=True):
+            assert torch.equal(found + 0, expected)
+        del found, expected
     assert abs(torch.cuda.memory_allocated() - before) < 1 << 20
 
 
@@ -91,16 +95,19 @@ def test_emulated_tiers_delay_the_stream() -> None:
         (FAST, slow), {u.name: Placement("RAM", u.nbytes) for u in units(model)}, 1 << 24, fingerprint(model), ""
     )
     tokens = torch.zeros(1, 4, dtype=torch.long, device="cuda")
-    expected = copy.deepcopy(model)(tokens)
+    with torch.no_grad():
+        expected = model(tokens)
     with attach(model, plan, mode="emulated"), torch.no_grad():
         model(tokens)
+        torch.cuda.synchronize()
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record()
         assert torch.equal(model(tokens), expected)
         ended.record()
         torch.cuda.synchronize()
-    link = sum(unit.nbytes for unit in units(model)) / 1e8  # ms at 0.1 GB/s
-    assert begun.elapsed_time(ended) > 0.5 * link
+    fetched = sum(unit.nbytes for unit in units(model)) - plan.buffer_bytes  # what the ring held need not come again
+    milliseconds = fetched / 0.1e9 * 1e3
+    assert 0.9 * milliseconds < begun.elapsed_time(ended) < 20 * milliseconds
 
 
 def test_offloaded_activations_give_the_same_gradients() -> None:

@@ -106,11 +106,18 @@ class CudaPiece:
         return True  # all of it is written back in any case
 
     def restore(self) -> None:
-        self._layout.restore(self._read(host_memory(self.nbytes)).to(self._lane.device))
-        for tensor in self._tensors:
-            call_back(tensor)
-        if self._store:
-            self._store.free(self._offset, self.nbytes)
+        memory = host_memory(self.nbytes) if self._home is None else self._home
+        try:
+            self._read(memory)
+        except RuntimeError:
+            memory.fill_(0xFF)  # as in DiskPiece
+            raise
+        finally:
+            self._layout.restore(memory.to(self._lane.device))
+            for tensor in self._tensors:
+                call_back(tensor)
+            if self._store:
+                self._store.free(self._offset, self.nbytes)
 
     def _read(self, staging: Tensor) -> Tensor:
         """The piece in host memory: its own, or ``staging``."""

@@ -146,8 +146,14 @@ class PCA:
         Processes without samples take part. Raises ValueError in all of them where none has any, or two do not `merge`.
         """
         dist = torch.distributed
-        states = [self] * dist.get_world_size(group)
-        dist.all_gather_object(states, self, group=group)
+        # Tensors on a GPU would come back there in every process: of another's number, if it has one.
+        own = copy.copy(self)
+        own._result, own._total = None, torch.zeros(())
+        if self._stream is not None:
+            own._stream = copy.copy(self._stream)
+            own._stream.to(torch.device("cpu"))
+        states = [own] * dist.get_world_size(group)
+        dist.all_gather_object(states, own, group=group)
         seen = [state for state in states if state._stream is not None]
         if not seen:
             raise ValueError("all_merge: expected samples in one process or more, got none")
