@@ -60,7 +60,7 @@ def attach(
         safetensors file, a folder of them, or a mapping from qualified names to tensors.
     materialize: stores weights packed and decodes each layer into a buffer just before it runs: by the codec that the
         plan gives it, else losslessly. What trains is stored as it is. Without it a plan's codecs only say how layers
-        were converted (`infold.convert`), which compute on the packed weight.
+        were converted (`infold.convert`), which compute on the packed weight. On a CPU alone.
     backend: of `infold.tiers.Store`.
 
     Outputs and gradients keep their bits. Raises ValueError where plan and model do not name the same units, and
@@ -68,6 +68,9 @@ def attach(
     """
     if mode not in ("real", "emulated"):
         raise ValueError(f"mode: expected 'real' or 'emulated', got {mode!r}")
+    if materialize and _device(model).type != "cpu":
+        advice = "pack its layers with infold.convert instead"
+        raise ValueError(f"materialize: expected a model on the CPU, got one on {_device(model).type}; {advice}")
     found = {unit.name: unit for unit in units(model, atomic)}
     require_plan_of("plan", plan, model, found)
     refuse_attached(model, _REMOVE)

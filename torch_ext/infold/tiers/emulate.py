@@ -49,6 +49,8 @@ class CudaLink(Link):
         self._cycles_per_second = torch.cuda.get_device_properties(device).clock_rate * 1e3
 
     def transfer(self, nbytes: int) -> Wait:
+        # As a copy would: what has the ring's memory now goes first.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             torch.cuda._sleep(int(self._spec.transfer_seconds(nbytes) * self._cycles_per_second))  # type: ignore[no-untyped-call]
             done = self._stream.record_event()

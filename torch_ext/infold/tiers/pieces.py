@@ -68,8 +68,9 @@ class Layout:
     def view(self, tensor: Tensor, memory: Tensor) -> Tensor:
         """A tensor of one of these storages as it lies in ``memory``, with any memory of its own left aside."""
         [start] = [start for other, start, _ in self._spans if storage_key(other) == storage_key(tensor)]
-        # Where a piece ends is a whole page, and so whole items.
-        return memory[start:].view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        # Where a piece ends is a whole page, and so whole items. `as_strided` counts from where the storage begins.
+        part = memory[start:].view(tensor.dtype)
+        return part.as_strided(tensor.shape, tensor.stride(), part.storage_offset() + tensor.storage_offset())
 
     def keys(self) -> set[int]:
         return {storage_key(tensor) for tensor, _, _ in self._spans}

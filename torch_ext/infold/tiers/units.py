@@ -22,7 +22,7 @@ class Unit:
         tied: the storages then belong to all.
     parameters: each distinct parameter once, by its first qualified name.
     nbytes: of their distinct storages.
-    room: what they take in a buffer: each storage from a cache line on, in all whole pages.
+    room: what they take in a buffer: each storage `aligned`, in all whole pages.
     """
 
     name: str
@@ -32,8 +32,8 @@ class Unit:
     room: int
 
 
-#: Where a storage begins in a buffer: a cache line, which is what PyTorch's own allocator promises.
-ALIGNMENT = 64
+#: Where a storage begins in a buffer: cuBLAS chooses kernels, and so roundings, by alignments of up to as many bytes.
+ALIGNMENT = 256
 #: What direct reads and writes are multiples of.
 PAGE = 4096
 

@@ -110,12 +110,19 @@ def _of_bytes(x: Tensor) -> Part:
     """The moments of uint8 samples; every integer in them is exact."""
     centred = (x ^ 128).view(torch.int8)
     rows, features = x.shape
-    # cuBLAS takes no other sizes, and a result of one number is wrong on the CPU.
-    takes = features > 1 if x.is_cpu else rows > 16 and rows % 8 == 0 and features % 8 == 0
+    # A result of one number is wrong on the CPU; cuBLAS wants more than 16, in eights.
+    takes = features > 1 if x.is_cpu else features > 16 and features % 8 == 0
     if takes and _multiplies_integers(x.device):
-        product = torch._int_mm(centred.T, centred).double()
-        # Sums by the same product are fifty times as quick as `sum`; cuBLAS wants more than 16 rows.
-        sums = torch._int_mm(centred.new_ones(32, rows), centred)[0].double()
+        if x.is_cpu:
+            left, right, ones = centred.T, centred, centred.new_ones(rows, 32)
+        else:
+            # cuBLAS has products of int8 for a matrix and a transposed one alone. Rows of zeros add nothing.
+            left = centred.new_zeros(features, rows + -rows % 16)
+            left[:, :rows] = centred.T
+            right, ones = left.T, left.new_ones(32, left.shape[1]).T
+        product = torch._int_mm(left, right).double()
+        # Sums by the same product are fifty times as quick as `sum`.
+        sums = torch._int_mm(left, ones)[:, 0].double()
     else:
         product = torch.zeros(features, features, dtype=torch.float64, device=x.device)
         for part in torch.split(centred, _FLOAT_ROWS):
@@ -129,7 +136,8 @@ def _multiplies_integers(device: torch.device) -> bool:
     """Whether PyTorch's product of int8 is there, and exact: instructions of older processors saturate."""
     extremes = torch.tensor([[-128], [127]], dtype=torch.int8).repeat(16, 64)
     try:
-        product = torch._int_mm(extremes.to(device), extremes.T.contiguous().to(device))
+        other = extremes.T.contiguous() if device.type == "cpu" else extremes.to(device).T
+        product = torch._int_mm(extremes.to(device), other)
     except (AttributeError, RuntimeError):
         return False
     return torch.equal(product.cpu().long(), extremes.long() @ extremes.T.long())
