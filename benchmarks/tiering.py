@@ -80,7 +80,7 @@ def main() -> None:
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", help="a folder on the disk to measure (default: that for temporary files)")
     parser.add_argument("--rounds", type=int, default=7, help="forwards of each contender")
-    parser.add_argument("--buffers", type=int, default=3, help="layers that Infold's ring holds")
+    parser.add_argument("--buffers", type=int, default=4, help="layers that Infold's ring holds")
 
 
 def _contenders(model: nn.Module, x: Tensor, folder: Path, buffers: int) -> dict[str, Contender]:
