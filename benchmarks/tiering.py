@@ -70,11 +70,10 @@ def main() -> None:
         steady = _interleaved(contenders, arguments.rounds, cold=False)
         read = _plain_read(Path(folder) / "plain", contenders["raw"].stored, arguments.rounds)
         engine = _engine_rate(Path(folder), contenders["raw"].stored, arguments.rounds)
-        computing = _computing(model, x, arguments.rounds)
-        _report(results, contenders, cold, steady, read, engine, computing)
+        _report(results, contenders, cold, steady, read, engine)
         for contender in contenders.values():
             contender.close()
-    results.write(layers=layers, width=width, cold_ms=cold, steady_ms=steady, plain_read_ms=read, compute_ms=computing)
+    results.write(layers=layers, width=width, cold_ms=cold, steady_ms=steady, plain_read_ms=read)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +83,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _contenders(model: nn.Module, x: Tensor, folder: Path, buffers: int) -> dict[str, Contender]:
-    made = {"resident": Contender(lambda: model(x), _nothing, 0, _nothing)}
+    made: dict[str, Contender] = {}
     raw = sum(unit.nbytes for unit in units(model))
 
     offloaded = copy.deepcopy(model)
@@ -114,6 +113,10 @@ def _contenders(model: nn.Module, x: Tensor, folder: Path, buffers: int) -> dict
         made[name] = Contender(lambda: own(x), handle.refresh, stored, handle.remove)
 
     for name, config in CONFIGS.items():
+        own = copy.deepcopy(model)
+        if config is not None:
+            infold.convert(own, config, progress=False)
+        made[_resident(name)] = Contender(lambda own=own: own(x), _nothing, 0, _nothing)
         tiered(name, config, DISK)
     tiered("lossless, decoded first", None, DISK, materialize=True)
     tiered("RAM", None, RESIDENT)
@@ -125,6 +128,10 @@ def _contenders(model: nn.Module, x: Tensor, folder: Path, buffers: int) -> dict
         for _ in range(2):
             contender.forward()
     return made
+
+
+def _resident(name: str) -> str:
+    return f"{name}, everything in memory"
 
 
 def _nothing() -> None:
@@ -202,23 +209,6 @@ def _engine_rate(folder: Path, nbytes: int, rounds: int) -> float:
     return count * size / statistics.median(times)
 
 
-def _computing(model: nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds of a forward with everything in memory."""
-    medians = {}
-    for name, config in CONFIGS.items():
-        own = copy.deepcopy(model)
-        if config is not None:
-            infold.convert(own, config, progress=False)
-        own(x)
-        times = []
-        for _ in range(rounds):
-            begun = time.perf_counter()
-            own(x)
-            times.append(1e3 * (time.perf_counter() - begun))
-        medians[name] = statistics.median(times)
-    return medians
-
-
 def _report(
     results: Results,
     contenders: dict[str, Contender],
@@ -226,7 +216,6 @@ def _report(
     steady: dict[str, float],
     read: float,
     engine_rate: float,
-    computing: dict[str, float],
 ) -> None:
     """engine_rate: bytes a millisecond that the engine reads when nothing computes."""
     rate = contenders["raw"].stored / read
@@ -238,13 +227,13 @@ def _report(
         results.add(f"disk, steady: {name}", "accelerate, cold", steady[name], cold["accelerate"], None, floor)
     results.add("disk, cold: raw", "plain read", cold["raw"], read, 0.95)
     for name in CONFIGS:
-        bound = max(computing[name], contenders[name].stored / engine_rate)
+        bound = max(cold[_resident(name)], contenders[name].stored / engine_rate)
         results.add(f"disk, cold: {name}", "bound", cold[name], bound, 1 / 1.1, note="max(compute, transfer)")
-    results.add("RAM", "accelerate, warm", steady["RAM"], steady["accelerate"], 4.0, steady["resident"])
+    results.add("RAM", "accelerate, warm", steady["RAM"], steady["accelerate"], 4.0, steady[_resident("raw")])
     results.add(
-        "RAM, copied", "accelerate, warm", steady["RAM, copied"], steady["accelerate"], None, steady["resident"]
+        "RAM, copied", "accelerate, warm", steady["RAM, copied"], steady["accelerate"], None, steady[_resident("raw")]
     )
-    results.add("RAM", "accelerate's RAM", steady["RAM"], steady["accelerate, RAM"], None, steady["resident"])
+    results.add("RAM", "accelerate's RAM", steady["RAM"], steady["accelerate, RAM"], None, steady[_resident("raw")])
 
 
 if __name__ == "__main__":
