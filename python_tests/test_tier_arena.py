@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,3 +71,12 @@ def test_what_has_no_room_lies_beside_it() -> None:
     arena.clear()
     assert torch.equal(arena.take(PAGE), torch.zeros(PAGE, dtype=torch.uint8))
     assert not arena.has_room(3 * PAGE)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, (2 << 20) - 1, 2 << 20, (5 << 20) + 1])
+def test_host_memory_is_whole_pages_that_begin_with_a_huge_one(nbytes: int) -> None:
+    memory = host_memory(nbytes)
+    assert memory.nbytes == -(-nbytes // 4096) * 4096
+    assert memory.data_ptr() % (2 << 20 if memory.nbytes >= 2 << 20 else 4096) == 0
+    memory.fill_(7)
+    assert memory[-1] == 7

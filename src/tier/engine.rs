@@ -34,7 +34,7 @@ pub unsafe trait Memory: Send {
 pub struct Options {
     /// Operations in flight, 1 to 1024.
     pub depth: usize,
-    /// Bytes of an operation, a multiple of 4096.
+    /// Bytes of an operation, a multiple of 4096; a request's last may have half as many more.
     pub chunk: usize,
     pub backend: Backend,
 }

@@ -140,11 +140,12 @@ impl Worker {
         for request in self.active.iter_mut().filter(|request| request.blockers == 0) {
             while !request.is_begun() {
                 let Some(slot) = self.free.pop() else { return self.queue.start() };
-                let begun = request.begun;
+                let (begun, rest) = (request.begun, request.memory.bytes() - request.begun);
                 let operation = Operation {
                     write: request.write,
                     memory: request.memory.address().wrapping_add(begun),
-                    bytes: self.chunk.min(request.memory.bytes() - begun),
+                    // A last chunk of a few pages would have a slot for as long as the others.
+                    bytes: if rest <= self.chunk + self.chunk / 2 { rest } else { self.chunk },
                     offset: request.offset + begun as u64,
                 };
                 request.begun += operation.bytes;

@@ -22,11 +22,17 @@ def host_memory(nbytes: int) -> Tensor:
 
     Its memory returns to the system with it.
     """
-    memory = mmap.mmap(-1, max(pages(nbytes), PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if len(memory) >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    size = max(pages(nbytes), PAGE)
+    huge = size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    # Room to begin with a huge page: what is never touched takes no memory.
+    memory = mmap.mmap(-1, size + _HUGE_PAGE if huge else size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    if not huge:
+        return whole
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -whole.data_ptr() % _HUGE_PAGE
+    return whole[start : start + size]
 
 
 class Buffers(Protocol):
