@@ -29,9 +29,12 @@ def host_memory(nbytes: int) -> Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     if not huge:
         return whole
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
     start = -whole.data_ptr() % _HUGE_PAGE
+    end = start + size // _HUGE_PAGE * _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, end - start)
+        # A huge page here would take more memory than was asked for.
+        memory.madvise(mmap.MADV_NOHUGEPAGE, end)
     return whole[start : start + size]
 
 
