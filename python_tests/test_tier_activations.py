@@ -367,6 +367,18 @@ def a_thousand_steps() -> None:
         assert len(offload._known) == len(offload._given) == 0
 
 
+@pytest.mark.parametrize("pack", [None, "lossless"])
+def test_storages_of_more_than_a_huge_page(pack: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(3)))
+    x = torch.randn(3 << 10, 256)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with offload_activations(model, folder=tmp_path, buffer_bytes=4 << 20, pack=pack) as offload:
+        found = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert offload.counters.fetches > 0
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_a_thousand_steps_leak_nothing() -> None:
     # In a process whose memory nothing else has grown.
     process = multiprocessing.get_context("spawn").Process(target=a_thousand_steps)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from infold.tiers.arena import Arena
+from infold.tiers.ranges import Ranges
 from infold.tiers.ring import host_memory
 from torch import Tensor
 
@@ -78,5 +79,19 @@ def test_host_memory_is_whole_pages_that_begin_with_a_huge_one(nbytes: int) -> N
     memory = host_memory(nbytes)
     assert memory.nbytes == -(-nbytes // 4096) * 4096
     assert memory.data_ptr() % (2 << 20 if memory.nbytes >= 2 << 20 else 4096) == 0
+    # Its storage is just that, and nobody else's: activations are bound to it.
+    storage = memory.untyped_storage()
+    assert (storage.data_ptr(), storage.nbytes()) == (memory.data_ptr(), memory.nbytes)
+    assert not memory._is_view()
     memory.fill_(7)
     assert memory[-1] == 7
+
+
+def test_a_range_is_given_back_once() -> None:
+    ranges = Ranges(0, 8)
+    ranges.remove(2, 4)
+    for start, end in ((0, 2), (1, 3), (3, 5), (0, 8), (4, 8)):
+        with pytest.raises(ValueError, match="range: expected one that somebody has"):
+            ranges.add(start, end)
+    ranges.add(2, 4)
+    assert ranges.fitting(8) == [(0, 8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -18,6 +19,7 @@ import infold
 import pytest
 import torch
 from infold.tiers import Handle, Placement, Plan, TierSpec, attach, fingerprint, units
+from infold.tiers.engine import Engine
 from infold.tiers.training import _tensors
 from torch import Tensor, nn
 
@@ -172,6 +174,31 @@ def test_an_interrupt_while_attaching_restores(tmp_path: Path, monkeypatch: pyte
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(p, q)
     assert not model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("place", ["_prefetch", "_await", "_let_go"])
+def test_an_interrupt_of_the_engine_leaves_nothing_in_use(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reference, x = make(), make(), torch.randn(3, 128)
+    original, count = getattr(Engine, place), [0]
+
+    def interrupted(self: Engine, *args: object, **options: object) -> None:
+        count[0] += 1
+        if count[0] % 7 == 3:
+            raise KeyboardInterrupt
+        original(self, *args, **options)
+
+    with attach(model, on_disk(model), folder=tmp_path) as handle, torch.no_grad():
+        monkeypatch.setattr(Engine, place, interrupted)
+        for _ in range(40):
+            with contextlib.suppress(KeyboardInterrupt):
+                assert torch.equal(model(x), reference(x))
+        assert count[0] > 40
+        monkeypatch.setattr(Engine, place, original)
+        assert torch.equal(model(x), reference(x))
+        assert not any(state.pins for state in handle._engine._states.values())
+        assert handle.counters.elsewhere == 0
 
 
 def test_several_threads_share_an_attached_model(tmp_path: Path) -> None:

@@ -107,17 +107,19 @@ class CudaPiece:
 
     def restore(self) -> None:
         memory = host_memory(self.nbytes) if self._home is None else self._home
+        failure = None
         try:
             self._read(memory)
-        except RuntimeError:
+        except RuntimeError as error:
             memory.fill_(0xFF)  # as in DiskPiece
-            raise
-        finally:
-            self._layout.restore(memory.to(self._lane.device))
-            for tensor in self._tensors:
-                call_back(tensor)
-            if self._store:
-                self._store.free(self._offset, self.nbytes)
+            failure = error
+        self._layout.restore(memory.to(self._lane.device))
+        for tensor in self._tensors:
+            call_back(tensor)
+        if self._store:
+            self._store.free(self._offset, self.nbytes)
+        if failure:
+            raise failure
 
     def _read(self, staging: Tensor) -> Tensor:
         """The piece in host memory: its own, or ``staging``."""

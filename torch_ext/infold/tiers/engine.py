@@ -94,6 +94,7 @@ class Engine:
                 return Use.NONE  # restored meanwhile: a graph of before may still ask
             self.counters.uses += 1
             self._order.visit(name)
+            demanded = False
             if state.pins == 0:
                 if state.memory is not None and not state.bound and state.version != state.piece.version():
                     self._let_go(name, state)  # somebody wrote to it at home since
@@ -105,20 +106,22 @@ class Engine:
                         return self._use_at_home(state)  # all that fills the ring is in use
                     self._fetch(name, state)
                     self.counters.demanded += 1
+                    demanded = True
+            state.pins += 1
+            try:
+                if demanded:
                     # What comes next is read behind it: the disk is not to stand still while it is waited for.
-                    state.pins = 1
-                    try:
-                        self._prefetch()
-                    finally:
-                        state.pins = 0
+                    self._prefetch()
                 if state.wait is not None:
                     self._await(name, state)
                 if not state.bound:
                     state.piece.arrive(_present(state))
                     state.bound = True
                     state.version = state.piece.version()
-            state.pins += 1
-            self._prefetch()
+                self._prefetch()
+            except BaseException:
+                state.pins -= 1  # nobody will release it
+                raise
             return Use.HERE
 
     def release(self, name: str, use: Use) -> None:
@@ -230,9 +233,9 @@ class Engine:
     def _let_go(self, name: str, state: _State) -> None:
         """Sends a piece home, whatever it is doing. Where writing it fails it stays here."""
         if state.wait is not None:
-            wait, state.wait = state.wait, None
             with suppress(RuntimeError):  # nobody asked for it yet; who does will be told
-                wait()
+                state.wait()
+            state.wait = None  # only now: after an interrupt, who asks still has to wait
         if state.bound:
             self._finish_saving(state)
             while state.version != state.piece.version():

@@ -245,15 +245,17 @@ class DiskPiece(_HomePiece):
 
     def restore(self) -> None:
         memory = host_memory(self.nbytes)
+        failure = None
         try:
             self._store.wait(self._store.read(self._offset, memory))
-        except RuntimeError:
-            # Lost. Not-a-number is seen; whatever else is there might not be.
+        except RuntimeError as error:
+            # Lost. Not-a-number is seen; whatever else is there might not be. (What is interrupted is as it was.)
             memory.fill_(0xFF)
-            raise
-        finally:
-            self._layout.restore(memory)
-            self._store.free(self._offset, self.nbytes)
+            failure = error
+        self._layout.restore(memory)
+        self._store.free(self._offset, self.nbytes)
+        if failure:
+            raise failure
 
     def _write(self, memory: Tensor, start: int, end: int) -> Wait:
         ticket = self._store.write(self._offset + start, memory[start:end])

@@ -21,10 +21,13 @@ class Ranges:
         return next((start for start, other in self._ranges if other == end), end)
 
     def add(self, start: int, end: int) -> None:
-        """Adds a range no part of which is in; an empty one is nothing."""
+        """Adds a range; an empty one is nothing. Raises ValueError where a part of it is in."""
         if start == end:
             return
         at = bisect(self._ranges, (start, end))
+        before, after = self._ranges[:at][-1:], self._ranges[at:][:1]
+        if any(other > start for _, other in before) or any(other < end for other, _ in after):
+            raise ValueError(f"range: expected one that somebody has, got {start} to {end}")
         if at < len(self._ranges) and self._ranges[at][0] == end:
             _, end = self._ranges.pop(at)
         if at > 0 and self._ranges[at - 1][1] == start:

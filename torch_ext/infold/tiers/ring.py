@@ -26,16 +26,15 @@ def host_memory(nbytes: int) -> Tensor:
     huge = size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
     # Room to begin with a huge page: what is never touched takes no memory.
     memory = mmap.mmap(-1, size + _HUGE_PAGE if huge else size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    if not huge:
-        return whole
-    start = -whole.data_ptr() % _HUGE_PAGE
-    end = start + size // _HUGE_PAGE * _HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE, start, end - start)
-        # A huge page here would take more memory than was asked for.
-        memory.madvise(mmap.MADV_NOHUGEPAGE, end)
-    return whole[start : start + size]
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE if huge else 0
+    if huge:
+        end = start + size // _HUGE_PAGE * _HUGE_PAGE
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, end - start)
+            # A huge page here would take more memory than was asked for.
+            memory.madvise(mmap.MADV_NOHUGEPAGE, end)
+    # No view: who takes the storage is to find these bytes there, and no other holder.
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
 
 
 class Buffers(Protocol):

@@ -14,7 +14,7 @@ class TierSpec:
     bandwidth_gb_s: gigabytes (1e9 bytes) a second *to the compute device*: a tier behind a link has the link's.
     capacity_bytes: what it holds; None is unlimited.
     resident: weights in this tier are computed on where they lie: a forward transfers nothing.
-    on_disk: whether it is a file; else it is memory. depth: how many requests, of up to 2 MiB, a disk is given at a
+    on_disk: whether it is a file; else it is memory. depth: how many requests, of some 2 MiB, a disk is given at a
         time: where they are many, what is read ahead slows what is waited for.
 
     Raises ValueError for a setup time or a capacity below zero, a bandwidth or a depth that is not positive, and an

@@ -36,8 +36,8 @@ class Store:
         self._lock = threading.Lock()
         #: Bytes that are handed out.
         self.taken = 0
-        #: Where each begins in the file, and its memory.
-        self._maps: list[tuple[int, Tensor]] = []
+        #: The file as memory, as long as it was then.
+        self._map: Tensor | None = None
 
     def has_room(self, nbytes: int, limit: int | None) -> bool:
         """Whether a file of at most ``limit`` bytes has a range of ``nbytes``; None is no limit."""
@@ -95,14 +95,10 @@ class Store:
         What the disk cannot read there is a bus error, as in any mapped file.
         """
         end = offset + pages(nbytes)
-        for start, memory in self._maps:
-            if start <= offset and end <= start + memory.nbytes:
-                return memory[offset - start : end - start]
-        # As far as the file goes, for all ranges there: each mapping takes a descriptor.
-        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        memory = torch.frombuffer(mmap.mmap(self._handle, self._end - start, offset=start), dtype=torch.uint8)
-        self._maps.append((start, memory))
-        return memory[offset - start : end - start]
+        if self._map is None or self._map.nbytes < end:
+            # All of it, for all ranges: each mapping takes a descriptor. An older one lives as long as its tensors.
+            self._map = torch.frombuffer(mmap.mmap(self._handle, self._end), dtype=torch.uint8)
+        return self._map[offset:end]
 
     def stats(self) -> dict[str, int]:
         names = ("bytes_read", "bytes_written", "requests", "unfinished", "uring", "direct")
@@ -112,7 +108,7 @@ class Store:
         """Waits for what was begun, and gives the disk's space back once no mapping is left."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
-            self._maps.clear()
+            self._map = None
             ops.tier_close(descriptor)
 
     def __reduce__(self) -> NoReturn:
