@@ -96,10 +96,18 @@ def _contenders(model: nn.Module, x: Tensor, folder: Path, buffers: int) -> dict
     cpu_offload(in_ram, execution_device=torch.device("cpu"))
     made["accelerate, RAM"] = Contender(lambda: in_ram(x), _nothing, raw, _nothing)
 
-    def tiered(name: str, config: infold.FusedConfig | None, tier: TierSpec, **options: Any) -> None:
+    def converted(config: infold.FusedConfig | None) -> nn.Module:
         own = copy.deepcopy(model)
         if config is not None:
             infold.convert(own, config, progress=False)
+        return own
+
+    def in_memory(name: str, config: infold.FusedConfig | None) -> None:
+        own = converted(config)
+        made[_resident(name)] = Contender(lambda: own(x), _nothing, 0, _nothing)
+
+    def tiered(name: str, config: infold.FusedConfig | None, tier: TierSpec, **options: Any) -> None:
+        own = converted(config)
         found = units(own)
         plan = Plan(
             (RESIDENT, DISK, COPIED),
@@ -113,10 +121,7 @@ def _contenders(model: nn.Module, x: Tensor, folder: Path, buffers: int) -> dict
         made[name] = Contender(lambda: own(x), handle.refresh, stored, handle.remove)
 
     for name, config in CONFIGS.items():
-        own = copy.deepcopy(model)
-        if config is not None:
-            infold.convert(own, config, progress=False)
-        made[_resident(name)] = Contender(lambda own=own: own(x), _nothing, 0, _nothing)
+        in_memory(name, config)
         tiered(name, config, DISK)
     tiered("lossless, decoded first", None, DISK, materialize=True)
     tiered("RAM", None, RESIDENT)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from infold.tiers.away import call_back, send_away
-from infold.tiers.pieces import Layout, Wait, version_of
+from infold.tiers.pieces import Layout, Wait, read_last, version_of
 from infold.tiers.ring import Buffers, host_memory
 from infold.tiers.store import Store
 from infold.tiers.units import pages
@@ -107,12 +107,7 @@ class CudaPiece:
 
     def restore(self) -> None:
         memory = host_memory(self.nbytes) if self._home is None else self._home
-        failure = None
-        try:
-            self._read(memory)
-        except RuntimeError as error:
-            memory.fill_(0xFF)  # as in DiskPiece
-            failure = error
+        failure = read_last(memory, lambda: self._read(memory))
         self._layout.restore(memory.to(self._lane.device))
         for tensor in self._tensors:
             call_back(tensor)

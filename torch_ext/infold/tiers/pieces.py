@@ -24,6 +24,19 @@ def _nothing() -> None:
     pass
 
 
+def read_last(memory: Tensor, read: Callable[[], object]) -> RuntimeError | None:
+    """Reads a piece into memory before it is restored for good; what that failed with, to be raised once it is.
+
+    What is lost is not-a-number then, which is seen; whatever else is there might not be. An interrupt raises at once.
+    """
+    try:
+        read()
+    except RuntimeError as error:
+        memory.fill_(0xFF)
+        return error
+    return None
+
+
 class Layout:
     """The distinct storages of some tensors, side by side in one range of memory.
 
@@ -245,13 +258,7 @@ class DiskPiece(_HomePiece):
 
     def restore(self) -> None:
         memory = host_memory(self.nbytes)
-        failure = None
-        try:
-            self._store.wait(self._store.read(self._offset, memory))
-        except RuntimeError as error:
-            # Lost. Not-a-number is seen; whatever else is there might not be. (What is interrupted is as it was.)
-            memory.fill_(0xFF)
-            failure = error
+        failure = read_last(memory, lambda: self._store.wait(self._store.read(self._offset, memory)))
         self._layout.restore(memory)
         self._store.free(self._offset, self.nbytes)
         if failure:
